@@ -1,0 +1,1 @@
+grok_local/cli.py

@@ -1,0 +1,271 @@
+"""The command line: one short function per command, no logic. `main` alone prints errors and exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from grok_local.errors import GrokLocalError, OptionError, VerifyError
+
+app = typer.Typer(
+    name="grok-local",
+    help="Packs xAI's Grok-1 release into 4-bit GGUF, and runs it on this machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich for the help costs more than all the rest
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    Optional[str],
+    typer.Option("-m", "--model", help="A GGUF, or the name of one in the models folder.", metavar="MODEL"),
+]
+Context = Annotated[Optional[int], typer.Option(help="Tokens of context.  [default: the model's, at most 8192]", min=1)]
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads.  [default: one per core]", min=1)]
+KVType = Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16 or f32.")]
+GPULayers = Annotated[int, typer.Option(help="Layers to put on the GPU.", min=0)]
+MaxTokens = Annotated[Optional[int], typer.Option(help="At most this many tokens an answer.", min=1)]
+Stop = Annotated[Optional[list[str]], typer.Option(help="End where this text would come; may be repeated.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0)]
+TopK = Annotated[int, typer.Option(help="Choose among this many tokens; 0 is off.", min=0)]
+TopP = Annotated[float, typer.Option(help="Choose among the likeliest with this much probability; 1 is off.", max=1)]
+MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this much of the likeliest.", min=0)]
+RepeatPenalty = Annotated[float, typer.Option(help="Above 1 makes the last 64 tokens less likely.")]
+Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same answer.", min=0)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        from grok_local import __version__
+
+        print(f"grok-local {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="The release's folder, or its ckpt-0.")],
+    output: Annotated[
+        Optional[Path],
+        typer.Option("-o", "--output", help="The GGUF.  [default: grok-1-TYPE.gguf in the models folder]"),
+    ] = None,
+    type: Annotated[str, typer.Option(help="q4_k, q4_0, iq4_xs, mxfp4, q8_0 (nothing lost), bf16 or f32.")] = "q4_k",
+    tokenizer: Annotated[
+        Optional[Path], typer.Option(help="tokenizer.model of the release.  [default: in or above the folder]")
+    ] = None,
+    threads: Threads = None,
+    memory: Annotated[str, typer.Option(help="The process's peak memory; 1.5G is enough for Grok-1.")] = "4G",
+    split_size: Annotated[Optional[str], typer.Option(help="Write parts of at most this size.", metavar="SIZE")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a checkpoint in Grok-1's release format into a GGUF.
+
+    Killed or stopped, the same command goes on where it was.
+
+    grok-local quantize ~/grok-1 --tokenizer ~/tokenizer.model
+    """
+    from grok_local import library, views
+    from grok_local.quantize.convert import quantize_checkpoint
+
+    target = library.default_output(type) if output is None else output
+    if target.is_dir():
+        target = target / library.default_output(type).name
+    with views.progress_view("quantize", as_json=as_json) as show:
+        report = quantize_checkpoint(
+            checkpoint,
+            target,
+            type=type,
+            tokenizer=tokenizer,
+            threads=threads,
+            memory=memory,
+            split_size=split_size,
+            force=force,
+            progress=show,
+        )
+    if as_json:
+        _print_json({"event": "done", **asdict(report)})
+    else:
+        print("\n".join(views.quantize_summary(report)), file=sys.stderr)
+
+
+@app.command()
+def verify(
+    gguf: Annotated[Path, typer.Argument(help="The GGUF, or any part of one.")],
+    against: Annotated[
+        Optional[Path], typer.Option(help="Pack this checkpoint again and compare every byte.", metavar="CHECKPOINT")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a GGUF's structure and hashes, or compare it with its checkpoint.
+
+    grok-local verify grok-1-q4_k.gguf --against ~/grok-1
+    """
+    from grok_local import views
+    from grok_local.quantize.verify import verify as check
+
+    with views.progress_view("verify", as_json=False) as show:
+        report = check(gguf, against, progress=show)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        views.print_tables([views.verify_table(report)])
+    if report.problems:
+        raise VerifyError(report.problems)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A GGUF, or a checkpoint's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a GGUF or in a checkpoint, without reading any weights."""
+    from grok_local import views
+
+    if path.is_dir():
+        from grok_local.quantize.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(path)
+        described, tables = views.describe_checkpoint(checkpoint), views.checkpoint_tables(checkpoint)
+    else:
+        from grok_local import gguf_file, library
+
+        headers = gguf_file.read_model(library.resolve_model(str(path)))
+        described, tables = views.describe_gguf(headers), views.gguf_tables(headers)
+    if as_json:
+        _print_json(described)
+    else:
+        views.print_tables(tables)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[Optional[str], typer.Argument(help="The text to continue; - reads it from stdin.")] = None,
+    model: ModelOption = None,
+    max_tokens: MaxTokens = 128,
+    stop: Stop = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    repeat_penalty: RepeatPenalty = 1.0,
+    seed: Seed = None,
+    context: Context = None,
+    threads: Threads = None,
+    kv_type: KVType = "f16",
+    gpu_layers: GPULayers = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a text; only the continuation is printed.
+
+    grok-local generate -m grok-1-q4_k "The answer to life, the universe and everything is"
+    """
+    from grok_local import repl
+
+    text = _prompt_text(prompt)
+    sampling = _sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+    with _load(model, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers) as loaded:
+        reply = loaded.generate(text, max_tokens=max_tokens, stop=stop or (), **sampling)
+        with repl.interruptible(loaded):
+            for piece in reply:
+                if not as_json:
+                    print(piece, end="", flush=True)
+    if as_json:
+        _print_json({"text": reply.text, "finish_reason": reply.finish_reason, **asdict(reply.stats)})
+    else:
+        print()
+        print(repl.stats_line(reply), file=sys.stderr)
+    if reply.finish_reason == "interrupted":
+        raise KeyboardInterrupt
+
+
+@app.command()
+def chat(
+    model: ModelOption = None,
+    system: Annotated[Optional[str], typer.Option(help="What the model is told first.")] = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    repeat_penalty: RepeatPenalty = 1.0,
+    seed: Seed = None,
+    context: Context = None,
+    threads: Threads = None,
+    kv_type: KVType = "f16",
+    gpu_layers: GPULayers = 0,
+) -> None:
+    """Have a conversation; /help lists what it understands. Without a terminal, every line of stdin is a question.
+
+    grok-local chat -m grok-1-q4_k
+    """
+    from grok_local.repl import Repl
+
+    options: dict[str, Any] = _sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+    options |= {"max_tokens": max_tokens, "stop": stop or ()}
+    with _load(model, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers) as loaded:
+        Repl(loaded, system=system, options=options).run()
+
+
+def _load(model: str | None, **options: Any) -> Any:
+    from grok_local import library
+    from grok_local.runtime.model import load
+
+    return load(library.resolve_model(model), **options)
+
+
+def _sampling(
+    temperature: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float, seed: int | None
+) -> dict[str, Any]:
+    return {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "seed": seed,
+    }
+
+
+def _prompt_text(prompt: str | None) -> str:
+    if prompt not in (None, "-"):
+        return str(prompt)
+    if prompt is None and sys.stdin.isatty():
+        raise OptionError("no prompt: give the text to continue, or - to read it from stdin")
+    return sys.stdin.read()
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+def main() -> None:
+    """Run the command line. Known failures become a line each on stderr and the error's exit code."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except GrokLocalError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

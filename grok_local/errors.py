@@ -1,0 +1,74 @@
+"""Every failure grok-local knows, in one tree.
+
+    GrokLocalError
+    |-- OptionError        a value nobody can use (exit code 2, like every usage error)
+    |-- CheckpointError    the release on disk: missing, truncated, misshapen, hostile
+    |-- TokenizerError     the SentencePiece model: missing, unreadable, of the wrong size
+    |-- OutputError        the GGUF being written: exists, no space, in use
+    |-- GGUFError          a GGUF being read: not one, truncated, nonsense inside
+    |-- VerifyError        a GGUF that is not what it should be
+    |-- ModelError         llama.cpp cannot load or run the model
+    `-- ContextError       the prompt does not fit the context
+
+A message says what is wrong, where, and the command or step that helps. Only `cli.main` prints one and exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ContextError",
+    "GGUFError",
+    "GrokLocalError",
+    "ModelError",
+    "OptionError",
+    "OutputError",
+    "TokenizerError",
+    "VerifyError",
+]
+
+
+class GrokLocalError(Exception):
+    """A known failure. `problems` has one line for each thing that is wrong; `str()` joins them."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class OptionError(GrokLocalError):
+    """An option or argument has a value that cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(GrokLocalError):
+    """The checkpoint cannot be packed as it is."""
+
+
+class TokenizerError(GrokLocalError):
+    """The tokenizer is missing, unreadable, or not this checkpoint's."""
+
+
+class OutputError(GrokLocalError):
+    """The output cannot be written, or would overwrite something."""
+
+
+class GGUFError(GrokLocalError):
+    """A file is not a GGUF that can be read."""
+
+
+class VerifyError(GrokLocalError):
+    """A GGUF differs from what its hashes or its checkpoint say it should be."""
+
+
+class ModelError(GrokLocalError):
+    """llama.cpp cannot load or run the model."""
+
+
+class ContextError(GrokLocalError):
+    """A prompt has more tokens than the context has room for."""

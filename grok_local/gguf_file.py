@@ -1,0 +1,211 @@
+"""Reads a GGUF's header: metadata and tensor table, with every count and offset checked before it is believed.
+
+gguf's own reader maps the whole file and trusts it; a truncated or hostile one makes it fail in any way at all. The
+format is described in ggml's docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from grok_local.errors import GGUFError
+
+__all__ = ["Header", "Tensor", "all_parts", "first_part", "read_header", "read_model"]
+
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SCALARS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
+}
+_MAX_KEYS = 100_000
+_MAX_TENSORS = 1_000_000
+_MAX_HEADER = 1 << 30
+_DEFAULT_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """`shape` is as numpy has it, outermost first; `offset` counts from the start of the file `path`."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+    nbytes: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Header:
+    """One file's metadata and tensors; arrays are numpy arrays or lists of strings."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+    size: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one file. Raises GGUFError."""
+    try:
+        with path.open("rb") as file:
+            return _Reader(path, file).header()
+    except OSError as error:
+        raise GGUFError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_model(path: Path) -> list[Header]:
+    """The headers of all parts of the model that `path` is a part of, the first one first. Raises GGUFError."""
+    headers = [read_header(part) for part in all_parts(path)]
+    count = headers[0].metadata.get("split.count", 1)
+    if count != len(headers):
+        raise GGUFError(
+            f"{path}: is one of {count} parts, but its name does not say so: give it the name it was made with"
+        )
+    return headers
+
+
+def first_part(path: Path) -> Path:
+    """The part of a split model that llama.cpp wants to be given; `path` itself if it is no part."""
+    match = _PART.fullmatch(path.name)
+    return path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf") if match else path
+
+
+def all_parts(path: Path) -> list[Path]:
+    """All files of the model that `path` is a part of. Raises GGUFError naming those that are missing."""
+    match = _PART.fullmatch(path.name)
+    if not match:
+        return [path]
+    count = int(match["count"])
+    parts = [path.with_name(f"{match['stem']}-{n:05d}-of-{match['count']}.gguf") for n in range(1, count + 1)]
+    missing = [part for part in parts if not part.exists()]
+    if missing or not parts:
+        raise GGUFError(
+            [f"{part}: this part of the model is missing" for part in missing] or f"{path}: part of nothing"
+        )
+    return parts
+
+
+class _Reader:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+
+    def header(self) -> Header:
+        magic = self._file.read(4)
+        if magic != b"GGUF":
+            raise self._error(_what_else(magic))
+        version = self._scalar("<I")
+        if version not in (2, 3):
+            raise self._error(f"is a GGUF of version {version}; 2 and 3 can be read")
+        tensor_count, key_count = self._scalar("<Q"), self._scalar("<Q")
+        if tensor_count > _MAX_TENSORS or key_count > _MAX_KEYS:
+            raise self._error(f"damaged: claims {tensor_count} tensors and {key_count} keys")
+        metadata = dict(self._key_value() for _ in range(key_count))
+        infos = [self._tensor_info() for _ in range(tensor_count)]
+        return Header(self._path, metadata, self._place(infos, metadata), self._size)
+
+    def _error(self, message: str) -> GGUFError:
+        return GGUFError(f"{self._path}: {message}")
+
+    def _bytes(self, count: int) -> bytes:
+        # Never ask for more than the file has: a hostile length must not allocate anything.
+        if count > min(self._size - self._file.tell(), _MAX_HEADER):
+            raise self._error("truncated or damaged: its header runs past its end; fetch or pack it again")
+        return self._file.read(count)
+
+    def _scalar(self, layout: str) -> Any:
+        return struct.unpack(layout, self._bytes(struct.calcsize(layout)))[0]
+
+    def _string(self) -> str:
+        return self._bytes(self._scalar("<Q")).decode("utf-8", "replace")
+
+    def _key_value(self) -> tuple[str, Any]:
+        key = self._string()
+        return key, self._value(self._value_type(), depth=0)
+
+    def _value_type(self) -> GGUFValueType:
+        number = self._scalar("<I")
+        try:
+            return GGUFValueType(number)
+        except ValueError:
+            raise self._error(f"damaged: has a value of unknown type {number}") from None
+
+    def _value(self, kind: GGUFValueType, depth: int) -> Any:
+        if kind in _SCALARS:
+            return self._scalar(_SCALARS[kind])
+        if kind == GGUFValueType.STRING:
+            return self._string()
+        if depth > 2:
+            raise self._error("damaged: arrays of arrays of arrays")
+        item, count = self._value_type(), self._scalar("<Q")
+        if item in _SCALARS:
+            dtype = np.dtype(_SCALARS[item]) if item != GGUFValueType.BOOL else np.dtype(np.bool_)
+            return np.frombuffer(self._bytes(count * dtype.itemsize), dtype)
+        if count * 8 > self._size:  # each string or array takes 8 bytes at least
+            raise self._error("truncated or damaged: an array runs past its end")
+        return [self._value(item, depth + 1) for _ in range(count)]
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name = self._string()
+        rank = self._scalar("<I")
+        if not 1 <= rank <= 4:
+            raise self._error(f"damaged: tensor {name!r:.80} has {rank} dimensions")
+        shape = tuple(self._scalar("<Q") for _ in range(rank))[::-1]
+        number = self._scalar("<I")
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError:
+            raise self._error(f"tensor {name!r:.80} is of type {number}, which is unknown here") from None
+        return name, shape, kind, self._scalar("<Q")
+
+    def _place(
+        self, infos: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], metadata: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise self._error("damaged: general.alignment is no power of two")
+        start = -(-self._file.tell() // alignment) * alignment
+        tensors = tuple(self._tensor(start, alignment, *info) for info in infos)
+        if len({tensor.name for tensor in tensors}) != len(tensors):
+            raise self._error("damaged: two tensors have the same name")
+        return tensors
+
+    def _tensor(
+        self, start: int, alignment: int, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int
+    ) -> Tensor:
+        block, size = GGML_QUANT_SIZES[kind]
+        if min(shape) == 0 or shape[-1] % block or offset % alignment:
+            raise self._error(f"damaged: tensor {name!r:.80} has shape {list(shape)} at {offset}, as {kind.name}")
+        nbytes = math.prod(shape) // block * size
+        if start + offset + nbytes > self._size:
+            missing = start + offset + nbytes - self._size
+            raise self._error(f"truncated: {missing} bytes of tensor {name!r:.80} are missing; fetch or pack it again")
+        return Tensor(name, shape, kind, start + offset, nbytes, self._path)
+
+
+def _what_else(magic: bytes) -> str:
+    if magic == b"vers":
+        return "is a git-lfs pointer, not the model: run git lfs pull in its folder"
+    if not magic.strip(b"\0"):
+        return "is empty, or was never finished: run the command that makes it again"
+    return "is not a GGUF"

@@ -1,0 +1,126 @@
+"""Grok-1, as xAI released it in March 2024 (github.com/xai-org/grok-1, model.py and run.py).
+
+The release is one pickle per leaf of the haiku parameter tree, `tensor00000_000` upwards: the embedding, the final
+norm, then twelve leaves per layer. Layers come in the *string* order of `decoder_layer_N/`: 0, 1, 10, 11, ..., 2, 20,
+... Every matrix is stored [in, out]; GGUF rows are [out, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["CONSTANTS", "HEAD_SIZE", "LEAVES_PER_LAYER", "RELEASE", "Constants", "Dimensions", "Kind", "Leaf", "leaves"]
+
+HEAD_SIZE = 128
+LEAVES_PER_LAYER = 12
+
+
+class Kind(Enum):
+    """What a tensor is for; the recipe chooses its type by this."""
+
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    EXPERTS = "experts"
+    ATTENTION = "attention"
+    ROUTER = "router"
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a checkpoint in the release's format; `RELEASE` holds the published ones."""
+
+    layers: int
+    width: int
+    expert_width: int
+    experts: int
+    kv_width: int
+    vocabulary: int
+
+    @property
+    def heads(self) -> int:
+        return self.width // HEAD_SIZE
+
+    @property
+    def kv_heads(self) -> int:
+        return self.kv_width // HEAD_SIZE
+
+
+RELEASE = Dimensions(layers=64, width=6144, expert_width=32768, experts=8, kv_width=1024, vocabulary=131072)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Numbers of run.py that no tensor's shape tells."""
+
+    name: str = "Grok-1"
+    license: str = "apache-2.0"
+    context: int = 8192
+    experts_used: int = 2
+    norm_epsilon: float = 1e-5
+    rope_base: float = 10000.0
+    embedding_scale: float = 78.38367176906169
+    logit_scale: float = 0.5773502691896257
+    attention_scale: float = 0.08838834764831845
+    attention_softcap: float = 30.0
+
+
+CONSTANTS = Constants()
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One file of the release: where it stands in the tree and what it becomes in the GGUF."""
+
+    index: int
+    path: str
+    gguf_name: str
+    kind: Kind
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def file_name(self) -> str:
+        return f"tensor{self.index:05d}_000"
+
+
+def leaves(dims: Dimensions) -> Iterator[Leaf]:
+    """All leaves in the release's order, with the shapes `dims` asks for."""
+    yield Leaf(
+        0,
+        "language_model/in_out_embed/embeddings",
+        "token_embd.weight",
+        Kind.EMBEDDING,
+        None,
+        (dims.vocabulary, dims.width),
+    )
+    yield Leaf(1, "language_model/rms_norm/scale", "output_norm.weight", Kind.NORM, None, (dims.width,))
+    for rank, layer in enumerate(sorted(range(dims.layers), key=lambda n: f"decoder_layer_{n}/")):
+        for slot, (path, name, kind, shape) in enumerate(_layer(dims)):
+            yield Leaf(
+                index=2 + LEAVES_PER_LAYER * rank + slot,
+                path=f"transformer/decoder_layer_{layer}/{path}",
+                gguf_name=f"blk.{layer}.{name}.weight",
+                kind=kind,
+                layer=layer,
+                shape=shape,
+            )
+
+
+def _layer(dims: Dimensions) -> list[tuple[str, str, Kind, tuple[int, ...]]]:
+    width, kv, ff, experts = dims.width, dims.kv_width, dims.expert_width, dims.experts
+    return [
+        ("moe/linear/w", "ffn_gate_exps", Kind.EXPERTS, (experts, width, ff)),
+        ("moe/linear_1/w", "ffn_down_exps", Kind.EXPERTS, (experts, ff, width)),
+        ("moe/linear_v/w", "ffn_up_exps", Kind.EXPERTS, (experts, width, ff)),
+        ("multi_head_attention/key/w", "attn_k", Kind.ATTENTION, (width, kv)),
+        ("multi_head_attention/linear/w", "attn_output", Kind.ATTENTION, (width, width)),
+        ("multi_head_attention/query/w", "attn_q", Kind.ATTENTION, (width, width)),
+        ("multi_head_attention/value/w", "attn_v", Kind.ATTENTION, (width, kv)),
+        ("rms_norm/scale", "attn_norm", Kind.NORM, (width,)),
+        ("rms_norm_1/scale", "attn_output_norm", Kind.NORM, (width,)),
+        ("rms_norm_2/scale", "ffn_norm", Kind.NORM, (width,)),
+        ("rms_norm_3/scale", "layer_output_norm", Kind.NORM, (width,)),
+        ("router/w", "ffn_gate_inp", Kind.ROUTER, (width, experts)),
+    ]

@@ -1,0 +1,1 @@
+"""A checkpoint -> a GGUF: readers, recipe, packing, journal, verify."""

@@ -1,0 +1,69 @@
+"""Which GGML type each tensor gets.
+
+Attention is 2 % of the weights and every token reads it, so it keeps the release's eight bits whatever the experts get.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+
+from grok_local.errors import OptionError
+from grok_local.models.grok1 import Kind
+
+__all__ = ["RECIPES", "Recipe", "choose_type", "recipe_named"]
+
+_Q = GGMLQuantizationType
+
+# llama-quantize's choices where a type's block does not divide a row (tensor_type_fallback in llama-quant.cpp).
+_FALLBACKS = {_Q.Q4_K: _Q.Q5_0, _Q.Q6_K: _Q.Q8_0, _Q.IQ4_XS: _Q.IQ4_NL}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The types of the large tensors; norms and router stay F32."""
+
+    name: str
+    experts: GGMLQuantizationType
+    attention: GGMLQuantizationType
+    embedding: GGMLQuantizationType
+    file_type: LlamaFileType
+
+    def wanted(self, kind: Kind) -> GGMLQuantizationType:
+        large = {Kind.EXPERTS: self.experts, Kind.ATTENTION: self.attention, Kind.EMBEDDING: self.embedding}
+        return large.get(kind, _Q.F32)
+
+
+_F = LlamaFileType
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("q4_k", _Q.Q4_K, _Q.Q8_0, _Q.Q6_K, _F.MOSTLY_Q4_K_M),
+        Recipe("q4_0", _Q.Q4_0, _Q.Q8_0, _Q.Q6_K, _F.MOSTLY_Q4_0),
+        Recipe("iq4_xs", _Q.IQ4_XS, _Q.Q8_0, _Q.Q6_K, _F.MOSTLY_IQ4_XS),
+        Recipe("mxfp4", _Q.MXFP4, _Q.Q8_0, _Q.Q6_K, _F.MOSTLY_MXFP4_MOE),
+        Recipe("q8_0", _Q.Q8_0, _Q.Q8_0, _Q.F32, _F.MOSTLY_Q8_0),
+        Recipe("bf16", _Q.BF16, _Q.BF16, _Q.BF16, _F.MOSTLY_BF16),
+        Recipe("f32", _Q.F32, _Q.F32, _Q.F32, _F.ALL_F32),
+    )
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name, in any case. Raises OptionError."""
+    try:
+        return RECIPES[name.lower()]
+    except KeyError:
+        raise OptionError(f"no type {name!r}: choose one of {', '.join(RECIPES)}") from None
+
+
+def choose_type(recipe: Recipe, kind: Kind, row: int) -> GGMLQuantizationType:
+    """The type for rows of `row` weights: the recipe's, or what llama-quantize falls back to where blocks do not
+    fit.
+    """
+    wanted = recipe.wanted(kind)
+    for candidate in (wanted, _FALLBACKS.get(wanted, wanted)):
+        if row % GGML_QUANT_SIZES[candidate][0] == 0:
+            return candidate
+    return _Q.F16

@@ -1,0 +1,220 @@
+"""Checks a GGUF against its own hashes, or against the checkpoint it was packed from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from grok_local import ggml, gguf_file
+from grok_local.errors import GGUFError, VerifyError
+from grok_local.gguf_file import Header, Tensor
+from grok_local.quantize.checkpoint import open_checkpoint
+from grok_local.quantize.layout import KEYS, PIECE_WEIGHTS, Piece, PlannedTensor, piece_rows, plan_tensors
+from grok_local.quantize.packing import BLOCK_ROWS, Workspace, pack_piece, read_slab, slab_bytes, weights_of
+from grok_local.quantize.pool import Progress, slabs
+from grok_local.quantize.recipe import RECIPES
+
+__all__ = ["TensorCheck", "VerifyReport", "verify"]
+
+_SLAB = 256_000_000  # bytes
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """A tensor's verdict. The errors are of its weights against int8 x scale in float32; None without a checkpoint."""
+
+    name: str
+    type: str
+    problem: str | None
+    relative_rms: float | None = None
+    max_error: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every weight is, bit for bit, what the release says."""
+        return self.max_error == 0
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`problems` is empty when all is well."""
+
+    path: Path
+    tensors: tuple[TensorCheck, ...]
+    hashed: bool  # whether the file has hashes to check
+    problems: tuple[str, ...]
+
+
+def verify(path: Path, against: Path | None = None, *, progress: Report | None = None) -> VerifyReport:
+    """Check structure and stored hashes, or re-pack `against` and compare every byte.
+
+    Raises GGUFError where the file cannot be read as a GGUF at all, CheckpointError for the checkpoint, VerifyError
+    where they have different tensors.
+    """
+    headers = gguf_file.read_model(path)
+    total = sum(len(header.tensors) for header in headers)
+    promised = headers[0].metadata.get("split.tensors.count", total)
+    problems = [] if promised == total else [f"{path}: has {total} tensors, and says it has {promised}"]
+    checks = _against(headers, against, progress) if against else _by_hash(headers, progress)
+    problems += [f"{check.name}: {check.problem}" for check in checks if check.problem]
+    hashed = all(KEYS.TENSOR_HASHES in header.metadata for header in headers)
+    return VerifyReport(path, tuple(checks), hashed, tuple(problems))
+
+
+def _by_hash(headers: list[Header], progress: Report | None) -> list[TensorCheck]:
+    """Hash every tensor that has a hash."""
+    work = [pair for header in headers for pair in _with_hashes(header)]
+    total = sum(tensor.nbytes for tensor, _ in work)
+    checks, done = [], 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (tensor, _), problem in zip(work, pool.map(_check_hash, work), strict=True):
+            checks.append(TensorCheck(tensor.name, tensor.type.name, problem))
+            done += tensor.nbytes
+            if progress:
+                progress(Progress("check", done, total, tensor.name, done, 0))
+    return checks
+
+
+def _with_hashes(header: Header) -> list[tuple[Tensor, str | None]]:
+    hashes = header.metadata.get(KEYS.TENSOR_HASHES)
+    if hashes is None:
+        return [(tensor, None) for tensor in header.tensors]
+    if len(hashes) != len(header.tensors) or header.metadata.get(KEYS.PIECE_WEIGHTS) != PIECE_WEIGHTS:
+        raise GGUFError(f"{header.path}: damaged: its hashes do not belong to its tensors")
+    return list(zip(header.tensors, hashes, strict=True))
+
+
+def _check_hash(work: tuple[Tensor, str | None]) -> str | None:
+    tensor, expected = work
+    if expected is None:
+        return None
+    digest = hashlib.sha256()
+    with tensor.path.open("rb", buffering=0) as file:
+        for offset, size in _piece_spans(tensor):
+            file.seek(offset)
+            digest.update(hashlib.sha256(file.read(size)).digest())
+    return None if digest.hexdigest() == expected else "its bytes do not have the stored hash: the file is damaged"
+
+
+def _piece_spans(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    experts, rows, width = (1, 1, *tensor.shape)[-3:]
+    row_bytes = ggml.bytes_per_row(tensor.type, width)
+    for expert in range(experts):
+        for start in range(0, rows, piece_rows(width)):
+            stop = min(start + piece_rows(width), rows)
+            yield tensor.offset + (expert * rows + start) * row_bytes, (stop - start) * row_bytes
+
+
+def _against(headers: list[Header], checkpoint: Path, progress: Report | None) -> list[TensorCheck]:
+    """Pack every tensor again and compare."""
+    pairs = _match(headers, checkpoint)
+    sums = {planned.name: _Sums() for planned, _ in pairs}
+    pieces = [piece for planned, _ in pairs for piece in _pieces(planned)]
+    total, done = sum(piece.weights for piece in pieces), 0
+    memory = np.empty(max(_SLAB, *(slab_bytes(p.tensor, p.rows) for p in pieces)), np.uint8)
+    files = {planned.name: tensor for planned, tensor in pairs}
+    compare = _Comparison(files)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for run in slabs(pieces, _SLAB):
+            slab = read_slab(run, memory)
+            for piece, result in zip(run, pool.map(lambda p, s=slab: compare(p, s), run), strict=True):
+                sums[piece.tensor.name].add(result)
+                done += piece.weights
+                if progress:
+                    progress(Progress("check", done, total, piece.tensor.name, done, 0))
+    return [sums[planned.name].verdict(tensor) for planned, tensor in pairs]
+
+
+def _match(headers: list[Header], path: Path) -> list[tuple[PlannedTensor, Tensor]]:
+    """Pairs of what the checkpoint calls for and what the file has, of the file's types. Raises VerifyError."""
+    checkpoint = open_checkpoint(path)
+    recipe = RECIPES["f32"]  # only names and shapes matter; types are the file's
+    planned = {tensor.name: tensor for tensor in plan_tensors(checkpoint, recipe)}
+    present = {tensor.name: tensor for header in headers for tensor in header.tensors}
+    problems = [f"{name}: in the checkpoint, but not in the GGUF" for name in planned.keys() - present.keys()]
+    problems += [f"{name}: in the GGUF, but not in the checkpoint" for name in present.keys() - planned.keys()]
+    problems += [
+        f"{name}: has shape {list(present[name].shape)} where the checkpoint calls for {list(tensor.shape)}"
+        for name, tensor in planned.items()
+        if name in present and present[name].shape != tensor.shape
+    ]
+    if problems:
+        raise VerifyError(sorted(problems))
+    return [(replace(planned[n], type=t.type, wanted=t.type, offset=t.offset), t) for n, t in present.items()]
+
+
+def _pieces(tensor: PlannedTensor) -> Iterator[Piece]:
+    step = piece_rows(tensor.width)
+    for expert in range(tensor.experts):
+        for start in range(0, tensor.rows, step):
+            yield Piece(0, tensor, expert, start, min(start + step, tensor.rows))
+
+
+@dataclass
+class _Sums:
+    """Collects a tensor's errors over its pieces."""
+
+    same: bool = True
+    error: float = 0.0
+    power: float = 0.0
+    largest: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        self.same &= other.same
+        self.error += other.error
+        self.power += other.power
+        self.largest = max(self.largest, other.largest)
+
+    def verdict(self, tensor: Tensor) -> TensorCheck:
+        relative = math.sqrt(self.error / self.power) if self.power else 0.0
+        problem = None if self.same else "its bytes are not those that packing the checkpoint gives"
+        return TensorCheck(tensor.name, tensor.type.name, problem, relative, self.largest)
+
+
+class _Comparison:
+    """Compares a piece of the file with the checkpoint's."""
+
+    def __init__(self, files: dict[str, Tensor]) -> None:
+        self._files = files
+        self._workspace = Workspace()
+
+    def __call__(self, piece: Piece, slab: Any) -> _Sums:
+        stored = self._read(piece)
+        sums = _Sums(same=bool(np.array_equal(pack_piece(piece, slab, self._workspace), stored)))
+        row_bytes = piece.tensor.row_bytes
+        for start in range(piece.start, piece.stop, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, piece.stop)
+            truth = weights_of(piece, slab, start, stop, self._workspace)
+            unpacked = self._workspace.array("unpacked", truth.shape, np.float32)
+            span = stored[(start - piece.start) * row_bytes : (stop - piece.start) * row_bytes]
+            ggml.dequantize(piece.tensor.type, span, unpacked)
+            sums.add(_errors(unpacked, truth))
+        return sums
+
+    def _read(self, piece: Piece) -> npt.NDArray[np.uint8]:
+        stored: npt.NDArray[np.uint8] = self._workspace.array("stored", (piece.nbytes,), np.uint8)
+        with self._files[piece.tensor.name].path.open("rb", buffering=0) as file:
+            file.seek(piece.offset)
+            if file.readinto(memoryview(stored)) != piece.nbytes:
+                raise GGUFError(f"{file.name}: became shorter while it was read")
+        return stored
+
+
+def _errors(unpacked: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> _Sums:
+    np.subtract(unpacked, truth, out=unpacked)
+    error = float(np.vdot(unpacked, unpacked))
+    largest = float(max(unpacked.max(initial=0), -unpacked.min(initial=0)))
+    if not math.isfinite(error):
+        largest = math.inf
+    return _Sums(error=error, power=float(np.vdot(truth, truth)), largest=largest)

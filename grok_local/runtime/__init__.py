@@ -1,0 +1,1 @@
+"""A GGUF -> text: engine, sampling, chat."""

@@ -1,0 +1,266 @@
+"""llama.cpp's model and context behind a small API, on the low-level binding.
+
+Weights are mapped, not copied, and llama.cpp's extra buffer types stay off: with them its AMX path crashes in builds by
+GCC 12. The KV cache holds one sequence, and `Engine.cached` says which tokens are in it, so that a prompt that begins
+as the last one did only costs its new tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import psutil
+from gguf.constants import GGMLQuantizationType
+
+from grok_local import gguf_file
+from grok_local.errors import ContextError, ModelError, OptionError
+
+__all__ = ["KV_TYPES", "Engine"]
+
+KV_TYPES = {
+    kind.name.lower(): kind for kind in (GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F32)
+}
+_DEFAULT_CONTEXT = 8192
+_BATCH = 512  # tokens evaluated at once
+_ABORTED = 2  # llama_decode's answer when the abort callback said so
+
+_log: list[str] = []
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _collect_log(level: int, text: bytes, _: Any) -> None:
+    # Kept for error messages; llama.cpp itself only ever says that loading failed.
+    if level >= 3 and text.strip():  # warnings and errors
+        _log.append(text.decode("utf-8", "replace").strip())
+        del _log[:-20]
+
+
+class Engine:
+    """A loaded model with one sequence. Not thread-safe. Raises ModelError, GGUFError or OptionError from its
+    constructor.
+    """
+
+    def __init__(self, path: Path, *, context: int | None, threads: int | None, kv_type: str, gpu_layers: int) -> None:
+        self._model = self._context = None
+        self.interrupted = False
+        self.cached: list[int] = []
+        if kv_type not in KV_TYPES:
+            raise OptionError(f"KV cache type {kv_type!r}: choose one of {', '.join(KV_TYPES)}")
+        if (context is not None and context < 1) or (threads is not None and threads < 1):
+            raise OptionError("context and threads must be at least 1")
+        self.headers = gguf_file.read_model(path)
+        llama_cpp.llama_log_set(_collect_log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self._model = self._load(gguf_file.first_part(path), gpu_layers)
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        trained = int(llama_cpp.llama_model_n_ctx_train(self._model))
+        self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
+        self._context = self._new_context(context or min(_DEFAULT_CONTEXT, trained), threads, KV_TYPES[kv_type])
+        self.context_size = int(llama_cpp.llama_n_ctx(self._context))
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+
+    def _load(self, path: Path, gpu_layers: int) -> Any:
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+        params.use_extra_bufts = False
+        _log.clear()
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not model:
+            raise ModelError(f"{path}: llama.cpp cannot load it: {_reason()}")
+        return model
+
+    def _new_context(self, size: int, threads: int | None, kv_type: int) -> Any:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = size
+        params.n_batch = params.n_ubatch = _BATCH
+        params.n_threads = params.n_threads_batch = threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        params.type_k = params.type_v = kv_type
+        params.abort_callback = self._abort
+        params.no_perf = True
+        _log.clear()
+        context = llama_cpp.llama_init_from_model(self._model, params)
+        if not context:
+            raise ModelError(f"llama.cpp cannot make a context of {size} tokens: {_reason()}; try a smaller --context")
+        return context
+
+    def close(self) -> None:
+        """Free everything; the engine is unusable afterwards."""
+        if self._context:
+            llama_cpp.llama_batch_free(self._batch)
+            llama_cpp.llama_free(self._context)
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+        self._context = self._model = None
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The GGUF's metadata."""
+        return self.headers[0].metadata
+
+    def tokenize(self, text: str, *, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Ids of `text`, after BOS where the model wants one. `special`: text may name control tokens."""
+        self._open()
+        data = text.encode("utf-8", "surrogatepass")
+        ids = (llama_cpp.llama_token * (len(data) + 8))()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, len(ids), add_bos, special)
+        if count < 0:
+            raise ModelError(f"llama.cpp cannot tokenize {len(data)} bytes of text")
+        return list(ids[:count])
+
+    def continue_ids(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text` as the continuation of other text: without BOS, and without the space SPM puts before a
+        text.
+        """
+        if llama_cpp.llama_vocab_type(self._vocab) != llama_cpp.LLAMA_VOCAB_TYPE_SPM:
+            return self.tokenize(text, add_bos=False, special=special)
+        # No piece of such a vocabulary joins a digit to what follows.
+        lead = self.tokenize("0", add_bos=False)
+        ids = self.tokenize("0" + text, add_bos=False, special=special)
+        return ids[len(lead) :] if ids[: len(lead)] == lead else self.tokenize(text, add_bos=False, special=special)
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The token's bytes; a control token has none, or with `special` its name."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            used = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            if used >= 0:
+                return buffer.raw[:used]
+            size = -used
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; the inverse of `tokenize`. Raises OptionError for ids the vocabulary does not have."""
+        self._open()
+        self._check_ids(ids)
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        size = 16 + 16 * len(ids)
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            used = llama_cpp.llama_detokenize(self._vocab, tokens, len(ids), buffer, size, False, True)
+            if used >= 0:
+                return buffer.raw[:used].decode("utf-8", "replace")
+            size = -used
+
+    @property
+    def bos(self) -> int:
+        """The BOS token's id, or -1."""
+        return int(llama_cpp.llama_vocab_bos(self._vocab))
+
+    def special_text(self, name: str) -> str:
+        """The text of the token that the metadata names as `name` ("bos", "eos"); empty if there is none."""
+        token = self.metadata.get(f"tokenizer.ggml.{name}_token_id", -1)
+        known = 0 <= token < self.vocabulary
+        return self.piece(token, special=True).decode("utf-8", "replace") if known else ""
+
+    def is_end(self, token: int) -> bool:
+        """Whether the model says with it that the text is over."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+    def evaluate(self, ids: Sequence[int]) -> int:
+        """Make the KV cache hold exactly `ids`, with the last one's logits ready. Returns how many had to be evaluated.
+
+        Stops early, with `interrupted` set and the cache at what was done, when `interrupt` was called. Raises
+        ContextError when they do not fit.
+        """
+        self._open()
+        if not ids:
+            raise ContextError("the prompt is empty: there is nothing to continue")
+        if len(ids) > self.context_size:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or give --context"
+            )
+        self._truncate(min(_common_prefix(self.cached, ids), len(ids) - 1))
+        return self.extend(ids[len(self.cached) :])
+
+    def extend(self, ids: Sequence[int]) -> int:
+        """Evaluate `ids` after what the cache holds; they must fit. Returns how many were, fewer than all if
+        interrupted.
+        """
+        before = len(self.cached)
+        for start in range(0, len(ids), _BATCH):
+            if not self._decode(ids[start : start + _BATCH], logits="last"):
+                break
+        return len(self.cached) - before
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """float32 [len(ids), vocabulary]: the logits after each of `ids`, from an empty cache."""
+        self._open()
+        self._check_ids(ids)
+        if len(ids) > self.context_size:
+            raise ContextError(f"{len(ids)} tokens do not fit the context of {self.context_size}: give a larger one")
+        out = np.empty((len(ids), self.vocabulary), np.float32)
+        self._truncate(0)
+        for start in range(0, len(ids), _BATCH):
+            chunk = ids[start : start + _BATCH]
+            if not self._decode(chunk, logits="all"):
+                raise ModelError("interrupted")
+            computed = llama_cpp.llama_get_logits(self._context)
+            out[start : start + len(chunk)] = np.ctypeslib.as_array(computed, (len(chunk), self.vocabulary))
+        return out
+
+    def sample(self, chain: Any) -> int:
+        """The chain's choice after the last evaluated token; the chain remembers it."""
+        return int(llama_cpp.llama_sampler_sample(chain, self._context, -1))
+
+    def interrupt(self) -> None:
+        """End the evaluation that is under way as soon as llama.cpp looks; from a signal handler or another thread."""
+        self.interrupted = True
+
+    def _should_abort(self, _: Any) -> bool:
+        # Called for every node of the graph; Python handles pending signals on the way.
+        return self.interrupted
+
+    def _truncate(self, length: int) -> None:
+        if length < len(self.cached):
+            if not llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1):
+                # Recurrent models cannot forget a part.
+                llama_cpp.llama_memory_clear(self._memory, True)
+                length = 0
+            del self.cached[length:]
+
+    def _decode(self, ids: Sequence[int], *, logits: str) -> bool:
+        """Evaluate `ids` after the cached ones. False if interrupted."""
+        batch, start = self._batch, len(self.cached)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i] = token
+            batch.pos[i] = start + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = logits == "all" or i == len(ids) - 1
+        _log.clear()
+        status = llama_cpp.llama_decode(self._context, batch)
+        if status == 0:
+            self.cached += ids
+            return True
+        llama_cpp.llama_memory_seq_rm(self._memory, 0, start, -1)
+        if status == _ABORTED:
+            return False
+        raise ModelError(f"llama.cpp failed to evaluate {len(ids)} tokens (status {status}): {_reason()}")
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        bad = [token for token in ids if not 0 <= token < self.vocabulary]
+        if bad:
+            raise OptionError(f"token {bad[0]} is not in the vocabulary of {self.vocabulary}")
+
+    def _open(self) -> None:
+        if not self._context:
+            raise ModelError("the model is closed")
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _reason() -> str:
+    return _log[-1] if _log else "it gives no reason"

@@ -1,0 +1,241 @@
+"""The public face of a loaded model: tokenize, score, generate, chat."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from grok_local.errors import ContextError, OptionError
+from grok_local.runtime.chat import Conversation, Message
+from grok_local.runtime.engine import Engine
+from grok_local.runtime.sampling import PENALTY_WINDOW, Sampling, sampler
+from grok_local.runtime.text import TextStream
+
+__all__ = ["Model", "Reply", "Stats", "load"]
+
+FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+@dataclass
+class Stats:
+    """What an answer took. Prompt tokens that were in the KV cache already are `cached_tokens`."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    evaluated_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+
+    @property
+    def prompt_speed(self) -> float:
+        """Prompt tokens evaluated per second."""
+        return self.evaluated_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def generation_speed(self) -> float:
+        """Tokens generated per second."""
+        return self.generated_tokens / self.generation_seconds if self.generation_seconds else 0.0
+
+
+class Reply(Iterator[str]):
+    """Streams an answer's text; nothing is computed before the first `next`.
+
+    When it has ended, `text` is all of it, `tokens` its ids, `stats` what it took, and `finish_reason` why it ended:
+    "stop" (the model's end token or a stop string), "length" (max_tokens), "context" (full), or "interrupted".
+    """
+
+    def __init__(
+        self, engine: Engine, ids: Sequence[int], *, sampling: Sampling, max_tokens: int | None, stop: Sequence[str]
+    ) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise OptionError(f"max_tokens {max_tokens}: must be at least 1")
+        self.prompt = tuple(ids)
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stats = Stats(prompt_tokens=len(ids))
+        self.finish_reason: FinishReason | None = None
+        self._engine = engine
+        self._limit = min(max_tokens or engine.context_size, engine.context_size - len(ids) + 1)
+        self._limited_by: FinishReason = "length" if self._limit == max_tokens else "context"
+        self._stream = TextStream(stop)
+        self._pieces = self._run(sampling)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _run(self, sampling: Sampling) -> Iterator[str]:
+        if not self._evaluate_prompt():
+            self.finish_reason = "interrupted"
+            return
+        started = time.monotonic()
+        with sampler(sampling, self._engine.vocabulary) as chain:
+            for token in self.prompt[-PENALTY_WINDOW:]:
+                llama_cpp.llama_sampler_accept(chain, token)
+            while self.finish_reason is None:
+                text = self._next_piece(chain)
+                self.stats.generation_seconds = time.monotonic() - started
+                if text:
+                    self.text += text
+                    yield text
+
+    def _evaluate_prompt(self) -> bool:
+        started = time.monotonic()
+        self._engine.interrupted = False
+        self.stats.evaluated_tokens = self._engine.evaluate(self.prompt)
+        self.stats.prompt_seconds = time.monotonic() - started
+        self.stats.cached_tokens = len(self._engine.cached) - self.stats.evaluated_tokens
+        return not self._engine.interrupted
+
+    def _next_piece(self, chain: Any) -> str:
+        """Sample a token and return the text that may be shown; sets `finish_reason` at the end."""
+        token = self._engine.sample(chain)
+        if self._engine.is_end(token):
+            self.finish_reason = "stop"
+            return self._stream.flush()
+        self.tokens.append(token)
+        self.stats.generated_tokens += 1
+        text = self._stream.push(self._engine.piece(token))
+        if self._stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self._limit:
+            self.finish_reason = self._limited_by
+        elif self._engine.interrupted or not self._engine.extend([token]):
+            self.finish_reason = "interrupted"
+        return text + self._stream.flush() if self.finish_reason else text
+
+
+class ChatReply(Reply):
+    """A reply in a conversation: without white space at its start; remembered, so that the next turn costs only
+    its own tokens.
+    """
+
+    def __init__(self, conversation: Conversation, ids: Sequence[int], *, dropped: int, **options: Any) -> None:
+        super().__init__(conversation.engine, ids, **options)
+        self.dropped_messages = dropped  # of the conversation's oldest, to make room
+        self._conversation = conversation
+
+    def _run(self, sampling: Sampling) -> Iterator[str]:
+        try:
+            yield from super()._run(sampling)
+        finally:
+            self._conversation.remember(self.tokens, self.text)
+
+    def _next_piece(self, chain: Any) -> str:
+        text = super()._next_piece(chain)
+        return text if self.text else text.lstrip()
+
+
+class Model:
+    """A GGUF, loaded. A context manager; not thread-safe."""
+
+    def __init__(self, path: Path, engine: Engine) -> None:
+        self.path = path
+        self.engine = engine
+        self._conversation = Conversation(engine)
+
+    @property
+    def context_size(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.engine.context_size
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The GGUF's metadata."""
+        return self.engine.metadata
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of `text`, with BOS where the model wants one (no Grok does)."""
+        return self.engine.tokenize(text)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of `ids`. Raises OptionError for ids outside the vocabulary."""
+        return self.engine.detokenize(ids)
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """float32 [len(ids), vocabulary]: the logits after each position. Raises ContextError, OptionError."""
+        return self.engine.logits(ids)
+
+    def generate(
+        self, prompt: str, *, max_tokens: int | None = None, stop: str | Sequence[str] = (), **sampling: Any
+    ) -> Reply:
+        """Continue `prompt`; iterate over the result for the text. `sampling`: the fields of `Sampling`.
+
+        Raises ContextError if the prompt does not fit, OptionError for values out of range, TypeError for unknown
+        names.
+        """
+        ids = self.engine.tokenize(prompt)
+        self._check_room(ids)
+        options = Sampling(**sampling)
+        return Reply(self.engine, ids, sampling=options, max_tokens=max_tokens, stop=_as_list(stop))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> ChatReply:
+        """Answer the last of `messages` ({"role": "system" | "user" | "assistant", "content": text}).
+
+        A GGUF with a chat template uses it; a base model, as Grok-1 is, gets a transcript to continue. Of a
+        conversation that goes on, only the new tokens are evaluated. When the context is full the oldest turns are
+        left out, and `dropped_messages` says how many. Raises as `generate` does.
+        """
+        options = Sampling(**sampling)
+        ids, dropped = self._conversation.prompt(messages, reserve=max_tokens)
+        stops = [*self._conversation.layout.stop, *_as_list(stop)]
+        return ChatReply(self._conversation, ids, dropped=dropped, sampling=options, max_tokens=max_tokens, stop=stops)
+
+    def interrupt(self) -> None:
+        """End the answer under way; from a signal handler or another thread."""
+        self.engine.interrupt()
+
+    def close(self) -> None:
+        """Free the model; safe to call twice."""
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_room(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise ContextError("the prompt is empty: there is nothing to continue")
+        if len(ids) > self.context_size:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or give --context"
+            )
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    kv_type: str = "f16",
+    gpu_layers: int = 0,
+) -> Model:
+    """Load a GGUF (any part of a split one), its weights mapped.
+
+    `context`: tokens, by default the model's own and at most 8192. `threads`: by default one per physical core.
+    `kv_type`: f16, bf16 or f32. `gpu_layers`: layers to put on the GPU, for a llama.cpp built with one. Raises
+    GGUFError, ModelError or OptionError.
+    """
+    engine = Engine(Path(path), context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers)
+    return Model(Path(path), engine)
+
+
+def _as_list(stop: str | Sequence[str]) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop)

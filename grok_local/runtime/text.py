@@ -1,0 +1,46 @@
+"""From token bytes to text that can be shown: whole characters only, and never a part of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+__all__ = ["TextStream"]
+
+
+class TextStream:
+    """Decodes UTF-8 piece by piece and ends at the first stop string.
+
+    `push` and `flush` return text that is safe to show: what might still become a stop string is held back.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, data: bytes) -> str:
+        """Add a token's bytes. After a stop string, `stopped` is true and nothing more comes."""
+        return self._release(self._decoder.decode(data), final=False)
+
+    def flush(self) -> str:
+        """The rest, when no more tokens come."""
+        return self._release(self._decoder.decode(b"", final=True), final=True)
+
+    def _release(self, text: str, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        self.stopped = bool(ends)
+        keep = min(ends) if ends else len(text) if final else len(text) - self._undecided(text)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def _undecided(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string starts with."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        return next(
+            (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0
+        )

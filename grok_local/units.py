@@ -1,0 +1,30 @@
+"""Sizes as people write them: G = 10^9, Gi = 2^30 bytes."""
+
+from __future__ import annotations
+
+import re
+
+from grok_local.errors import OptionError
+
+__all__ = ["format_bytes", "parse_size"]
+
+_FACTORS = {"": 1, **{unit: 1000 ** (i + 1) for i, unit in enumerate("KMGT")}}
+_FACTORS |= {unit + "i": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes meant by "4G", "1.5Gi", "500M" or a plain number. Raises OptionError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTmgt]?i?)[bB]?\s*", str(text))
+    unit = match and match[2][:1].upper() + match[2][1:]
+    if not match or unit not in _FACTORS:
+        raise OptionError(f"{text!r} is not a size: write 4G (10^9 bytes) or 4Gi (2^30), for example")
+    return int(float(match[1]) * _FACTORS[unit])
+
+
+def format_bytes(count: float) -> str:
+    """Decimal units, three figures: 1.61 GB."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while abs(count) >= 999.5 and len(units) > 1:
+        count /= 1000
+        del units[0]
+    return f"{count:.3g} {units[0]}"
