@@ -3,15 +3,17 @@
 The release stores weights [in, out], GGUF rows are [out, in], so every weight is transposed, and that decides the
 speed of the cheap types. What measured fastest (numpy alone copies a transposed int8 matrix at 0.1 GB/s):
  * a slab's rows are 64 bytes apart from a power of two, or each column of a tile would land in the same cache set;
- * words of eight columns are transposed first, in tiles of 512 rows, then the bytes inside them: 2.5 x byte by byte.
+ * words of eight columns are transposed first, in tiles of 512 rows, then the bytes inside them: 2.5 x byte by byte;
+ * floats are made and packed a few rows at a time, so that they never leave the core's cache.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,18 +24,21 @@ from grok_local import ggml
 from grok_local.errors import CheckpointError
 from grok_local.quantize.checkpoint import SourceTensor, read_scales
 from grok_local.quantize.layout import Piece, PlannedTensor
+from grok_local.quantize.output import aligned_empty
 
-__all__ = ["BLOCK_ROWS", "Slab", "Workspace", "pack_piece", "read_slab", "slab_bytes", "weights_of"]
+__all__ = ["Slab", "Workspace", "pack_piece", "read_slab", "slab_bytes", "weights_of"]
 
-BLOCK_ROWS = 128
 _PITCH_PADDING = 64  # bytes
 _TILE_ROWS = 512
 _WORD = 8  # int8 columns in a 64-bit word
+_WORD_COLUMNS = 128
+_BLOCK_WEIGHTS = 1 << 19
 _F16_MAX = 65504.0
 _BATCH = 1000  # buffers in one preadv; Linux takes 1024
 
 _Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("weights", "i1", 32)])
-_QUANTIZED_FLOATS = {GGMLQuantizationType.F32, GGMLQuantizationType.BF16}
+# The largest weight a type can hold; the others have half-precision scales.
+_LIMITS = dict.fromkeys((GGMLQuantizationType.F32, GGMLQuantizationType.BF16), float(np.finfo(np.float32).max))
 
 Floats = npt.NDArray[np.float32]
 
@@ -49,9 +54,7 @@ class Slab:
     values: npt.NDArray[Any]
     scales: Floats | None
     start: int  # the row of the output that comes first
-
-    def columns(self, start: int, stop: int) -> slice:
-        return slice(start - self.start, stop - self.start)
+    bound: float  # no weight is larger; not a number if that is unknown
 
 
 class Workspace(threading.local):
@@ -62,16 +65,15 @@ class Workspace(threading.local):
 
     def array(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An uninitialised array; the same memory for every call with the same `name`."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         if name not in self._buffers or self._buffers[name].size < size:
-            self._buffers[name] = np.empty(size, np.uint8)
+            self._buffers[name] = aligned_empty(size)
         return self._buffers[name][:size].view(dtype).reshape(shape)
 
     @staticmethod
-    def nbytes(tensor: PlannedTensor, rows: int) -> int:
-        """What packing a piece of `rows` rows of `tensor` takes at most."""
-        block = BLOCK_ROWS * tensor.width
-        return block * (4 + 1 + 1) + rows * tensor.row_bytes
+    def nbytes(tensor: PlannedTensor) -> int:
+        """What it takes at most while rows of `tensor` are packed."""
+        return block_rows(tensor.width) * tensor.width * (4 + 1) + _WORD_COLUMNS * tensor.width
 
 
 def slab_bytes(tensor: PlannedTensor, rows: int) -> int:
@@ -105,7 +107,10 @@ def read_slab(pieces: list[Piece], memory: npt.NDArray[np.uint8]) -> Slab:
     )
     values = memory[: rows * pitch * dtype.itemsize].view(dtype).reshape(rows, pitch)[:, :columns]
     scales = _scales(tensor.source, expert)
-    return Slab(values, None if scales is None else np.ascontiguousarray(scales[:, start:stop]), start)
+    if scales is None:
+        return Slab(values, None, start, math.nan)
+    inside = np.ascontiguousarray(scales[:, start:stop])
+    return Slab(values, inside, start, 128 * float(np.abs(inside).max()))
 
 
 def _scales(source: SourceTensor, expert: int) -> Floats | None:
@@ -142,15 +147,13 @@ def _fill(fd: int, views: list[memoryview], offset: int) -> None:
             views[0] = views[0][read:]
 
 
-def pack_piece(piece: Piece, slab: Slab, workspace: Workspace) -> npt.NDArray[np.uint8]:
-    """The piece's bytes, in the workspace: valid until the thread packs its next piece. Raises CheckpointError."""
+def pack_piece(piece: Piece, slab: Slab, workspace: Workspace, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The piece's bytes, at the start of `memory`. Raises CheckpointError."""
     tensor = piece.tensor
-    out = workspace.array("out", (piece.rows, tensor.row_bytes), np.uint8)
-    for start in range(piece.start, piece.stop, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, piece.stop)
-        target = out[start - piece.start : stop - piece.start]
-        block = _Block(tensor, slab, slab.columns(start, stop), workspace)
-        exact = block.exact_rows if tensor.type == GGMLQuantizationType.Q8_0 else np.zeros(stop - start, bool)
+    out = memory[: piece.nbytes].reshape(piece.rows, tensor.row_bytes)
+    for block in _blocks(piece, slab, workspace):
+        target = out[block.start - piece.start : block.start - piece.start + block.rows]
+        exact = block.exact_rows() if tensor.type == GGMLQuantizationType.Q8_0 else np.zeros(block.rows, bool)
         if not exact.all():
             ggml.quantize_rows(tensor.type, block.checked_floats(), target)
         if exact.any():
@@ -158,53 +161,91 @@ def pack_piece(piece: Piece, slab: Slab, workspace: Workspace) -> npt.NDArray[np
     return out.reshape(-1)
 
 
-def weights_of(piece: Piece, slab: Slab, start: int, stop: int, workspace: Workspace) -> Floats:
-    """Rows [start, stop) of the piece's matrix in float32 [rows, in], at most BLOCK_ROWS of them: int8 times
-    scale, not rounded.
+def weights_of(piece: Piece, slab: Slab, workspace: Workspace) -> Iterator[tuple[int, Floats]]:
+    """The piece in float32, int8 times scale without rounding: (first row, [rows, in]) a few rows at a time.
+
+    Each array is valid until the next is asked for.
     """
-    return _Block(piece.tensor, slab, slab.columns(start, stop), workspace).floats
+    for block in _blocks(piece, slab, workspace):
+        yield block.start, block.floats()
+
+
+def _blocks(piece: Piece, slab: Slab, workspace: Workspace) -> Iterator[_Block]:
+    """Blocks whose floats stay in a core's cache, from words transposed 128 columns at a time."""
+    step = block_rows(piece.tensor.width)
+    for start in range(piece.start, piece.stop, _WORD_COLUMNS):
+        stop = min(start + _WORD_COLUMNS, piece.stop)
+        words = None
+        if slab.scales is not None and (stop - start) % _WORD == 0:
+            words = _transposed_words(slab.values[:, start - slab.start : stop - slab.start], workspace)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            inside = None if words is None else words[:, (first - start) // _WORD : (last - start) // _WORD]
+            yield _Block(piece.tensor, slab, first, last - first, inside, workspace)
+
+
+def block_rows(width: int) -> int:
+    """Rows that are dequantized and packed at once: about 2 MB of float32."""
+    rows = _WORD
+    while rows < _WORD_COLUMNS and rows * 2 * width <= _BLOCK_WEIGHTS:
+        rows *= 2
+    return rows
+
+
+def _transposed_words(columns: npt.NDArray[np.int8], workspace: Workspace) -> npt.NDArray[np.int64]:
+    """int64 [tiles, columns / 8, in / tiles]: words of eight columns each, from int8 [in, columns].
+
+    The tiles stand outermost, so that one call copies tile by tile; a call for each would fight for the interpreter's
+    lock.
+    """
+    width, count = len(columns), columns.shape[1] // _WORD
+    tiles = width // math.gcd(width, _TILE_ROWS)
+    words: npt.NDArray[np.int64] = workspace.array("words", (tiles, count, width // tiles), np.int64)
+    np.copyto(words, columns.view(np.int64).reshape(tiles, width // tiles, count).transpose(0, 2, 1))
+    return words
 
 
 @dataclass
 class _Block:
-    """Up to BLOCK_ROWS rows of the output, in the forms they pass through."""
+    """A few rows of the output from `start` on, in the forms they pass through.
+
+    Nothing is cached: before Python 3.12 a cached_property holds one lock for all instances, and the threads wait in
+    line.
+    """
 
     tensor: PlannedTensor
     slab: Slab
-    columns: slice
+    start: int
+    rows: int
+    words: npt.NDArray[np.int64] | None  # [tiles, rows / 8, in / tiles], where rows come in eights
     workspace: Workspace
 
     @property
-    def rows(self) -> int:
-        return int(self.columns.stop - self.columns.start)
+    def columns(self) -> slice:
+        """Where they are among the slab's columns."""
+        return slice(self.start - self.slab.start, self.start - self.slab.start + self.rows)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.tensor.width
 
-    @cached_property
     def integers(self) -> npt.NDArray[np.int8]:
         """int8 [rows, in]."""
         out = self.workspace.array("integers", self.shape, np.int8)
-        columns = self.slab.values[:, self.columns]  # [in, rows]
-        if self.rows % _WORD:
-            out[:] = columns.T
-            return out
-        words = self.workspace.array("words", (self.rows // _WORD, self.tensor.width), np.int64)
-        for k in range(0, self.tensor.width, _TILE_ROWS):
-            words[:, k : k + _TILE_ROWS] = columns[k : k + _TILE_ROWS].view(np.int64).T
-        bytes_of_words = words.view(np.int8).reshape(self.rows // _WORD, self.tensor.width, _WORD)
-        np.copyto(out.reshape(self.rows // _WORD, _WORD, self.tensor.width), bytes_of_words.transpose(0, 2, 1))
+        if self.words is None:
+            out[:] = self.slab.values[:, self.columns].T
+        else:
+            tiles, words, width = self.words.shape
+            inside = self.words.view(np.int8).reshape(tiles, words, width, _WORD)
+            np.copyto(out.reshape(words, _WORD, tiles, width), inside.transpose(1, 3, 0, 2))
         return out
 
-    @cached_property
     def scales(self) -> Floats:
         """float32 [G, rows]."""
         if self.slab.scales is None:
             raise AssertionError(f"{self.tensor.name} has no scales")
         return self.slab.scales[:, self.columns]
 
-    @cached_property
     def floats(self) -> Floats:
         """float32 [rows, in]."""
         out: Floats = self.workspace.array("floats", self.shape, np.float32)
@@ -213,41 +254,34 @@ class _Block:
                 out, self.slab.values[:, self.columns].T if self.tensor.transposed else self.slab.values[self.columns]
             )
             return out
-        np.copyto(out, self.integers)
-        groups = len(self.scales)
-        by_group = out.reshape(self.rows, groups, -1)
-        np.multiply(by_group, self.scales.T[:, :, None], out=by_group)
+        np.copyto(out, self.integers())  # a multiplication that converts as well is slower than the two
+        by_group = out.reshape(self.rows, len(self.slab.scales), -1)
+        np.multiply(by_group, self.slab.scales.T[self.columns, :, None], out=by_group)
         return out
 
     def checked_floats(self) -> Floats:
         """`floats`, once it is sure that the tensor's type can hold them."""
-        if self.slab.scales is None:
-            largest = np.abs(self.floats).max(initial=0)
-        else:
-            largest = 128 * np.abs(self.scales).max(initial=0)
-        if not largest <= _F16_MAX and self.tensor.type not in _QUANTIZED_FLOATS:
-            largest = np.abs(self.floats).max(initial=0)
-        limit = np.finfo(np.float32).max if self.tensor.type in _QUANTIZED_FLOATS else _F16_MAX
-        if not largest <= limit:
+        floats = self.floats()
+        limit = _LIMITS.get(self.tensor.type, _F16_MAX)
+        if not self.slab.bound <= limit and not (largest := np.abs(floats).max(initial=0)) <= limit:
             leaf = self.tensor.source.leaf
             advice = "" if np.isnan(largest) else ": use --type f32"
             found = f"{leaf.path} has weights of {largest:.3g}"
             raise CheckpointError(f"{leaf.file_name}: {found}, more than {self.tensor.type.name} can hold{advice}")
-        return self.floats
+        return floats
 
-    @cached_property
     def exact_rows(self) -> npt.NDArray[np.bool_]:
         """Bool [rows]: whose int8 values and scales a Q8_0 block holds as they are."""
-        if self.slab.scales is None or (self.tensor.width // len(self.scales)) % 32:
+        if self.slab.scales is None or (self.tensor.width // len(self.scales())) % 32:
             return np.zeros(self.rows, bool)
         with np.errstate(over="ignore"):
-            exact: npt.NDArray[np.bool_] = self.scales.astype(np.float16).astype(np.float32) == self.scales
+            exact: npt.NDArray[np.bool_] = self.scales().astype(np.float16).astype(np.float32) == self.scales()
         return np.asarray(exact.all(axis=0))
 
     def copy_q8_0(self, target: npt.NDArray[np.uint8], rows: npt.NDArray[np.bool_]) -> None:
         """Write the release's own int8 values, under its own scales, into `target` where `rows` is true."""
         blocks = target.view(_Q8_0_BLOCK)  # [rows, in / 32]
-        per_group = blocks.shape[1] // len(self.scales)
+        per_group = blocks.shape[1] // len(self.scales())
         chosen = slice(None) if rows.all() else rows
-        blocks["scale"][chosen] = np.repeat(self.scales.astype(np.float16).T[chosen], per_group, axis=1)
-        blocks["weights"][chosen] = self.integers[chosen].reshape(-1, blocks.shape[1], 32)
+        blocks["scale"][chosen] = np.repeat(self.scales().astype(np.float16).T[chosen], per_group, axis=1)
+        blocks["weights"][chosen] = self.integers()[chosen].reshape(-1, blocks.shape[1], 32)

@@ -1,13 +1,12 @@
 """Packs a plan's pieces with a pool of threads, within a memory budget.
 
-The calling thread reads slabs ahead into a few reused buffers; the workers pack, hash, write and journal the pieces
-of each.
+The calling thread reads slabs ahead, the workers pack and hash their pieces, and two more threads write and journal
+them: nobody waits for the disk while there is something to pack. Everything passes through a few reused buffers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +22,15 @@ from grok_local import units
 from grok_local.errors import OptionError
 from grok_local.quantize.journal import Journal
 from grok_local.quantize.layout import Piece, Plan, piece_rows
+from grok_local.quantize.output import PartFile, aligned_empty
 from grok_local.quantize.packing import Slab, Workspace, pack_piece, read_slab, slab_bytes
 
 __all__ = ["Budget", "Progress", "pack", "slabs", "source_stamp"]
 
 # The interpreter, numpy, the tokenizer and the header of 131,072 pieces, measured 210 MB; the rest is the allocator's.
 _FIXED_MEMORY = 350_000_000
-_BUFFERS = 2
+_SLABS = 2
+_WRITERS = 2
 
 
 @dataclass(frozen=True)
@@ -46,27 +47,28 @@ class Progress:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many threads, and how much memory for each of the slabs read ahead."""
+    """How many threads pack, and the bytes of each slab read ahead and of each packed piece."""
 
     threads: int
     slab: int
+    piece: int
 
     @classmethod
     def of(cls, memory: int, threads: int, plan: Plan) -> Budget:
         """What fits into `memory` bytes: fewer threads if need be. Raises OptionError below the least that works."""
         tensors = plan.tensors
-        workspace = max(Workspace.nbytes(t, min(piece_rows(t.width), t.rows)) for t in tensors)
+        piece = max(piece.nbytes for piece in plan.pieces)
         least = max(slab_bytes(t, min(piece_rows(t.width), t.rows)) for t in tensors)
         most = max(slab_bytes(t, t.rows) if t.transposed else least for t in tensors)
-        spare = memory - _FIXED_MEMORY - _BUFFERS * least
-        if spare < workspace:
-            needed = units.format_bytes(_FIXED_MEMORY + _BUFFERS * least + workspace)
-            raise OptionError(
-                f"--memory {units.format_bytes(memory)} is too little for this checkpoint: give {needed} or more"
-            )
-        threads = min(threads, spare // workspace)
-        slab = (memory - _FIXED_MEMORY - threads * workspace) // _BUFFERS
-        return cls(threads, min(slab, most))
+        per_thread = max(Workspace.nbytes(t) for t in tensors) + piece
+        fixed = _FIXED_MEMORY + _WRITERS * piece
+        spare = memory - fixed - _SLABS * least
+        if spare < per_thread:
+            needed = units.format_bytes(1.005 * (fixed + _SLABS * least + per_thread))
+            raise OptionError(f"--memory {units.format_bytes(memory)} is too little here: give {needed} or more")
+        threads = min(threads, spare // per_thread)
+        slab = (memory - fixed - threads * per_thread) // _SLABS
+        return cls(threads, min(slab, most), piece)
 
 
 def pack(
@@ -81,12 +83,8 @@ def pack(
     """Pack what the journal does not know yet. Returns the digests of all pieces, and how many were there already."""
     budget = Budget.of(memory, threads, plan)
     with ExitStack() as stack:
-        files = []
-        for path, part in zip(partials, plan.parts, strict=True):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            stack.callback(os.close, fd)
-            os.ftruncate(fd, part.size)
-            files.append(fd)
+        paired = zip(partials, plan.parts, strict=True)
+        files = [stack.enter_context(PartFile(path, part.size)) for path, part in paired]
         run = _Run(plan, files, journal, progress)
         resumed = run.check(budget.threads)
         run.pack(budget)
@@ -128,7 +126,7 @@ class _Run:
     """What the threads of one run share."""
 
     def __init__(
-        self, plan: Plan, files: list[int], journal: Journal, progress: Callable[[Progress], None] | None
+        self, plan: Plan, files: list[PartFile], journal: Journal, progress: Callable[[Progress], None] | None
     ) -> None:
         self.digests: dict[int, bytes] = {}
         self._plan = plan
@@ -140,7 +138,8 @@ class _Run:
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._workspace = Workspace()
-        self._free: queue.SimpleQueue[npt.NDArray[np.uint8]] = queue.SimpleQueue()
+        self._slabs: queue.SimpleQueue[npt.NDArray[np.uint8]] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[npt.NDArray[np.uint8]] = queue.SimpleQueue()
 
     def check(self, threads: int) -> int:
         """Take over the journal's pieces whose bytes are still right. Returns how many."""
@@ -161,63 +160,72 @@ class _Run:
         if entry.get("source") != source_stamp(piece):
             return None
         memory = self._workspace.array("out", (piece.nbytes,), np.uint8)
-        os.preadv(self._files[piece.tensor.part], [memory], piece.offset)
+        self._files[piece.tensor.part].read(memory, piece.offset)
         digest = hashlib.sha256(memory).digest()
         return digest if digest.hex() == entry.get("sha256") else None
 
     def pack(self, budget: Budget) -> None:
         """Pack every piece that has no digest yet. Raises the first failure, after the threads have stopped."""
         pending = [piece for piece in self._plan.pieces if piece.index not in self.digests]
-        for _ in range(_BUFFERS):
-            self._free.put(np.empty(budget.slab, np.uint8))
-        with ThreadPoolExecutor(budget.threads) as pool:
+        for _ in range(_SLABS):
+            self._slabs.put(np.empty(budget.slab, np.uint8))
+        for _ in range(budget.threads + _WRITERS):
+            self._outputs.put(aligned_empty(budget.piece))
+        # The packers are left first, so that the writers get all they packed.
+        with ThreadPoolExecutor(_WRITERS) as writers, ThreadPoolExecutor(budget.threads) as packers:
             try:
                 for pieces in slabs(pending, budget.slab):
-                    memory = self._free.get()
+                    memory = self._slabs.get()
                     if self._failure:
                         break
                     load = _Load(read_slab(pieces, memory), memory, len(pieces))
                     self._read += load.slab.values.nbytes
                     for piece in pieces:
-                        pool.submit(self._work, piece, load)
+                        packers.submit(self._pack_piece, piece, load, writers)
             except BaseException as error:
                 self._failure = self._failure or error
-                pool.shutdown(cancel_futures=True)
+                packers.shutdown(cancel_futures=True)
         if self._failure:
             raise self._failure
 
-    def _work(self, piece: Piece, load: _Load) -> None:
+    def _pack_piece(self, piece: Piece, load: _Load, writers: ThreadPoolExecutor) -> None:
+        output = self._outputs.get()
         try:
-            if not self._failure:
-                self._pack_piece(piece, load.slab)
+            if self._failure:
+                raise self._failure
+            stamp = source_stamp(piece)
+            packed = pack_piece(piece, load.slab, self._workspace, output)
+            writers.submit(self._store, piece, packed, hashlib.sha256(packed).digest(), stamp, output)
         except BaseException as error:
             self._failure = self._failure or error
+            self._outputs.put(output)
         with self._lock:
             load.left -= 1
-        if load.left == 0:
-            self._free.put(load.memory)
+            done = load.left == 0
+        if done:
+            self._slabs.put(load.memory)
 
-    def _pack_piece(self, piece: Piece, slab: Slab) -> None:
-        stamp = source_stamp(piece)
-        packed = pack_piece(piece, slab, self._workspace)
-        digest = hashlib.sha256(packed).digest()
-        _write(self._files[piece.tensor.part], packed, piece.offset)
-        self._journal.record(piece, digest, stamp)
-        with self._lock:
-            self.digests[piece.index] = digest
-            self._written += piece.nbytes
-            self._report("pack", piece)
+    def _store(
+        self,
+        piece: Piece,
+        packed: npt.NDArray[np.uint8],
+        digest: bytes,
+        stamp: list[int],
+        output: npt.NDArray[np.uint8],
+    ) -> None:
+        try:
+            self._files[piece.tensor.part].write(packed, piece.offset)
+            self._journal.record(piece, digest, stamp)
+            with self._lock:
+                self.digests[piece.index] = digest
+                self._written += piece.nbytes
+                self._report("pack", piece)
+        except BaseException as error:
+            self._failure = self._failure or error
+        self._outputs.put(output)
 
     def _report(self, phase: str, piece: Piece) -> None:
         self._done += piece.weights
         if self._progress:
             tensor = piece.tensor.name
             self._progress(Progress(phase, self._done, self._total, tensor, self._read, self._written))
-
-
-def _write(fd: int, data: npt.NDArray[np.uint8], offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        offset += written
-        view = view[written:]

@@ -19,7 +19,7 @@ from grok_local.errors import GGUFError, VerifyError
 from grok_local.gguf_file import Header, Tensor
 from grok_local.quantize.checkpoint import open_checkpoint
 from grok_local.quantize.layout import KEYS, PIECE_WEIGHTS, Piece, PlannedTensor, piece_rows, plan_tensors
-from grok_local.quantize.packing import BLOCK_ROWS, Workspace, pack_piece, read_slab, slab_bytes, weights_of
+from grok_local.quantize.packing import Workspace, pack_piece, read_slab, slab_bytes, weights_of
 from grok_local.quantize.pool import Progress, slabs
 from grok_local.quantize.recipe import RECIPES
 
@@ -191,13 +191,13 @@ class _Comparison:
 
     def __call__(self, piece: Piece, slab: Any) -> _Sums:
         stored = self._read(piece)
-        sums = _Sums(same=bool(np.array_equal(pack_piece(piece, slab, self._workspace), stored)))
+        packed = self._workspace.array("packed", (piece.nbytes,), np.uint8)
+        sums = _Sums(same=bool(np.array_equal(pack_piece(piece, slab, self._workspace, packed), stored)))
         row_bytes = piece.tensor.row_bytes
-        for start in range(piece.start, piece.stop, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, piece.stop)
-            truth = weights_of(piece, slab, start, stop, self._workspace)
+        for start, truth in weights_of(piece, slab, self._workspace):
             unpacked = self._workspace.array("unpacked", truth.shape, np.float32)
-            span = stored[(start - piece.start) * row_bytes : (stop - piece.start) * row_bytes]
+            first = start - piece.start
+            span = stored[first * row_bytes : (first + len(truth)) * row_bytes]
             ggml.dequantize(piece.tensor.type, span, unpacked)
             sums.add(_errors(unpacked, truth))
         return sums
