@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import grok_local
+from tests.checkpoints import REFERENCE, SMALL, Spec, write_checkpoint
+
+TOKENIZER = REFERENCE / "small-tokenizer.model"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing a test does may touch the user's models."""
+    monkeypatch.setenv("GROK_LOCAL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two layers, with its tokenizer. Not to be changed."""
+    return write_checkpoint(tmp_path_factory.mktemp("small"), SMALL, TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that the golden logits belong to."""
+    return write_checkpoint(tmp_path_factory.mktemp("golden"), Spec(), TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def packed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small`, packed to q4_k. Not to be changed."""
+    output = tmp_path_factory.mktemp("packed") / "small.gguf"
+    return grok_local.quantize_checkpoint(small, output).path
+
+
+@pytest.fixture
+def model(packed: Path) -> Iterator[grok_local.Model]:
+    with grok_local.load(packed, context=512, threads=2) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def run() -> Run:
+    """Runs grok-local as a process of its own: `run("verify", path, stdin="")`."""
+
+    def run(*arguments: object, stdin: str = "", **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "grok_local", *map(str, arguments)]
+        env = {**os.environ, "COLUMNS": "200"}
+        return subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=120, env=env, check=False, **options
+        )  # type: ignore[call-overload, no-any-return]
+
+    return run

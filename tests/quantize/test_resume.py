@@ -1,0 +1,167 @@
+"""Killed at any moment and started again, a run ends in the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import grok_local
+from grok_local.errors import OutputError
+from grok_local.quantize.output import PartFile
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _start(checkpoint: Path, output: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "grok_local", "quantize", str(checkpoint), "-o", str(output), *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+
+
+def _journal_lines(output: Path) -> int:
+    journal = output.with_name(output.name + ".journal")
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def _kill_after(process: subprocess.Popen[bytes], output: Path, lines: int) -> bool:
+    """Kill once the journal has `lines`; False if the run was faster."""
+    while process.poll() is None:
+        if _journal_lines(output) >= lines:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.001)
+    return False
+
+
+@pytest.mark.parametrize("threads", ["1", "4"])
+def test_killed_at_ten_moments(golden: Path, tmp_path: Path, threads: str) -> None:
+    straight, output = tmp_path / "straight" / "x.gguf", tmp_path / "killed" / "x.gguf"
+    grok_local.quantize_checkpoint(golden, straight, threads=3)
+    generator, kills, lines = random.Random(int(threads)), 0, 0
+    for _ in range(10):
+        lines = _journal_lines(output) + generator.randint(0, 60)
+        kills += _kill_after(_start(golden, output, "--threads", threads), output, lines)
+        if not output.exists():
+            assert [path.name for path in output.parent.glob("*.gguf")] == []
+    assert kills >= 5
+    assert _start(golden, output, "--threads", threads).wait() == 0
+    assert _sha256(output) == _sha256(straight)
+    assert [path.name for path in output.parent.iterdir()] == ["x.gguf"]
+
+
+@pytest.fixture
+def stopped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The name of an output whose run ended after 20 pieces."""
+    real, count = PartFile.write, [0]
+
+    def write(self: PartFile, data: Any, offset: int) -> None:
+        count[0] += 1
+        if count[0] > 20:
+            raise OSError("stop")
+        real(self, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFile, "write", write)
+        with pytest.raises(OutputError):
+            grok_local.quantize_checkpoint(small, tmp_path / "x.gguf")
+    return tmp_path / "x.gguf"
+
+
+def test_only_what_is_missing_is_packed_again(small: Path, stopped: Path, packed: Path) -> None:
+    assert grok_local.quantize_checkpoint(small, stopped).resumed_pieces == 20
+
+
+def test_a_torn_journal_line_and_lost_bytes_do_no_harm(small: Path, stopped: Path, tmp_path: Path) -> None:
+    journal, partial = stopped.with_name("x.gguf.journal"), stopped.with_name("x.gguf.partial")
+    with journal.open("ab") as file:
+        file.write(b'{"piece": 3, "sha')
+    with partial.open("r+b") as file:  # as after a power cut: journaled, but not on the disk
+        file.seek(partial.stat().st_size // 16)
+        file.write(bytes(200_000))
+    report = grok_local.quantize_checkpoint(small, stopped)
+    assert 0 < report.resumed_pieces < 20
+    straight = grok_local.quantize_checkpoint(small, tmp_path / "straight" / "x.gguf").path
+    assert _sha256(stopped) == _sha256(straight)
+
+
+def test_a_tensor_fetched_again_is_packed_again(small: Path, tmp_path: Path, stopped: Path) -> None:
+    source = small / "ckpt-0" / "tensor00002_000"
+    times = source.stat()
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000))
+    try:
+        assert grok_local.quantize_checkpoint(small, stopped).resumed_pieces < 20
+    finally:
+        os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_other_options_do_not_destroy_a_run(small: Path, stopped: Path) -> None:
+    with pytest.raises(OutputError, match="--force"):
+        grok_local.quantize_checkpoint(small, stopped, type="q4_0")
+    assert grok_local.quantize_checkpoint(small, stopped).resumed_pieces == 20
+    stopped.unlink()
+
+
+def test_force_starts_anew(small: Path, stopped: Path) -> None:
+    assert grok_local.quantize_checkpoint(small, stopped, type="q4_0", force=True).resumed_pieces == 0
+
+
+def test_two_runs_at_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = []
+
+    def second(_: object) -> None:
+        if not refused:
+            with pytest.raises(OutputError, match="another grok-local") as caught:
+                grok_local.quantize_checkpoint(small, tmp_path / "x.gguf")
+            refused.append(caught.value)
+
+    assert grok_local.quantize_checkpoint(small, tmp_path / "x.gguf", progress=second).path.exists()
+    assert refused
+
+
+def test_killed_between_the_parts_getting_their_names(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = grok_local.quantize_checkpoint(small, tmp_path / "a" / "x.gguf", split_size="1M")
+    real, count = Path.rename, [0]
+
+    def rename(self: Path, target: Any) -> Path:
+        count[0] += 1
+        if count[0] == 2:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            grok_local.quantize_checkpoint(small, tmp_path / "b" / "x.gguf", split_size="1M")
+    report = grok_local.quantize_checkpoint(small, tmp_path / "b" / "x.gguf", split_size="1M")
+    assert report.resumed_pieces > 0
+    assert list(map(_sha256, report.paths)) == list(map(_sha256, straight.paths))
+    assert len(list((tmp_path / "b").iterdir())) == len(report.paths)
+
+
+def test_the_journal_is_plain_json(stopped: Path) -> None:
+    lines = stopped.with_name("x.gguf.journal").read_text().splitlines()
+    assert len(json.loads(lines[0])["plan"]) == 64
+    assert all({"piece", "sha256", "source"} == json.loads(line).keys() for line in lines[1:])
+
+
+def test_nothing_is_left_of_a_shutil_copy(small: Path, tmp_path: Path) -> None:
+    """The same checkpoint elsewhere is the same checkpoint."""
+    output = tmp_path / "x.gguf"
+    grok_local.quantize_checkpoint(small, output)
+    copied = shutil.copytree(small, tmp_path / "copy")
+    assert grok_local.quantize_checkpoint(copied, output).unchanged
