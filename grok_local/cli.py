@@ -129,7 +129,10 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A GGUF, or a checkpoint's folder.")],
     as_json: Json = False,
 ) -> None:
-    """Show what is in a GGUF or in a checkpoint, without reading any weights."""
+    """Show what is in a GGUF or in a checkpoint, without reading any weights.
+
+    grok-local inspect ~/grok-1
+    """
     from grok_local import views
 
     if path.is_dir():
@@ -256,7 +259,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        app()
+        app(prog_name="grok-local")
     except GrokLocalError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)

@@ -45,7 +45,8 @@ class Repl:
             if text.startswith("/"):
                 self._command(text)
             elif text:
-                self._answer(text)
+                with interruptible(self.model):
+                    self._answer(text)
 
     def _greeting(self) -> str:
         name = self.model.metadata.get("general.name", self.model.path.name)
@@ -62,9 +63,8 @@ class Repl:
         if reply.dropped_messages > self._told_dropped:
             _say(f"(the context is full: the oldest {reply.dropped_messages} messages are left out from here on)")
         self._told_dropped = reply.dropped_messages
-        with interruptible(self.model):
-            for piece in reply:
-                print(piece, end="", flush=True)
+        for piece in reply:
+            print(piece, end="", flush=True)
         print(flush=True)
         self.turns += [question, {"role": "assistant", "content": reply.text}]
         self._replies.append(reply)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,11 +53,11 @@ def model(packed: Path) -> Iterator[grok_local.Model]:
 def run() -> Run:
     """Runs grok-local as a process of its own: `run("verify", path, stdin="")`."""
 
-    def run(*arguments: object, stdin: str = "", **options: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, stdin: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "grok_local", *map(str, arguments)]
         env = {**os.environ, "COLUMNS": "200"}
         return subprocess.run(
             command, input=stdin, capture_output=True, text=True, timeout=120, env=env, check=False, **options
-        )  # type: ignore[call-overload, no-any-return]
+        )
 
     return run

@@ -90,7 +90,11 @@ def _with_hashes(header: Header) -> list[tuple[Tensor, str | None]]:
     hashes = header.metadata.get(KEYS.TENSOR_HASHES)
     if hashes is None:
         return [(tensor, None) for tensor in header.tensors]
-    if len(hashes) != len(header.tensors) or header.metadata.get(KEYS.PIECE_WEIGHTS) != PIECE_WEIGHTS:
+    if (
+        not isinstance(hashes, list)
+        or len(hashes) != len(header.tensors)
+        or header.metadata.get(KEYS.PIECE_WEIGHTS) != PIECE_WEIGHTS
+    ):
         raise GGUFError(f"{header.path}: damaged: its hashes do not belong to its tensors")
     return list(zip(header.tensors, hashes, strict=True))
 

@@ -34,7 +34,7 @@ def test_the_releases_own_order() -> None:
     assert len(leaves) == 770
     layers = [leaf.layer for leaf in leaves[2::12]]
     assert layers[:14] == [0, 1, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 2, 20]
-    assert (layers[-1], sorted(layers)) == (9, list(range(64)))
+    assert (layers[-1], set(layers)) == (9, set(range(64)))
     assert leaves[2 + 12 * 2].path == "transformer/decoder_layer_10/moe/linear/w"
 
 
@@ -123,7 +123,7 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
 def test_scales_that_are_not_finite(copy: Path) -> None:
     bad = QuantizedWeight8bit(np.ones((256, 256), np.int8), np.full((1, 256), np.nan, ml_dtypes.bfloat16))
     (copy / "tensor00007_000").write_bytes(dump(bad))
-    with pytest.raises(CheckpointError, match="tensor00007_000: .* not finite"):
+    with pytest.raises(CheckpointError, match=r"tensor00007_000: .* not finite"):
         fingerprint(open_checkpoint(copy))
 
 

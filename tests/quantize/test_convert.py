@@ -236,7 +236,7 @@ def test_parts(small: Path, tmp_path: Path, packed: Path) -> None:
         with grok_local.load(path, context=64, threads=1) as model:
             assert len(model.tokenize("hello")) > 0
     report.paths[1].unlink()
-    with pytest.raises(grok_local.GrokLocalError, match="00002-of-.*missing"):
+    with pytest.raises(grok_local.GrokLocalError, match=r"00002-of-.*missing"):
         grok_local.load(report.paths[0])
 
 
@@ -269,7 +269,7 @@ def test_all_problems_come_together(small: Path, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_size(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="131072 pieces .* 2048 rows"):
+    with pytest.raises(TokenizerError, match=r"131072 pieces .* 2048 rows"):
         grok_local.quantize_checkpoint(
             small, tmp_path / "x.gguf", tokenizer=TOKENIZER.with_name("grok-1-tokenizer.model")
         )

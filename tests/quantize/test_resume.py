@@ -119,7 +119,7 @@ def test_force_starts_anew(small: Path, stopped: Path) -> None:
 
 
 def test_two_runs_at_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = []
+    refused: list[OutputError] = []
 
     def second(_: object) -> None:
         if not refused:

@@ -1,0 +1,184 @@
+"""Conversations: the layout, the cache between turns, and what happens when the context is full."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+
+import grok_local
+from grok_local.errors import ContextError, ModelError, OptionError
+from grok_local.runtime.chat import DEFAULT_SYSTEM, Template, Transcript
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_a_transcript() -> None:
+    messages = [{"role": "system", "content": "Be kind."}, _user(" Hi "), {"role": "assistant", "content": "Hello"}]
+    assert Transcript().render([*messages, _user("Who?")]) == (
+        "Be kind.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Who?\n\nAssistant:"
+    )
+    assert Transcript().render([_user("Hi")]).startswith(DEFAULT_SYSTEM + "\n\nHuman: Hi")
+
+
+def test_three_turns_evaluate_only_what_is_new(model: grok_local.Model) -> None:
+    messages: list[dict[str, str]] = []
+    cached = 0
+    for number, question in enumerate(("What is an expert?", "And a router?", "Why eight?")):
+        messages.append(_user(question))
+        reply = model.chat(messages, max_tokens=20, temperature=1.0, seed=number + 2)
+        text = "".join(reply)
+        if number == 0:
+            assert reply.stats.evaluated_tokens == len(reply.prompt)
+        else:
+            turn = model.engine.continue_ids(f"\n\nHuman: {question}\n\nAssistant:")
+            # Beside the new turn, at most the answer's last token, which was chosen but never evaluated,
+            # and the end of an answer cut inside a token.
+            assert len(turn) <= reply.stats.evaluated_tokens <= len(turn) + 3
+            assert reply.stats.cached_tokens >= cached
+        cached = reply.stats.prompt_tokens
+        messages.append({"role": "assistant", "content": text})
+
+
+def test_answers_end_where_the_human_would_speak(model: grok_local.Model) -> None:
+    reply = model.chat([_user("Hi")], max_tokens=30, temperature=1.0, seed=1)
+    pieces = list(reply)
+    assert "".join(pieces) == reply.text
+    assert reply.text == reply.text.lstrip()
+    assert "\nHuman:" not in reply.text
+
+
+def test_an_edited_answer_is_taken_as_it_is(model: grok_local.Model) -> None:
+    first = model.chat([_user("Hi")], max_tokens=10, temperature=0)
+    list(first)
+    edited = [_user("Hi"), {"role": "assistant", "content": "Something else"}, _user("Go on")]
+    reply = model.chat(edited, max_tokens=5, temperature=0)
+    list(reply)
+    assert model.detokenize(reply.prompt) == Transcript().render(edited)
+
+
+def test_the_oldest_turns_make_room(packed: Path) -> None:
+    with grok_local.load(packed, context=256, threads=2) as model:
+        messages: list[dict[str, str]] = [{"role": "system", "content": "Remember this."}]
+        dropped = []
+        for number in range(12):
+            messages.append(_user(f"Question {number}: tell me about experts and routers"))
+            reply = model.chat(messages, max_tokens=12, temperature=0.9, seed=number)
+            messages.append({"role": "assistant", "content": "".join(reply)})
+            dropped.append(reply.dropped_messages)
+            assert len(reply.prompt) + 12 <= model.context_size
+            kept = model.detokenize(reply.prompt)
+            assert kept.startswith("Remember this.\n\nHuman: ")
+            assert f"Question {number}:" in kept
+        assert dropped[0] == 0
+        assert dropped == sorted(dropped)
+        assert dropped[-1] > 0
+        assert all(count % 2 == 0 for count in dropped)
+        assert len(set(dropped)) < 6  # several turns at once, not one every time
+        with pytest.raises(ContextError, match="the message has"):
+            model.chat([_user("word " * 300)])
+
+
+def _with_template(packed: Path, path: Path, template: str) -> Path:
+    """`packed` with a chat template, written by gguf's own tools."""
+    reader = gguf.GGUFReader(packed)
+    writer = gguf.GGUFWriter(path, "grok")
+    for field in reader.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture", "general.alignment")):
+            sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    writer.add_chat_template(template)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_with_a_chat_template_uses_it(packed: Path, tmp_path: Path) -> None:
+    path = _with_template(packed, tmp_path / "chatml.gguf", CHATML)
+    with grok_local.load(path, context=512, threads=2) as model:
+        first = model.chat([_user("Hi")], max_tokens=8, temperature=0)
+        answer = "".join(first)
+        assert model.detokenize(first.prompt) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        messages = [_user("Hi"), {"role": "assistant", "content": answer}, _user("More")]
+        second = model.chat(messages, max_tokens=8, temperature=0)
+        list(second)
+        turn = model.engine.continue_ids("<|im_end|>\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n")
+        assert second.stats.evaluated_tokens <= len(turn) + 1
+
+
+def test_templates_that_refuse(packed: Path) -> None:
+    refusing = Template("{{ raise_exception('no system role') }}", bos="", eos="")
+    with pytest.raises(ModelError, match="no system role"):
+        refusing.render([_user("x")])
+    with pytest.raises(ModelError, match="cannot be read"):
+        Template("{% if %}", bos="", eos="")
+    escaping = Template("{{ ''.__class__.__mro__[1].__subclasses__() }}", bos="", eos="")
+    with pytest.raises(ModelError):
+        escaping.render([_user("x")])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "assistant", "content": "x"}],
+        [{"role": "robot", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": 3}],
+    ],
+)
+def test_messages_that_make_no_sense(model: grok_local.Model, messages: list[dict[str, str]]) -> None:
+    with pytest.raises(OptionError):
+        model.chat(messages)
+
+
+def test_other_models_run_too(packed: Path, tmp_path: Path) -> None:
+    """Whatever llama.cpp loads: here a llama of one layer with random weights."""
+    path = tmp_path / "llama.gguf"
+    _write_llama(packed, path)
+    with grok_local.load(path, threads=1) as model:
+        assert model.context_size == 256
+        assert len("".join(model.generate("Hello", max_tokens=5, temperature=0))) >= 0
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def _write_llama(packed: Path, path: Path) -> None:
+    import numpy as np
+
+    generator = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in gguf.GGUFReader(packed).fields.values():
+        if field.name.startswith("tokenizer."):
+            sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    writer.add_block_count(1)
+    writer.add_context_length(256)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(32)
+    shapes = {"token_embd": (2048, 64), "output_norm": (64,), "output": (2048, 64)}
+    shapes |= {f"blk.0.{n}": (64, 64) for n in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    shapes |= {f"blk.0.{n}": (64,) for n in ("attn_norm", "ffn_norm")}
+    shapes |= {"blk.0.ffn_gate": (128, 64), "blk.0.ffn_up": (128, 64), "blk.0.ffn_down": (64, 128)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", generator.standard_normal(shape, dtype=np.float32) / 8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,190 @@
+"""The engine against the official code's logits, and what generate promises."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import grok_local
+from grok_local.errors import ContextError, GGUFError, ModelError, OptionError
+from tests.checkpoints import REFERENCE
+
+GOLDEN = np.load(REFERENCE / "logits.npz")
+
+
+@pytest.fixture(scope="module")
+def exact(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grok_local.Model]:
+    """The golden checkpoint in float32, with a float32 KV cache."""
+    path = grok_local.quantize_checkpoint(golden, tmp_path_factory.mktemp("f32") / "x.gguf", type="f32").path
+    with grok_local.load(path, context=256, threads=2, kv_type="f32") as model:
+        yield model
+
+
+@pytest.mark.parametrize("number", range(sum(name.startswith("tokens") for name in GOLDEN.files)))
+def test_logits_are_those_of_the_official_code(exact: grok_local.Model, number: int) -> None:
+    expected = GOLDEN[f"logits{number}"]
+    logits = exact.logits(GOLDEN[f"tokens{number}"].tolist())
+    assert logits.shape == expected.shape
+    assert logits.dtype == np.float32
+    error = np.sqrt(((logits - expected) ** 2).mean(axis=1) / (expected**2).mean(axis=1))
+    assert np.median(error) < 3e-3
+    assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.95
+
+
+def test_greedy_generation_follows_the_logits(exact: grok_local.Model) -> None:
+    reply = exact.generate("Hello world", max_tokens=8, temperature=0)
+    text = "".join(reply)
+    ids = list(reply.prompt)
+    for token in reply.tokens:
+        assert exact.logits(ids)[-1].argmax() == token
+        ids.append(token)
+    assert reply.text == text
+    assert exact.detokenize(ids) == "Hello world" + text
+    assert reply.finish_reason == "length"
+
+
+def test_the_same_seed_gives_the_same_text(model: grok_local.Model) -> None:
+    def text(seed: int) -> str:
+        return "".join(model.generate("Once", max_tokens=20, temperature=1.0, seed=seed))
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_only_new_tokens_of_a_prompt_are_evaluated(model: grok_local.Model) -> None:
+    first = model.generate("one two three four five", max_tokens=1, temperature=0)
+    list(first)
+    second = model.generate("one two three four five six", max_tokens=1, temperature=0)
+    list(second)
+    assert first.stats.evaluated_tokens == first.stats.prompt_tokens
+    assert second.stats.cached_tokens == len(first.prompt)
+    assert second.stats.evaluated_tokens == len(second.prompt) - len(first.prompt)
+
+
+def test_the_cache_changes_no_token(model: grok_local.Model, packed: Path) -> None:
+    list(model.generate("one two three", max_tokens=30, temperature=0))
+    warm = model.generate("one two three four", max_tokens=30, temperature=0)
+    list(warm)
+    with grok_local.load(packed, context=512, threads=2) as fresh:
+        cold = fresh.generate("one two three four", max_tokens=30, temperature=0)
+        list(cold)
+    assert warm.tokens == cold.tokens
+
+
+def test_stop_strings_end_the_text_before_them(model: grok_local.Model) -> None:
+    whole = "".join(model.generate("Once", max_tokens=40, temperature=1.0, seed=1))
+    stop = whole[11:15]
+    reply = model.generate("Once", max_tokens=40, temperature=1.0, seed=1, stop=[stop])
+    pieces = list(reply)
+    assert "".join(pieces) == whole[: whole.index(stop)]
+    assert reply.finish_reason == "stop"
+    single = model.generate("Once", max_tokens=40, temperature=1.0, seed=1, stop=stop)
+    assert list(single) == pieces
+
+
+def test_the_context_is_the_limit(packed: Path) -> None:
+    with grok_local.load(packed, context=64, threads=1) as model:
+        room = model.context_size
+        with pytest.raises(ContextError, match=r"\d+ tokens and the context"):
+            model.generate("x " * (room + 10))
+        with pytest.raises(ContextError):
+            model.logits([5] * (room + 1))
+        reply = model.generate("Hello", temperature=0)
+        list(reply)
+        assert reply.finish_reason in ("context", "stop")
+        assert len(reply.prompt) + len(reply.tokens) <= room + 1
+        with pytest.raises(ContextError, match="empty"):
+            model.generate("")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"min_p": 1},
+        {"repeat_penalty": 0},
+        {"seed": -1},
+        {"max_tokens": 0},
+    ],
+)
+def test_options_out_of_range(model: grok_local.Model, options: dict[str, float]) -> None:
+    with pytest.raises(OptionError):
+        model.generate("x", **options)  # type: ignore[arg-type]
+
+
+def test_misspelt_options_are_not_swallowed(model: grok_local.Model) -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        model.generate("x", temprature=0)
+
+
+def test_a_repetition_penalty_breaks_a_loop(model: grok_local.Model) -> None:
+    def distinct(penalty: float) -> int:
+        reply = model.generate("a", max_tokens=40, temperature=0, repeat_penalty=penalty)
+        list(reply)
+        return len(set(reply.tokens))
+
+    assert distinct(1e6) == 40 > distinct(1.0)
+
+
+def test_interrupting_an_answer(model: grok_local.Model) -> None:
+    reply = model.generate("Once", temperature=1.0, seed=1)
+    next(reply)
+    model.interrupt()
+    list(reply)
+    assert reply.finish_reason == "interrupted"
+    after = model.generate("Once", max_tokens=3, temperature=0)
+    list(after)
+    assert len(after.tokens) == 3
+
+
+def test_interrupting_a_prompt(golden: Path, tmp_path: Path) -> None:
+    path = grok_local.quantize_checkpoint(golden, tmp_path / "x.gguf").path
+    with grok_local.load(path, context=8192, threads=1) as model:
+        reply = model.generate("x " * 7000, max_tokens=1)
+        threading.Timer(0.3, model.interrupt).start()
+        started = time.monotonic()
+        assert list(reply) == []
+        assert time.monotonic() - started < 3
+        assert reply.finish_reason == "interrupted"
+
+
+def test_files_that_are_no_model(tmp_path: Path, packed: Path) -> None:
+    path = tmp_path / "x.gguf"
+    with pytest.raises(GGUFError, match="cannot be read"):
+        grok_local.load(path)
+    path.write_bytes(packed.read_bytes()[:-100_000])
+    with pytest.raises(GGUFError, match="truncated"):
+        grok_local.load(path)
+    data = packed.read_bytes().replace(b"blk.1.attn_k.weight", b"blk.1.attn_X.weight")
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot load it"):
+        grok_local.load(path)
+
+
+def test_options_of_load(packed: Path) -> None:
+    for options in ({"kv_type": "q4_0"}, {"context": 0}, {"threads": 0}):
+        with pytest.raises(OptionError):
+            grok_local.load(packed, **options)  # type: ignore[arg-type]
+
+
+def test_a_closed_model_says_so(packed: Path) -> None:
+    model = grok_local.load(packed, context=64, threads=1)
+    model.close()
+    model.close()
+    with pytest.raises(ModelError, match="closed"):
+        model.tokenize("x")
+    with pytest.raises(ModelError, match="closed"):
+        model.logits([1])
+
+
+def test_ids_outside_the_vocabulary(model: grok_local.Model) -> None:
+    for use in (model.detokenize, model.logits):
+        with pytest.raises(OptionError, match="99999"):
+            use([99_999])

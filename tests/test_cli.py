@@ -1,0 +1,230 @@
+"""The command line, as processes of their own: what goes where, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+
+COMMANDS = ("quantize", "verify", "inspect", "generate", "chat")
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_help_is_quick(run: Run) -> None:
+    run("--help")
+    times = []
+    for _ in range(5):
+        started = time.monotonic()
+        assert run("--help").returncode == 0
+        times.append(time.monotonic() - started)
+    assert min(times) < 0.3 or os.environ.get("PYTHONDONTWRITEBYTECODE")
+
+
+def test_help_imports_nothing_slow() -> None:
+    code = "import sys, grok_local.cli; print([m for m in ('numpy', 'rich', 'gguf', 'llama_cpp') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_is_documented(run: Run, command: str) -> None:
+    text = run(command, "--help").stdout
+    assert f"grok-local {command}" in text
+    assert f"## grok-local {command}" in (DOCS / "cli.md").read_text()
+
+
+def test_quantize_verify_generate(run: Run, small: Path, home: Path) -> None:
+    packed = run("quantize", small)
+    assert (packed.returncode, packed.stdout) == (0, "")
+    assert (home / "models" / "grok-1-q4_k.gguf").exists()
+    assert "26 tensors" in packed.stderr
+    again = run("quantize", small)
+    assert again.returncode == 0
+    assert "there already" in again.stderr
+    assert run("quantize", small, "-o", home / "models", "--type", "q4_0").returncode == 0
+    assert (home / "models" / "grok-1-q4_0.gguf").exists()
+    (home / "models" / "grok-1-q4_0.gguf").unlink()
+    verified = run("verify", home / "models" / "grok-1-q4_k.gguf", "--against", small)
+    assert verified.returncode == 0
+    assert verified.stdout.count("exact") == 19
+    for model in ([], ["-m", "grok-1-q4_k"], ["-m", "grok-1-q4_k.gguf"]):
+        reply = run("generate", *model, "Hello", "--max-tokens", 5, "--temperature", 0, "--context", 64)
+        assert reply.returncode == 0
+        assert re.search(r"\[5 tokens, [\d.]+ tok/s", reply.stderr)
+        assert "Hello" not in reply.stdout
+
+
+def test_json_has_stdout_to_itself(run: Run, small: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.gguf"
+    events = [json.loads(line) for line in run("quantize", small, "-o", output, "--json").stdout.splitlines()]
+    assert {event["event"] for event in events} == {"progress", "done"}
+    assert events[-1]["tensors"] == 26
+    reply = json.loads(run("generate", "-m", output, "Hi", "--max-tokens", 4, "--json", "--context", 64).stdout)
+    assert reply["generated_tokens"] == 4
+    assert reply["finish_reason"] == "length"
+    inspected = json.loads(run("inspect", output, "--json").stdout)
+    assert inspected["metadata"]["general.architecture"] == "grok"
+    assert len(inspected["tensors"]) == 26
+    source = json.loads(run("inspect", small, "--json").stdout)
+    assert source["dimensions"]["layers"] == 2
+    checks = json.loads(run("verify", output, "--json").stdout)
+    assert checks["problems"] == []
+
+
+def test_inspect_shows_tables(run: Run, small: Path, packed: Path) -> None:
+    for path, words in ((packed, "blk.1.ffn_up_exps.weight"), (small, "decoder_layer_1/moe/linear_v/w")):
+        shown = run("inspect", path)
+        assert shown.returncode == 0
+        assert words in shown.stdout
+
+
+def test_a_damaged_file_fails_verify(run: Run, packed: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "x.gguf"
+    data = bytearray(packed.read_bytes())
+    data[-5000] ^= 1
+    damaged.write_bytes(data)
+    result = run("verify", damaged)
+    assert result.returncode == 1
+    assert result.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["quantize", "nowhere"], 1, "nowhere: no such folder"),
+        (["quantize", ".", "--type", "q3"], 2, "no type 'q3'"),
+        (["quantize"], 2, "Missing argument"),
+        (["verify", "nowhere.gguf"], 1, "nowhere.gguf: cannot be read"),
+        (["inspect", "nowhere.gguf"], 1, "no such file"),
+        (["generate", "-m", "nowhere", "x"], 1, "no such file, and no model of that name"),
+        (["generate", "x"], 1, "grok-local quantize CHECKPOINT"),
+        (["generate", "--no-such-option"], 2, "No such option"),
+        (["generate", "--top-p", "2", "x"], 2, "top-p"),
+        (["chat", "--context", "0"], 2, "context"),
+        (["dance"], 2, "dance"),
+    ],
+)
+def test_errors_are_a_line_and_a_code(run: Run, tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == code
+    assert words in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_a_prompt_from_stdin(run: Run, packed: Path) -> None:
+    options = ["-m", packed, "--max-tokens", 6, "--temperature", 0, "--context", 64]
+    given = run("generate", "Hello world", *options).stdout
+    assert run("generate", "-", *options, stdin="Hello world").stdout == given
+    assert run("generate", *options, stdin="Hello world").stdout == given
+
+
+def test_chat_without_a_terminal(run: Run, packed: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "conversation.txt"
+    lines = [
+        "/help",
+        "Hi",
+        "/stats",
+        "/undo",
+        "/undo",
+        "/dance",
+        "/system Be brief.",
+        "Again",
+        f"/save {saved}",
+        "/save",
+        "/exit",
+        "never",
+    ]
+    result = run("chat", "-m", packed, "--max-tokens", 5, "--seed", 1, "--context", 512, stdin="\n".join(lines))
+    assert result.returncode == 0
+    assert len(re.findall(r"\[\d+ tokens, ", result.stderr)) == 2
+    for words in ("/reset", "(taken back: Hi)", "(nothing to take back)", "no command /dance", "(system: Be brief.)"):
+        assert words in result.stderr
+    assert saved.read_text().startswith("Human: Again\n\nAssistant: ")
+    assert "never" not in result.stderr
+
+
+def test_chat_on_a_terminal(packed: Path, home: Path) -> None:
+    command = [sys.executable, "-m", "grok_local", "chat", "-m", str(packed), "--seed", "1", "--max-tokens", "8000"]
+    master, slave = pty.openpty()
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm"})
+    os.close(slave)
+    try:
+        _expect(master, b"/help lists the commands")
+        os.write(master, b"Tell me a long story\r")
+        _expect(master, b"story")
+        _read(master, 200)  # of the answer
+        os.write(master, b"\x03")  # ends the answer ...
+        _expect(master, b"interrupted]")
+        _expect(master, b"> ")
+        os.write(master, b"/stats\r")  # ... and not the conversation
+        _expect(master, b"1 answers")
+        _expect(master, b"> ")
+        os.write(master, b"\x04")
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        os.close(master)
+    assert "Tell me a long story" in (home / "history").read_text()
+
+
+def _read(fd: int, size: int) -> None:
+    while size > 0:
+        size -= len(os.read(fd, 4096))
+
+
+def _expect(fd: int, words: bytes, seconds: float = 30) -> None:
+    seen, end = b"", time.monotonic() + seconds
+    while words not in seen:
+        ready, _, _ = select.select([fd], [], [], max(0, end - time.monotonic()))
+        assert ready, f"{words!r} never came: {seen[-500:]!r}"
+        seen += os.read(fd, 4096)
+
+
+def test_ctrl_c_ends_generate_with_130(golden: Path, run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "x.gguf"
+    run("quantize", golden, "-o", output)
+    command = [
+        sys.executable,
+        "-m",
+        "grok_local",
+        "generate",
+        "-m",
+        str(output),
+        "--max-tokens",
+        "8000",
+        "--seed",
+        "1",
+        "x",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"interrupted" in stderr
+    assert b"Traceback" not in stderr
+
+
+def test_a_reader_that_goes_away(packed: Path) -> None:
+    command = f"{sys.executable} -m grok_local inspect {packed} | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 1)
+    assert result.stderr == ""
+
+
+def test_version(run: Run) -> None:
+    import grok_local
+
+    assert run("--version").stdout == f"grok-local {grok_local.__version__}\n"
