@@ -164,7 +164,7 @@ def test_chat_on_a_terminal(packed: Path, home: Path) -> None:
         os.write(master, b"Tell me a long story\r")
         _expect(master, b"story")
         _read(master, 200)  # of the answer
-        os.write(master, b"\x03")  # ends the answer ...
+        process.send_signal(signal.SIGINT)  # ends the answer ...
         _expect(master, b"interrupted]")
         _expect(master, b"> ")
         os.write(master, b"/stats\r")  # ... and not the conversation

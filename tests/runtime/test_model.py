@@ -171,7 +171,7 @@ def test_files_that_are_no_model(tmp_path: Path, packed: Path) -> None:
 def test_options_of_load(packed: Path) -> None:
     for options in ({"kv_type": "q4_0"}, {"context": 0}, {"threads": 0}):
         with pytest.raises(OptionError):
-            grok_local.load(packed, **options)  # type: ignore[arg-type]
+            grok_local.load(packed, **options)
 
 
 def test_a_closed_model_says_so(packed: Path) -> None:
