@@ -18,6 +18,8 @@ import pytest
 from tests.conftest import Run
 
 COMMANDS = ("quantize", "verify", "inspect", "generate", "chat")
+# What prompt_toolkit sends when it begins and ends to read a line.
+PROMPT_BEGINS, PROMPT_ENDS = b"\x1b[?2004h", b"\x1b[?2004l"
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -161,15 +163,16 @@ def test_chat_on_a_terminal(packed: Path, home: Path) -> None:
     os.close(slave)
     try:
         _expect(master, b"/help lists the commands")
+        _expect(master, PROMPT_BEGINS)
         os.write(master, b"Tell me a long story\r")
-        _expect(master, b"story")
-        _read(master, 200)  # of the answer
+        _expect(master, PROMPT_ENDS)
+        _read(master, 100)  # of the answer
         process.send_signal(signal.SIGINT)  # ends the answer ...
         _expect(master, b"interrupted]")
-        _expect(master, b"> ")
+        _expect(master, PROMPT_BEGINS)
         os.write(master, b"/stats\r")  # ... and not the conversation
         _expect(master, b"1 answers")
-        _expect(master, b"> ")
+        _expect(master, PROMPT_BEGINS)
         os.write(master, b"\x04")
         assert process.wait(10) == 0
     finally:
