@@ -222,9 +222,10 @@ def chat(
 
 
 def _load(model: str | None, **options: Any) -> Any:
-    from grok_local import library
+    from grok_local import ggml, library
     from grok_local.runtime.model import load
 
+    ggml.exit_on_abort()
     return load(library.resolve_model(model), **options)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from grok_local.errors import ModelError
 
-__all__ = ["bytes_per_row", "dequantize", "quantize_rows"]
+__all__ = ["bytes_per_row", "dequantize", "exit_on_abort", "quantize_rows"]
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -42,8 +43,9 @@ def _library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise ModelError("llama-cpp-python is not installed: run pip install llama-cpp-python==0.3.36")
-    suffix = ".dylib" if sys.platform == "darwin" else ".so"
-    path = Path(next(iter(spec.submodule_search_locations))) / "lib" / f"libggml-base{suffix}"
+    # Under the name that libllama asks for: a wheel has no links, and another name is another copy in memory.
+    name = "libggml-base.0.dylib" if sys.platform == "darwin" else "libggml-base.so.0"
+    path = Path(next(iter(spec.submodule_search_locations))) / "lib" / name
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
@@ -82,6 +84,23 @@ def dequantize(ggml_type: int, packed: npt.NDArray[np.uint8], out: npt.NDArray[n
         return
     traits = _library().ggml_get_type_traits(ggml_type).contents
     traits.to_float(_address(packed), _address(out), out.size)
+
+
+_ABORT = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+
+
+@_ABORT  # type: ignore[untyped-decorator]
+def _exit(message: bytes) -> None:
+    # abort() follows whatever happens here: leave as every other failure does, without a core dump.
+    reason = message.decode("utf-8", "replace").rpartition("/")[2]
+    advice = "the model is damaged, or llama.cpp has a bug: grok-local verify tells"
+    os.write(2, f"error: llama.cpp gave up ({reason}): {advice}\n".encode())
+    os._exit(1)
+
+
+def exit_on_abort() -> None:
+    """For programs, not libraries: where llama.cpp would abort the process, end it with an error line and code 1."""
+    _library().ggml_set_abort_callback(_exit)
 
 
 def _address(array: npt.NDArray[Any]) -> int:

@@ -6,6 +6,7 @@ format is described in ggml's docs/gguf.md.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -19,7 +20,19 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from grok_local.errors import GGUFError
 
-__all__ = ["Header", "Tensor", "all_parts", "first_part", "read_header", "read_model"]
+__all__ = [
+    "KEYS",
+    "NO_DIGEST",
+    "Header",
+    "Tensor",
+    "all_parts",
+    "first_part",
+    "metadata_is_intact",
+    "part_name",
+    "read_header",
+    "read_model",
+    "replace_strings",
+]
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _SCALARS = {
@@ -39,6 +52,19 @@ _MAX_KEYS = 100_000
 _MAX_TENSORS = 1_000_000
 _MAX_HEADER = 1 << 30
 _DEFAULT_ALIGNMENT = 32
+
+
+NO_DIGEST = "0" * 64
+
+
+class KEYS:
+    """What grok-local keeps in a GGUF beside the standard keys. Digests are SHA-256 in hex."""
+
+    PLAN = "grok_local.plan"  # of all parts' headers with NO_DIGEST in place of this and of the tensors' hashes
+    CHECKPOINT = "grok_local.checkpoint"  # the checkpoint's fingerprint
+    TYPE = "grok_local.type"
+    PIECE_WEIGHTS = "grok_local.piece_weights"
+    TENSOR_HASHES = "grok_local.tensor_hashes"  # by tensor: of the digests of its pieces
 
 
 @dataclass(frozen=True)
@@ -61,6 +87,7 @@ class Header:
     metadata: dict[str, Any]
     tensors: tuple[Tensor, ...]
     size: int
+    end: int  # of metadata and tensor table, where padding begins
 
 
 def read_header(path: Path) -> Header:
@@ -83,10 +110,39 @@ def read_model(path: Path) -> list[Header]:
     return headers
 
 
+def metadata_is_intact(headers: list[Header]) -> bool:
+    """Whether metadata and tensor tables are still those that grok-local wrote; true for files of other programs."""
+    plan = headers[0].metadata.get(KEYS.PLAN)
+    if not isinstance(plan, str):
+        return True
+    digest = hashlib.sha256()
+    for header in headers:
+        with header.path.open("rb") as file:
+            data = replace_strings(file.read(header.end), [plan], [NO_DIGEST])
+        hashes = header.metadata.get(KEYS.TENSOR_HASHES)
+        known = [text for text in hashes if isinstance(text, str)] if isinstance(hashes, list) else []
+        digest.update(replace_strings(data, known, [NO_DIGEST] * len(known)))
+    return digest.hexdigest() == plan
+
+
+def replace_strings(data: bytes, old: list[str], new: list[str]) -> bytes:
+    """`data` with the run of strings `old`, as GGUF stores them, replaced by `new`; unchanged where there is none."""
+    return data.replace(b"".join(map(_stored_string, old)), b"".join(map(_stored_string, new)), 1)
+
+
+def _stored_string(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
 def first_part(path: Path) -> Path:
     """The part of a split model that llama.cpp wants to be given; `path` itself if it is no part."""
     match = _PART.fullmatch(path.name)
-    return path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf") if match else path
+    return path.with_name(part_name(match["stem"], 1, int(match["count"]))) if match else path
+
+
+def part_name(name: str, number: int, count: int) -> str:
+    """llama.cpp's name for part `number`, from 1, of the model `name`."""
+    return f"{name.removesuffix('.gguf')}-{number:05d}-of-{count:05d}.gguf"
 
 
 def all_parts(path: Path) -> list[Path]:
@@ -95,7 +151,7 @@ def all_parts(path: Path) -> list[Path]:
     if not match:
         return [path]
     count = int(match["count"])
-    parts = [path.with_name(f"{match['stem']}-{n:05d}-of-{match['count']}.gguf") for n in range(1, count + 1)]
+    parts = [path.with_name(part_name(match["stem"], number, count)) for number in range(1, count + 1)]
     missing = [part for part in parts if not part.exists()]
     if missing or not parts:
         raise GGUFError(
@@ -122,7 +178,7 @@ class _Reader:
             raise self._error(f"damaged: claims {tensor_count} tensors and {key_count} keys")
         metadata = dict(self._key_value() for _ in range(key_count))
         infos = [self._tensor_info() for _ in range(tensor_count)]
-        return Header(self._path, metadata, self._place(infos, metadata), self._size)
+        return Header(self._path, metadata, self._place(infos, metadata), self._size, self._file.tell())
 
     def _error(self, message: str) -> GGUFError:
         return GGUFError(f"{self._path}: {message}")

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,8 @@ def _lines(label: str) -> Show:
         if time.monotonic() - last[0] >= _LINE_EVERY or event.done == event.total:
             last[0] = time.monotonic()
             percent = 100 * event.done / event.total
-            print(f"{label}: {percent:.0f}% {rate.text(event)} {event.tensor}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # nobody may be listening: the work goes on
+                print(f"{label}: {percent:.0f}% {rate.text(event)} {event.tensor}", file=sys.stderr, flush=True)
 
     return show
 

@@ -231,3 +231,18 @@ def test_version(run: Run) -> None:
     import grok_local
 
     assert run("--version").stdout == f"grok-local {grok_local.__version__}\n"
+
+
+def test_where_llama_cpp_aborts_there_is_an_error(run: Run, packed: Path, tmp_path: Path) -> None:
+    """Damage that only llama.cpp's assertions notice: no expert is used."""
+    data = packed.read_bytes()
+    key = b"grok.expert_used_count\x04\x00\x00\x00"
+    damaged = tmp_path / "x.gguf"
+    damaged.write_bytes(data.replace(key + b"\x02", key + b"\x00"))
+    result = run("generate", "-m", damaged, "x")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: llama.cpp gave up (")
+    assert result.stderr.count("\n") == 1
+    verified = run("verify", damaged)
+    assert verified.returncode == 1
+    assert "its metadata is not what it was packed with" in verified.stderr

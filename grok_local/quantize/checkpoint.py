@@ -21,7 +21,7 @@ from grok_local.models import grok1
 from grok_local.models.grok1 import Kind
 from grok_local.quantize.pickles import Array, StoredTensor, read_pickle
 
-__all__ = ["Checkpoint", "SourceTensor", "fingerprint", "is_checkpoint", "open_checkpoint", "read_scales"]
+__all__ = ["Checkpoint", "SourceTensor", "fingerprint", "open_checkpoint", "read_scales"]
 
 _FILE_NAME = re.compile(r"tensor(\d{5,9})_000")
 _SAMPLE = 1 << 16  # bytes
@@ -71,11 +71,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(sorted(set(problems)) or f"{folder}: its shapes tell no dimensions")
     tensors = tuple(SourceTensor(leaf, files[leaf.index], stored[leaf.index]) for leaf in expected.values())
     return Checkpoint(folder, dims, tensors)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a folder that holds, or seems meant to hold, a checkpoint."""
-    return path.is_dir()
 
 
 def _find_folder(path: Path) -> Path:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from grok_local import gguf_file, units
 from grok_local.errors import CheckpointError, GGUFError, GrokLocalError, OptionError, OutputError, TokenizerError
+from grok_local.gguf_file import KEYS
 from grok_local.quantize.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from grok_local.quantize.journal import Journal
-from grok_local.quantize.layout import KEYS, Plan, plan_output, plan_tensors
+from grok_local.quantize.layout import Part, Plan, plan_output, plan_tensors
 from grok_local.quantize.pool import Progress, pack
 from grok_local.quantize.recipe import Recipe, recipe_named
 from grok_local.quantize.tokenizer import Tokenizer, find_tokenizer, read_tokenizer
@@ -57,7 +58,7 @@ def quantize_checkpoint(
     """
     started = time.monotonic()
     recipe = recipe_named(type)
-    target = _target(Path(output))
+    target = Path(output)
     limit = units.parse_size(split_size) if split_size is not None else None
     memory_limit = units.parse_size(memory)
     if threads is not None and threads < 1:
@@ -69,12 +70,12 @@ def quantize_checkpoint(
             recipe,
             tokenizer=vocabulary,
             fingerprint=fingerprint(source),
-            stem=target.name.removesuffix(".gguf"),
+            name=target.name,
             split_size=limit,
         )
         finals = [target.with_name(part.name) for part in plan.parts]
         resumed = 0
-        unchanged = _is_done(plan, finals, force=force)
+        unchanged = _is_done(plan, target, finals, force=force)
         if not unchanged:
             resumed = _pack(plan, target, finals, threads=threads, memory=memory_limit, force=force, progress=progress)
     except OSError as error:
@@ -90,12 +91,6 @@ def quantize_checkpoint(
         resumed_pieces=resumed,
         fallbacks=tuple(_fallbacks(plan)),
     )
-
-
-def _target(output: Path) -> Path:
-    if output.suffix != ".gguf":
-        raise OptionError(f"{output}: the output's name must end in .gguf")
-    return output
 
 
 def _open_inputs(
@@ -123,33 +118,32 @@ def _open_inputs(
     raise kind(line for problem in problems for line in problem.problems)
 
 
-def _is_done(plan: Plan, finals: list[Path], *, force: bool) -> bool:
+def _is_done(plan: Plan, target: Path, finals: list[Path], *, force: bool) -> bool:
     """Whether the output is there already. Raises OutputError if something else is there, and `force` is not given."""
     if force or not finals[0].exists():
         return False
-    try:
-        same = all(
-            final.exists()
-            and final.stat().st_size == part.size
-            and gguf_file.read_header(final).metadata.get(KEYS.PLAN) == plan.digest
-            for final, part in zip(finals, plan.parts, strict=True)
-        )
-    except GGUFError:
-        same = False
-    if same:
-        _journal_path(finals[0], plan).unlink(missing_ok=True)
+    if all(_holds(final, part, plan) for final, part in zip(finals, plan.parts, strict=True)):
+        _journal_path(target).unlink(missing_ok=True)
         return True
-    if _journal_path(finals[0], plan).exists():
-        return False  # killed between the parts' renames
+    if _journal_path(target).exists():
+        return False  # killed between the parts' renames, or while it replaced this one
     raise OutputError(
         f"{finals[0]}: exists, and is not what this command would write: choose another name with -o, "
         "or replace it with --force"
     )
 
 
-def _journal_path(target: Path, plan: Plan) -> Path:
-    stem = plan.parts[0].name.removesuffix(".gguf").removesuffix(f"-00001-of-{len(plan.parts):05d}")
-    return target.with_name(f"{stem}.gguf.journal")
+def _holds(path: Path, part: Part, plan: Plan) -> bool:
+    """Whether `path` is that part of the finished plan."""
+    try:
+        header = gguf_file.read_header(path)
+    except GGUFError:
+        return False
+    return header.size == part.size and header.metadata.get(KEYS.PLAN) == plan.digest
+
+
+def _journal_path(target: Path) -> Path:
+    return target.with_name(f"{target.name}.journal")
 
 
 def _pack(
@@ -165,9 +159,9 @@ def _pack(
     """Pack into `.partial` files, then give them their names. Returns how many pieces an earlier run had left."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partials = [final.with_name(final.name + ".partial") for final in finals]
-    with Journal(_journal_path(finals[0], plan), plan, force=force) as journal:
-        for partial, final in zip(partials, finals, strict=True):
-            if journal.resumed and final.exists() and not partial.exists():
+    with Journal(_journal_path(target), plan, force=force) as journal:
+        for partial, final, part in zip(partials, finals, plan.parts, strict=True):
+            if not partial.exists() and _holds(final, part, plan):  # killed between the parts' renames
                 final.rename(partial)
         present = sum(partial.stat().st_blocks * 512 for partial in partials if partial.exists())
         problems = _space_problem(target, plan.nbytes - present)

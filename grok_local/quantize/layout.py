@@ -18,28 +18,18 @@ import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from grok_local import ggml
+from grok_local import ggml, gguf_file
+from grok_local.gguf_file import KEYS, NO_DIGEST
 from grok_local.models import grok1
 from grok_local.models.grok1 import Kind
 from grok_local.quantize.checkpoint import Checkpoint, SourceTensor
 from grok_local.quantize.recipe import Recipe, choose_type
 from grok_local.quantize.tokenizer import Tokenizer
 
-__all__ = ["ALIGNMENT", "KEYS", "PIECE_WEIGHTS", "Part", "Piece", "Plan", "PlannedTensor", "piece_rows", "plan_output"]
+__all__ = ["ALIGNMENT", "PIECE_WEIGHTS", "Part", "Piece", "Plan", "PlannedTensor", "piece_rows", "plan_output"]
 
 ALIGNMENT = 4096
 PIECE_WEIGHTS = 1 << 23
-_NO_DIGEST = "0" * 64
-
-
-class KEYS:
-    """What grok-local keeps in a GGUF beside the standard keys. Digests are SHA-256 in hex."""
-
-    PLAN = "grok_local.plan"  # digest of everything that decides the file's bytes, but for the payloads
-    CHECKPOINT = "grok_local.checkpoint"  # the checkpoint's fingerprint
-    TYPE = "grok_local.type"
-    PIECE_WEIGHTS = "grok_local.piece_weights"
-    TENSOR_HASHES = "grok_local.tensor_hashes"  # by tensor: digest over the digests of its pieces
 
 
 @dataclass(frozen=True)
@@ -135,10 +125,8 @@ class Plan:
         for piece in self.pieces:
             if piece.tensor.name in digests:
                 digests[piece.tensor.name].update(piece_digests[piece.index])
-        placeholders = len(part.tensors) * (_string(_NO_DIGEST))
-        hashes = b"".join(_string(digests[tensor.name].hexdigest()) for tensor in part.tensors)
-        at = part.header.index(placeholders)
-        return part.header[:at] + hashes + part.header[at + len(hashes) :]
+        hashes = [digests[tensor.name].hexdigest() for tensor in part.tensors]
+        return gguf_file.replace_strings(part.header, [NO_DIGEST] * len(hashes), hashes)
 
 
 def piece_rows(width: int) -> int:
@@ -163,20 +151,20 @@ def _planned(source: SourceTensor, recipe: Recipe) -> PlannedTensor:
 
 
 def plan_output(
-    checkpoint: Checkpoint, recipe: Recipe, *, tokenizer: Tokenizer, fingerprint: str, stem: str, split_size: int | None
+    checkpoint: Checkpoint, recipe: Recipe, *, tokenizer: Tokenizer, fingerprint: str, name: str, split_size: int | None
 ) -> Plan:
-    """The plan for `stem`.gguf, or for `stem`-00001-of-0000N.gguf parts of at most `split_size` bytes of tensors."""
+    """The plan for the file `name`, or for parts of it of at most `split_size` bytes of tensors."""
     groups = _split(plan_tensors(checkpoint, recipe), split_size)
     metadata = _Metadata(checkpoint, recipe, tokenizer, fingerprint, parts=len(groups), split=split_size is not None)
     digest = hashlib.sha256()
     for number, group in enumerate(groups):
-        digest.update(metadata.header(number, group, _NO_DIGEST))
+        digest.update(metadata.header(number, group, NO_DIGEST))
     parts = []
     for number, group in enumerate(groups):
         header = metadata.header(number, group, digest.hexdigest())
-        name = f"{stem}-{number + 1:05d}-of-{len(groups):05d}.gguf" if split_size is not None else f"{stem}.gguf"
+        part = name if split_size is None else gguf_file.part_name(name, number + 1, len(groups))
         tensors, size = _place(group, _pad(len(header)), number)
-        parts.append(Part(name, tensors, header, size))
+        parts.append(Part(part, tensors, header, size))
     return Plan(recipe, tuple(parts), tuple(_pieces(parts)), digest.hexdigest())
 
 
@@ -212,10 +200,6 @@ def _pieces(parts: list[Part]) -> Iterator[Piece]:
 
 def _pad(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _string(text: str) -> bytes:
-    return len(text).to_bytes(8, "little") + text.encode()
 
 
 @dataclass(frozen=True)
@@ -291,7 +275,7 @@ class _Metadata:
         writer.add_string(KEYS.CHECKPOINT, self.fingerprint)
         writer.add_string(KEYS.TYPE, self.recipe.name)
         writer.add_uint32(KEYS.PIECE_WEIGHTS, PIECE_WEIGHTS)
-        writer.add_array(KEYS.TENSOR_HASHES, [_NO_DIGEST] * len(tensors))
+        writer.add_array(KEYS.TENSOR_HASHES, [NO_DIGEST] * len(tensors))
 
 
 def _header_bytes(writer: gguf.GGUFWriter) -> bytes:

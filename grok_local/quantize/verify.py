@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from grok_local import ggml, gguf_file
 from grok_local.errors import GGUFError, VerifyError
-from grok_local.gguf_file import Header, Tensor
+from grok_local.gguf_file import KEYS, Header, Tensor
 from grok_local.quantize.checkpoint import open_checkpoint
-from grok_local.quantize.layout import KEYS, PIECE_WEIGHTS, Piece, PlannedTensor, piece_rows, plan_tensors
+from grok_local.quantize.layout import PIECE_WEIGHTS, Piece, PlannedTensor, piece_rows, plan_tensors
 from grok_local.quantize.packing import Workspace, pack_piece, read_slab, slab_bytes, weights_of
 from grok_local.quantize.pool import Progress, slabs
 from grok_local.quantize.recipe import RECIPES
@@ -66,6 +66,8 @@ def verify(path: Path, against: Path | None = None, *, progress: Report | None =
     total = sum(len(header.tensors) for header in headers)
     promised = headers[0].metadata.get("split.tensors.count", total)
     problems = [] if promised == total else [f"{path}: has {total} tensors, and says it has {promised}"]
+    if not gguf_file.metadata_is_intact(headers):
+        problems.append(f"{path}: its metadata is not what it was packed with")
     checks = _against(headers, against, progress) if against else _by_hash(headers, progress)
     problems += [f"{check.name}: {check.problem}" for check in checks if check.problem]
     hashed = all(KEYS.TENSOR_HASHES in header.metadata for header in headers)

@@ -29,6 +29,7 @@ KV_TYPES = {
 }
 _DEFAULT_CONTEXT = 8192
 _BATCH = 512  # tokens evaluated at once
+_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
 _ABORTED = 2  # llama_decode's answer when the abort callback said so
 
 _log: list[str] = []
@@ -37,9 +38,8 @@ _log: list[str] = []
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _collect_log(level: int, text: bytes, _: Any) -> None:
     # Kept for error messages; llama.cpp itself only ever says that loading failed.
-    if level >= 3 and text.strip():  # warnings and errors
+    if level == _LOG_ERROR and text.strip():
         _log.append(text.decode("utf-8", "replace").strip())
-        del _log[:-20]
 
 
 class Engine:
@@ -48,7 +48,9 @@ class Engine:
     """
 
     def __init__(self, path: Path, *, context: int | None, threads: int | None, kv_type: str, gpu_layers: int) -> None:
-        self._model = self._context = None
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
         self.interrupted = False
         self.cached: list[int] = []
         if kv_type not in KV_TYPES:
@@ -56,14 +58,21 @@ class Engine:
         if (context is not None and context < 1) or (threads is not None and threads < 1):
             raise OptionError("context and threads must be at least 1")
         self.headers = gguf_file.read_model(path)
+        try:
+            self._open(gguf_file.first_part(path), context, threads, KV_TYPES[kv_type], gpu_layers)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path, context: int | None, threads: int | None, kv_type: int, gpu_layers: int) -> None:
         llama_cpp.llama_log_set(_collect_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        self._model = self._load(gguf_file.first_part(path), gpu_layers)
+        self._model = self._load(path, gpu_layers)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         trained = int(llama_cpp.llama_model_n_ctx_train(self._model))
         self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
-        self._context = self._new_context(context or min(_DEFAULT_CONTEXT, trained), threads, KV_TYPES[kv_type])
+        self._context = self._new_context(context or min(_DEFAULT_CONTEXT, trained), threads, kv_type)
         self.context_size = int(llama_cpp.llama_n_ctx(self._context))
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
@@ -95,12 +104,13 @@ class Engine:
 
     def close(self) -> None:
         """Free everything; the engine is unusable afterwards."""
-        if self._context:
+        if self._batch:
             llama_cpp.llama_batch_free(self._batch)
+        if self._context:
             llama_cpp.llama_free(self._context)
         if self._model:
             llama_cpp.llama_model_free(self._model)
-        self._context = self._model = None
+        self._batch = self._context = self._model = None
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -109,7 +119,7 @@ class Engine:
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = False) -> list[int]:
         """Ids of `text`, after BOS where the model wants one. `special`: text may name control tokens."""
-        self._open()
+        self._check_open()
         data = text.encode("utf-8", "surrogatepass")
         ids = (llama_cpp.llama_token * (len(data) + 8))()
         count = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, len(ids), add_bos, special)
@@ -140,7 +150,7 @@ class Engine:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of `ids`; the inverse of `tokenize`. Raises OptionError for ids the vocabulary does not have."""
-        self._open()
+        self._check_open()
         self._check_ids(ids)
         tokens = (llama_cpp.llama_token * len(ids))(*ids)
         size = 16 + 16 * len(ids)
@@ -172,7 +182,7 @@ class Engine:
         Stops early, with `interrupted` set and the cache at what was done, when `interrupt` was called. Raises
         ContextError when they do not fit.
         """
-        self._open()
+        self._check_open()
         if not ids:
             raise ContextError("the prompt is empty: there is nothing to continue")
         if len(ids) > self.context_size:
@@ -194,7 +204,7 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [len(ids), vocabulary]: the logits after each of `ids`, from an empty cache."""
-        self._open()
+        self._check_open()
         self._check_ids(ids)
         if len(ids) > self.context_size:
             raise ContextError(f"{len(ids)} tokens do not fit the context of {self.context_size}: give a larger one")
@@ -253,7 +263,7 @@ class Engine:
         if bad:
             raise OptionError(f"token {bad[0]} is not in the vocabulary of {self.vocabulary}")
 
-    def _open(self) -> None:
+    def _check_open(self) -> None:
         if not self._context:
             raise ModelError("the model is closed")
 
@@ -263,4 +273,5 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _reason() -> str:
-    return _log[-1] if _log else "it gives no reason"
+    # The first error is the cause, the others follow from it.
+    return _log[0] if _log else "it gives no reason"

@@ -225,7 +225,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     kv_type: str = "f16",
-    gpu_layers: int = 0,
+    gpu_layers: int | None = None,
 ) -> Model:
     """Load a GGUF (any part of a split one), its weights mapped.
 
@@ -233,7 +233,7 @@ def load(
     `kv_type`: f16, bf16 or f32. `gpu_layers`: layers to put on the GPU, for a llama.cpp built with one. Raises
     GGUFError, ModelError or OptionError.
     """
-    engine = Engine(Path(path), context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers)
+    engine = Engine(Path(path), context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers or 0)
     return Model(Path(path), engine)
 
 
