@@ -6,6 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,15 @@ def test_threads_and_memory_change_no_byte(small: Path, tmp_path: Path, packed: 
     for number, options in enumerate([{"threads": 1}, {"threads": 4}, {"threads": 3, "memory": least}]):
         report = grok_local.quantize_checkpoint(small, tmp_path / f"{number}" / packed.name, **options)  # type: ignore[arg-type]
         assert _sha256(report.path) == _sha256(packed)
+
+
+def test_the_process_stays_within_its_memory(golden: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "grok_local", "quantize", str(golden), "-o", str(tmp_path / "x.gguf")]
+    process = subprocess.Popen([*command, "--type", "f32", "--memory", "450M"], stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    assert status == 0
+    assert usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) < 450_000_000
 
 
 def test_too_little_memory_says_what_is_enough(small: Path, tmp_path: Path) -> None:
