@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from grok_local.errors import GrokLocalError, OptionError, VerifyError
+from grok_local.units import printable
 
 app = typer.Typer(
     name="grok-local",
@@ -26,14 +28,16 @@ ModelOption = Annotated[
     Optional[str],
     typer.Option("-m", "--model", help="A GGUF, or the name of one in the models folder.", metavar="MODEL"),
 ]
-Context = Annotated[Optional[int], typer.Option(help="Tokens of context.  [default: the model's, at most 8192]", min=1)]
-Threads = Annotated[Optional[int], typer.Option(help="CPU threads.  [default: one per core]", min=1)]
+Context = Annotated[
+    Optional[int], typer.Option(help="Tokens of context.  [default: the model's, at most 8192]", min=1, max=1 << 24)
+]
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads.  [default: one per core]", min=1, max=512)]
 KVType = Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16 or f32.")]
-GPULayers = Annotated[int, typer.Option(help="Layers to put on the GPU.", min=0)]
-MaxTokens = Annotated[Optional[int], typer.Option(help="At most this many tokens an answer.", min=1)]
+GPULayers = Annotated[int, typer.Option(help="Layers to put on the GPU.", min=0, max=10_000)]
+MaxTokens = Annotated[Optional[int], typer.Option(help="At most this many tokens an answer.", min=1, max=1 << 30)]
 Stop = Annotated[Optional[list[str]], typer.Option(help="End where this text would come; may be repeated.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0)]
-TopK = Annotated[int, typer.Option(help="Choose among this many tokens; 0 is off.", min=0)]
+TopK = Annotated[int, typer.Option(help="Choose among this many tokens; 0 is off.", min=0, max=1 << 30)]
 TopP = Annotated[float, typer.Option(help="Choose among the likeliest with this much probability; 1 is off.", max=1)]
 MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this much of the likeliest.", min=0)]
 RepeatPenalty = Annotated[float, typer.Option(help="Above 1 makes the last 64 tokens less likely.")]
@@ -101,7 +105,7 @@ def quantize(
 
 @app.command()
 def verify(
-    gguf: Annotated[Path, typer.Argument(help="The GGUF, or any part of one.")],
+    gguf: Annotated[str, typer.Argument(help="The GGUF, or any part of one, or a model's name.")],
     against: Annotated[
         Optional[Path], typer.Option(help="Pack this checkpoint again and compare every byte.", metavar="CHECKPOINT")
     ] = None,
@@ -111,11 +115,11 @@ def verify(
 
     grok-local verify grok-1-q4_k.gguf --against ~/grok-1
     """
-    from grok_local import views
+    from grok_local import library, views
     from grok_local.quantize.verify import verify as check
 
     with views.progress_view("verify", as_json=False) as show:
-        report = check(gguf, against, progress=show)
+        report = check(library.resolve_model(gguf), against, progress=show)
     if as_json:
         _print_json(asdict(report))
     else:
@@ -256,19 +260,46 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Run the command line. Known failures become a line each on stderr and the error's exit code."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    _complete_streams()
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _give_up_stdout()
+    except OSError as error:
+        _give_up_stdout()
+        code = _fail([f"{error.filename or 'output'}: {error.strerror or error}"])
+    sys.exit(code)
+
+
+def _run() -> int | str | None:
     try:
         app(prog_name="grok-local")
     except GrokLocalError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter must not complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return _fail(error.problems, error.exit_code)
+    except SystemExit as leaving:
+        return leaving.code
+    return 0
+
+
+def _fail(problems: Iterable[str], code: int = 1) -> int:
+    for problem in problems:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    return code
+
+
+def _complete_streams() -> None:
+    """Closed ones become empty ones, and none fails for a character it cannot show."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # for good
+        getattr(sys, name).reconfigure(errors="replace")
+
+
+def _give_up_stdout() -> int:
+    # Nobody can read it any more; the interpreter must not complain about that at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 if __name__ == "__main__":

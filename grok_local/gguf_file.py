@@ -27,6 +27,7 @@ __all__ = [
     "Tensor",
     "all_parts",
     "first_part",
+    "is_part",
     "metadata_is_intact",
     "part_name",
     "read_header",
@@ -48,6 +49,7 @@ _SCALARS = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
 }
+_MAX_LISTED = 10
 _MAX_KEYS = 100_000
 _MAX_TENSORS = 1_000_000
 _MAX_HEADER = 1 << 30
@@ -93,6 +95,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read and check the header of one file. Raises GGUFError."""
     try:
+        if path.exists() and not path.is_file():
+            raise GGUFError(f"{path}: not a file")
         with path.open("rb") as file:
             return _Reader(path, file).header()
     except OSError as error:
@@ -103,11 +107,19 @@ def read_model(path: Path) -> list[Header]:
     """The headers of all parts of the model that `path` is a part of, the first one first. Raises GGUFError."""
     headers = [read_header(part) for part in all_parts(path)]
     count = headers[0].metadata.get("split.count", 1)
-    if count != len(headers):
+    if not isinstance(count, int) or count != len(headers):
         raise GGUFError(
             f"{path}: is one of {count} parts, but its name does not say so: give it the name it was made with"
         )
+    for number, header in enumerate(headers):
+        if len(headers) > 1 and header.metadata.get("split.no") != number:
+            raise GGUFError(f"{header.path}: is another part than its name says: give the parts their names back")
     return headers
+
+
+def is_part(path: Path) -> bool:
+    """Whether the name is one that llama.cpp gives to a part."""
+    return _PART.fullmatch(path.name) is not None
 
 
 def metadata_is_intact(headers: list[Header]) -> bool:
@@ -153,10 +165,11 @@ def all_parts(path: Path) -> list[Path]:
     count = int(match["count"])
     parts = [path.with_name(part_name(match["stem"], number, count)) for number in range(1, count + 1)]
     missing = [part for part in parts if not part.exists()]
-    if missing or not parts:
-        raise GGUFError(
-            [f"{part}: this part of the model is missing" for part in missing] or f"{path}: part of nothing"
-        )
+    problems = [f"{part}: this part of the model is missing" for part in missing[:_MAX_LISTED]]
+    if len(missing) > _MAX_LISTED:
+        problems.append(f"{path}: {len(missing) - _MAX_LISTED} more parts are missing")
+    if problems or not parts:
+        raise GGUFError(problems or f"{path}: part of nothing")
     return parts
 
 

@@ -41,9 +41,9 @@ def resolve_model(name: str | None) -> Path:
         raise GGUFError(
             f"{name}: a folder; give the GGUF in it, or pack a checkpoint first: grok-local quantize {name}"
         )
-    for candidate in (models_folder() / name, *sorted(models_folder().glob(f"{_escape(name)}*.gguf"))):
-        if candidate.is_file() and _model_name(candidate) in (name, name.removesuffix(".gguf")):
-            return candidate
+    named = _models().get(name.removesuffix(".gguf"))
+    if named is not None:
+        return named
     raise GGUFError(f"{name}: no such file, and no model of that name in {models_folder()}{_known()}")
 
 
@@ -71,7 +71,3 @@ def _model_name(path: Path) -> str:
 def _known() -> str:
     names = list(_models())
     return f" ({', '.join(names)})" if names else ""
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -35,10 +35,11 @@ class Repl:
         self._options = options
         self._replies: list[Reply] = []
         self._told_dropped = 0
+        self._interactive = sys.stdin.isatty() and sys.stderr.isatty()
 
     def run(self) -> None:
         """Until /exit or the end of the input."""
-        for line in _lines(self._greeting()):
+        for line in _edited_lines(self._greeting()) if self._interactive else sys.stdin:
             text = line.strip()
             if text in ("/exit", "/quit"):
                 return
@@ -58,6 +59,8 @@ class Repl:
         try:
             reply = self.model.chat([*system, *self.turns, question], **self._options)
         except ContextError as error:
+            if not self._interactive:
+                raise
             _say(f"error: {error}")
             return
         if reply.dropped_messages > self._told_dropped:
@@ -69,6 +72,8 @@ class Repl:
         self.turns += [question, {"role": "assistant", "content": reply.text}]
         self._replies.append(reply)
         _say(stats_line(reply))
+        if reply.finish_reason == "interrupted" and not self._interactive:
+            raise KeyboardInterrupt
 
     def _command(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
@@ -119,9 +124,9 @@ class Repl:
         names = {"user": "Human", "assistant": "Assistant"}
         text = "\n\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in self.turns)
         try:
-            Path(name).expanduser().write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            _say(f"error: {name}: cannot be written ({error.strerror})")
+            Path(name).expanduser().write_text(text + "\n", encoding="utf-8", errors="replace")
+        except (OSError, RuntimeError, ValueError) as error:  # no such user, a name no file can have
+            _say(f"error: {name}: cannot be written ({error})")
             return
         _say(f"(saved to {name})")
 
@@ -149,13 +154,6 @@ def stats_line(reply: Reply) -> str:
         f"[{stats.generated_tokens} tokens, {stats.generation_speed:.2f} tok/s; prompt {stats.evaluated_tokens} new"
         f" + {stats.cached_tokens} cached, {stats.prompt_seconds:.2f} s{reason[reply.finish_reason or 'interrupted']}]"
     )
-
-
-def _lines(greeting: str) -> Iterator[str]:
-    if sys.stdin.isatty() and sys.stderr.isatty():
-        yield from _edited_lines(greeting)
-    else:
-        yield from sys.stdin
 
 
 def _edited_lines(greeting: str) -> Iterator[str]:

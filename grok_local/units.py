@@ -6,7 +6,7 @@ import re
 
 from grok_local.errors import OptionError
 
-__all__ = ["format_bytes", "parse_size"]
+__all__ = ["format_bytes", "parse_size", "printable"]
 
 _FACTORS = {"": 1, **{unit: 1000 ** (i + 1) for i, unit in enumerate("KMGT")}}
 _FACTORS |= {unit + "i": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
@@ -14,11 +14,16 @@ _FACTORS |= {unit + "i": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
 
 def parse_size(text: str | int) -> int:
     """Bytes meant by "4G", "1.5Gi", "500M" or a plain number. Raises OptionError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTmgt]?i?)[bB]?\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kKMGTmgt]?i?)[bB]?\s*", str(text))
     unit = match and match[2][:1].upper() + match[2][1:]
     if not match or unit not in _FACTORS:
         raise OptionError(f"{text!r} is not a size: write 4G (10^9 bytes) or 4Gi (2^30), for example")
     return int(float(match[1]) * _FACTORS[unit])
+
+
+def printable(text: str) -> str:
+    """`text` on one line, its control characters spelt out: a file's name or contents may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def format_bytes(count: float) -> str:

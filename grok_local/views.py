@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,11 +12,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from grok_local.units import format_bytes
+from grok_local.units import format_bytes, printable
 
 if TYPE_CHECKING:
     from grok_local.gguf_file import Header
@@ -135,10 +136,14 @@ def describe_gguf(headers: list[Header]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """The value as JSON has it; of a long array, the beginning."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, bool | int | float | str):
         return value
     items = [
-        item if isinstance(item, str) else item.item() if hasattr(item, "item") else str(item) for item in value[:_LONG]
+        _plain(item.item() if hasattr(item, "item") and not hasattr(item, "__len__") else item)
+        for item in value[:_LONG]
     ]
     return items if len(value) <= _LONG else {"length": len(value), "first": items}
 
@@ -147,11 +152,11 @@ def gguf_tables(headers: list[Header]) -> Iterator[Table]:
     """Metadata, then tensors."""
     described = describe_gguf(headers)
     keys = Table(
-        "key", "value", title=f"{headers[0].path.name}: {format_bytes(described['bytes'])}", title_justify="left"
+        "key", "value", title=_cell(f"{headers[0].path.name}: {format_bytes(described['bytes'])}"), title_justify="left"
     )
     for key, value in described["metadata"].items():
         long = isinstance(value, dict)
-        keys.add_row(escape(key), escape(f"{value['length']} of {value['first']} ..." if long else str(value)))
+        keys.add_row(_cell(key), _cell(f"{value['length']} of {value['first']} ..." if long else str(value)))
     yield keys
     tensors = Table("tensor", "type", "shape", "size", "offset", title_justify="left")
     for tensor in described["tensors"]:
@@ -159,8 +164,13 @@ def gguf_tables(headers: list[Header]) -> Iterator[Table]:
     yield tensors
 
 
+def _cell(text: str) -> str:
+    """Text from a file, harmless to rich and to the terminal."""
+    return escape_markup(printable(text))
+
+
 def _tensor_row(tensor: dict[str, Any]) -> tuple[str, str, str, str]:
-    return escape(tensor["name"]), tensor["type"], " x ".join(map(str, tensor["shape"])), format_bytes(tensor["bytes"])
+    return _cell(tensor["name"]), tensor["type"], " x ".join(map(str, tensor["shape"])), format_bytes(tensor["bytes"])
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
     """Dimensions, then tensors."""
     described = describe_checkpoint(checkpoint)
-    title = f"{checkpoint.folder}: a checkpoint in Grok-1's format, {format_bytes(checkpoint.nbytes)}"
+    title = _cell(f"{checkpoint.folder}: a checkpoint in Grok-1's format, {format_bytes(checkpoint.nbytes)}")
     dims = Table("dimension", "size", title=title, title_justify="left")
     for name, size in described["dimensions"].items():
         dims.add_row(name.replace("_", " "), str(size))
@@ -202,10 +212,10 @@ def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
 
 def verify_table(report: VerifyReport) -> Table:
     """A line per tensor."""
-    table = Table("tensor", "type", "relative RMS error", "largest error", "verdict", title=str(report.path))
+    table = Table("tensor", "type", "relative RMS error", "largest error", "verdict", title=_cell(str(report.path)))
     for check in report.tensors:
         table.add_row(
-            escape(check.name),
+            _cell(check.name),
             check.type,
             _number(check.relative_rms),
             _number(check.max_error),

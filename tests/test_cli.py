@@ -107,7 +107,11 @@ def test_a_damaged_file_fails_verify(run: Run, packed: Path, tmp_path: Path) -> 
         (["quantize", "nowhere"], 1, "nowhere: no such folder"),
         (["quantize", ".", "--type", "q3"], 2, "no type 'q3'"),
         (["quantize"], 2, "Missing argument"),
-        (["verify", "nowhere.gguf"], 1, "nowhere.gguf: cannot be read"),
+        (["verify", "nowhere.gguf"], 1, "nowhere.gguf: no such file"),
+        (["inspect", "/no/where"], 1, "no such file"),
+        (["inspect", "n" * 300], 1, "File name too long"),
+        (["quantize", ".", "--memory", "9" * 400], 2, "not a size"),
+        (["generate", "--threads", "100000", "x"], 2, "threads"),
         (["inspect", "nowhere.gguf"], 1, "no such file"),
         (["generate", "-m", "nowhere", "x"], 1, "no such file, and no model of that name"),
         (["generate", "x"], 1, "grok-local quantize CHECKPOINT"),
@@ -247,3 +251,41 @@ def test_where_llama_cpp_aborts_there_is_an_error(run: Run, packed: Path, tmp_pa
     verified = run("verify", damaged)
     assert verified.returncode == 1
     assert "its metadata is not what it was packed with" in verified.stderr
+
+
+def test_closed_and_full_streams(packed: Path) -> None:
+    grok_local = f"{sys.executable} -m grok_local"
+    for command, code, words in (
+        (f"{grok_local} inspect {packed} > /dev/full", 1, "error: output: No space left"),
+        (f"{grok_local} chat -m {packed} <&-", 0, ""),
+        (f"{grok_local} generate -m {packed} - <&-", 1, "error: the prompt is empty"),
+        (f"{grok_local} verify {packed} 2>&- | grep -c token_embd", 0, ""),
+    ):
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert result.returncode == code, command
+        assert result.stderr.startswith(words), command
+        assert "Traceback" not in result.stderr
+
+
+def test_names_that_look_like_markup(run: Run, packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "[bold]x[red].gguf"
+    path.write_bytes(packed.read_bytes())
+    for command in ("verify", "inspect"):
+        result = run(command, path)
+        assert result.returncode == 0, result.stderr
+        assert "[bold]x[red].gguf" in result.stdout.replace("\n", "")
+
+
+def test_a_small_context_is_what_it_says(run: Run, packed: Path) -> None:
+    result = run("generate", "-m", packed, "--context", 40, "word " * 60)
+    assert result.returncode == 1
+    assert "the context 40" in result.stderr
+    assert run("generate", "-m", packed, "--context", 100, "--max-tokens", 3, "word " * 20).returncode == 0
+
+
+def test_saving_where_nothing_can_be_saved(run: Run, packed: Path) -> None:
+    lines = ["/save ~nobody-here/x", "/save a\0b", "/save /no/where", "/stats"]
+    result = run("chat", "-m", packed, stdin="\n".join(lines))
+    assert result.returncode == 0
+    assert result.stderr.count("cannot be written") == 3
+    assert "(0 answers" in result.stderr

@@ -104,6 +104,8 @@ def _names(folder: Path) -> list[str]:
 
 def _read(path: Path) -> StoredTensor:
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path.name}: not a file")
         with path.open("rb") as file:
             start = file.read(24)
     except OSError as error:

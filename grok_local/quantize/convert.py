@@ -15,11 +15,14 @@ from grok_local.gguf_file import KEYS
 from grok_local.quantize.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from grok_local.quantize.journal import Journal
 from grok_local.quantize.layout import Part, Plan, plan_output, plan_tensors
-from grok_local.quantize.pool import Progress, pack
+from grok_local.quantize.pool import Budget, Progress, pack
 from grok_local.quantize.recipe import Recipe, recipe_named
 from grok_local.quantize.tokenizer import Tokenizer, find_tokenizer, read_tokenizer
 
 __all__ = ["Progress", "QuantizeReport", "quantize_checkpoint"]
+
+
+_MAX_THREADS = 512
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,12 @@ def quantize_checkpoint(
     target = Path(output)
     limit = units.parse_size(split_size) if split_size is not None else None
     memory_limit = units.parse_size(memory)
-    if threads is not None and threads < 1:
-        raise OptionError(f"{threads} threads: at least one is needed")
+    if threads is not None and not 1 <= threads <= _MAX_THREADS:
+        raise OptionError(f"{threads} threads: at least one is needed, and at most {_MAX_THREADS} make sense")
+    if limit == 0:
+        raise OptionError("split size 0: must be more")
+    if limit is None and gguf_file.is_part(target):
+        raise OptionError(f"{target.name}: is the name of a part; leave the numbers out, or give --split-size")
     source, vocabulary = _open_inputs(Path(checkpoint), tokenizer, recipe, target)
     try:
         plan = plan_output(
@@ -75,9 +82,11 @@ def quantize_checkpoint(
         )
         finals = [target.with_name(part.name) for part in plan.parts]
         resumed = 0
-        unchanged = _is_done(plan, target, finals, force=force)
+        unchanged = _is_done(plan, finals, force=force)
         if not unchanged:
             resumed = _pack(plan, target, finals, threads=threads, memory=memory_limit, force=force, progress=progress)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise OutputError(_explain(error, target)) from error
     return QuantizeReport(
@@ -118,19 +127,18 @@ def _open_inputs(
     raise kind(line for problem in problems for line in problem.problems)
 
 
-def _is_done(plan: Plan, target: Path, finals: list[Path], *, force: bool) -> bool:
+def _is_done(plan: Plan, finals: list[Path], *, force: bool) -> bool:
     """Whether the output is there already. Raises OutputError if something else is there, and `force` is not given."""
-    if force or not finals[0].exists():
+    present = [final for final in finals if final.exists()]
+    held = [_holds(final, part, plan) for final, part in zip(finals, plan.parts, strict=True)]
+    if force or not present:
         return False
-    if all(_holds(final, part, plan) for final, part in zip(finals, plan.parts, strict=True)):
-        _journal_path(target).unlink(missing_ok=True)
-        return True
-    if _journal_path(target).exists():
-        return False  # killed between the parts' renames, or while it replaced this one
-    raise OutputError(
-        f"{finals[0]}: exists, and is not what this command would write: choose another name with -o, "
-        "or replace it with --force"
-    )
+    if sum(held) < len(present):
+        raise OutputError(
+            f"{finals[0]}: exists, and is not what this command would write: choose another name with -o, "
+            "or replace it with --force"
+        )
+    return all(held)
 
 
 def _holds(path: Path, part: Part, plan: Plan) -> bool:
@@ -158,31 +166,42 @@ def _pack(
 ) -> int:
     """Pack into `.partial` files, then give them their names. Returns how many pieces an earlier run had left."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    budget = Budget.of(memory, threads or os.cpu_count() or 1, plan)
     partials = [final.with_name(final.name + ".partial") for final in finals]
     with Journal(_journal_path(target), plan, force=force) as journal:
-        for partial, final, part in zip(partials, finals, plan.parts, strict=True):
-            if not partial.exists() and _holds(final, part, plan):  # killed between the parts' renames
-                final.rename(partial)
-        present = sum(partial.stat().st_blocks * 512 for partial in partials if partial.exists())
-        problems = _space_problem(target, plan.nbytes - present)
-        if problems:
-            if not journal.entries:
-                journal.finish()
-            raise OutputError(problems)
+        _prepare(plan, partials, finals, resumed=journal.resumed and not force)
         try:
-            digests, resumed = pack(
-                plan, partials, journal, threads=threads or os.cpu_count() or 1, memory=memory, progress=progress
-            )
+            present = sum(partial.stat().st_blocks * 512 for partial in partials if partial.exists())
+            problems = _space_problem(target, plan.nbytes - present)
+            if problems:
+                raise OutputError(problems)
+            digests, resumed = pack(plan, partials, journal, budget=budget, progress=progress)
             _complete(plan, partials, digests)
+        except BrokenPipeError:  # of whoever is shown the progress
+            raise
         except OSError as error:
             raise OutputError(
                 f"{_explain(error, target)}; what is packed so far is kept: run the same command again"
             ) from error
+        finally:
+            if journal.empty:  # nothing to go on from: leave nothing behind
+                for partial in partials:
+                    partial.unlink(missing_ok=True)
+                journal.finish()
         for partial, final in zip(partials, finals, strict=True):
             partial.rename(final)
         _sync_folder(target.parent)
         journal.finish()
     return resumed
+
+
+def _prepare(plan: Plan, partials: list[Path], finals: list[Path], *, resumed: bool) -> None:
+    """Leave only what the run may go on from: stray bytes of another would stay in the padding."""
+    for partial, final, part in zip(partials, finals, plan.parts, strict=True):
+        if not resumed:
+            partial.unlink(missing_ok=True)
+        elif not partial.exists() and _holds(final, part, plan):  # killed between the parts' renames
+            final.rename(partial)
 
 
 def _complete(plan: Plan, partials: list[Path], digests: list[bytes]) -> None:

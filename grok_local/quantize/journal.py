@@ -25,8 +25,9 @@ class Journal:
     def __init__(self, path: Path, plan: Plan, *, force: bool = False) -> None:
         """Open or start it. Raises OutputError if another run has it, or (without `force`) if it is of another plan."""
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         self.entries: dict[int, dict[str, Any]] = {}
+        self._recorded = False
         try:
             self._lock()
             self.resumed = self._read(plan, force)
@@ -37,8 +38,11 @@ class Journal:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(self._fd), self.path.stat())  # it may have been removed before the lock
         except OSError:
-            raise OutputError(f"{self.path}: another grok-local is packing this output") from None
+            same = False
+        if not same:
+            raise OutputError(f"{self.path}: another grok-local is packing this output")
 
     def _read(self, plan: Plan, force: bool) -> bool:
         """Whether there was something of the same plan to go on from."""
@@ -46,7 +50,7 @@ class Journal:
             lines = file.read().split(b"\n")
         complete, torn = lines[:-1], lines[-1]
         header = _parse(complete[0]) if complete else {}
-        if header.get("plan") == plan.digest:
+        if header.get("plan") == plan.layout_digest:
             for entry in map(_parse, complete[1:]):
                 if isinstance(entry.get("piece"), int):
                     self.entries[entry["piece"]] = entry
@@ -55,15 +59,21 @@ class Journal:
             return True
         if header and not force:
             raise OutputError(
-                f"{self.path.name}: an unfinished run with other options, or from another checkpoint, is in "
+                f"{self.path.name}: an unfinished run with other options is in "
                 f"{self.path.parent}: finish that one, or start anew with --force"
             )
         os.ftruncate(self._fd, 0)
-        self._append(json.dumps({"plan": plan.digest}).encode() + b"\n")
+        self._append(json.dumps({"plan": plan.layout_digest}).encode() + b"\n")
         return False
+
+    @property
+    def empty(self) -> bool:
+        """Whether no piece is known, from this run or an earlier one."""
+        return not self.entries and not self._recorded
 
     def record(self, piece: Piece, digest: bytes, stamp: list[int]) -> None:
         """Note that the piece's bytes are written. Safe from any thread."""
+        self._recorded = True
         entry = {"piece": piece.index, "sha256": digest.hex(), "source": stamp}
         self._append(json.dumps(entry).encode() + b"\n")
 

@@ -110,6 +110,7 @@ class Plan:
     parts: tuple[Part, ...]
     pieces: tuple[Piece, ...]
     digest: str
+    layout_digest: str  # the same whatever the checkpoint's numbers are
 
     @property
     def nbytes(self) -> int:
@@ -156,16 +157,18 @@ def plan_output(
     """The plan for the file `name`, or for parts of it of at most `split_size` bytes of tensors."""
     groups = _split(plan_tensors(checkpoint, recipe), split_size)
     metadata = _Metadata(checkpoint, recipe, tokenizer, fingerprint, parts=len(groups), split=split_size is not None)
-    digest = hashlib.sha256()
+    digest, layout_digest = hashlib.sha256(), hashlib.sha256()
     for number, group in enumerate(groups):
-        digest.update(metadata.header(number, group, NO_DIGEST))
+        header = metadata.header(number, group, NO_DIGEST)
+        digest.update(header)
+        layout_digest.update(gguf_file.replace_strings(header, [fingerprint], [NO_DIGEST]))
     parts = []
     for number, group in enumerate(groups):
         header = metadata.header(number, group, digest.hexdigest())
         part = name if split_size is None else gguf_file.part_name(name, number + 1, len(groups))
         tensors, size = _place(group, _pad(len(header)), number)
         parts.append(Part(part, tensors, header, size))
-    return Plan(recipe, tuple(parts), tuple(_pieces(parts)), digest.hexdigest())
+    return Plan(recipe, tuple(parts), tuple(_pieces(parts)), digest.hexdigest(), layout_digest.hexdigest())
 
 
 def _split(tensors: list[PlannedTensor], split_size: int | None) -> list[list[PlannedTensor]]:

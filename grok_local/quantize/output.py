@@ -29,7 +29,7 @@ class PartFile:
     """A file of `size` bytes, written at any offset by any thread. A context manager. Raises OSError."""
 
     def __init__(self, path: Path, size: int) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         os.ftruncate(self._fd, size)
         self._direct = _open_direct(path)
 

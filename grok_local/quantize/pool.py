@@ -76,12 +76,10 @@ def pack(
     partials: list[Path],
     journal: Journal,
     *,
-    threads: int,
-    memory: int,
+    budget: Budget,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[list[bytes], int]:
     """Pack what the journal does not know yet. Returns the digests of all pieces, and how many were there already."""
-    budget = Budget.of(memory, threads, plan)
     with ExitStack() as stack:
         paired = zip(partials, plan.parts, strict=True)
         files = [stack.enter_context(PartFile(path, part.size)) for path, part in paired]

@@ -12,7 +12,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from grok_local.errors import OptionError
 from grok_local.models.grok1 import Kind
 
-__all__ = ["RECIPES", "Recipe", "choose_type", "recipe_named"]
+__all__ = ["PACKED_TYPES", "RECIPES", "Recipe", "choose_type", "recipe_named"]
 
 _Q = GGMLQuantizationType
 
@@ -48,6 +48,10 @@ RECIPES = {
         Recipe("f32", _Q.F32, _Q.F32, _Q.F32, _F.ALL_F32),
     )
 }
+
+
+PACKED_TYPES = {_Q.F32, _Q.F16, *_FALLBACKS.values()}
+PACKED_TYPES |= {kind for r in RECIPES.values() for kind in (r.experts, r.attention, r.embedding)}
 
 
 def recipe_named(name: str) -> Recipe:

@@ -28,6 +28,8 @@ KV_TYPES = {
     kind.name.lower(): kind for kind in (GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F32)
 }
 _DEFAULT_CONTEXT = 8192
+_MAX_CONTEXT = 1 << 24
+_MAX_THREADS = 512  # GGML_MAX_N_THREADS
 _BATCH = 512  # tokens evaluated at once
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
 _ABORTED = 2  # llama_decode's answer when the abort callback said so
@@ -55,8 +57,10 @@ class Engine:
         self.cached: list[int] = []
         if kv_type not in KV_TYPES:
             raise OptionError(f"KV cache type {kv_type!r}: choose one of {', '.join(KV_TYPES)}")
-        if (context is not None and context < 1) or (threads is not None and threads < 1):
-            raise OptionError("context and threads must be at least 1")
+        if context is not None and not 1 <= context <= _MAX_CONTEXT:
+            raise OptionError(f"context {context}: must be 1 to {_MAX_CONTEXT}")
+        if threads is not None and not 1 <= threads <= _MAX_THREADS:
+            raise OptionError(f"{threads} threads: must be 1 to {_MAX_THREADS}")
         self.headers = gguf_file.read_model(path)
         try:
             self._open(gguf_file.first_part(path), context, threads, KV_TYPES[kv_type], gpu_layers)
@@ -72,8 +76,10 @@ class Engine:
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         trained = int(llama_cpp.llama_model_n_ctx_train(self._model))
         self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
-        self._context = self._new_context(context or min(_DEFAULT_CONTEXT, trained), threads, kv_type)
-        self.context_size = int(llama_cpp.llama_n_ctx(self._context))
+        size = context or max(min(_DEFAULT_CONTEXT, trained), 1)
+        self._context = self._new_context(size, threads, kv_type)
+        self.context_size = min(size, int(llama_cpp.llama_n_ctx(self._context)))  # llama.cpp rounds it up
+        self._batch_size = min(_BATCH, int(llama_cpp.llama_n_batch(self._context)))
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
 
@@ -197,8 +203,8 @@ class Engine:
         interrupted.
         """
         before = len(self.cached)
-        for start in range(0, len(ids), _BATCH):
-            if not self._decode(ids[start : start + _BATCH], logits="last"):
+        for start in range(0, len(ids), self._batch_size):
+            if not self._decode(ids[start : start + self._batch_size], logits="last"):
                 break
         return len(self.cached) - before
 
@@ -210,8 +216,8 @@ class Engine:
             raise ContextError(f"{len(ids)} tokens do not fit the context of {self.context_size}: give a larger one")
         out = np.empty((len(ids), self.vocabulary), np.float32)
         self._truncate(0)
-        for start in range(0, len(ids), _BATCH):
-            chunk = ids[start : start + _BATCH]
+        for start in range(0, len(ids), self._batch_size):
+            chunk = ids[start : start + self._batch_size]
             if not self._decode(chunk, logits="all"):
                 raise ModelError("interrupted")
             computed = llama_cpp.llama_get_logits(self._context)

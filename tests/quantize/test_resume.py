@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import grok_local
-from grok_local.errors import OutputError
+from grok_local.errors import CheckpointError, OptionError, OutputError
 from grok_local.quantize.output import PartFile
+from tests.checkpoints import dump
 
 
 def _sha256(path: Path) -> str:
@@ -165,3 +167,80 @@ def test_nothing_is_left_of_a_shutil_copy(small: Path, tmp_path: Path) -> None:
     grok_local.quantize_checkpoint(small, output)
     copied = shutil.copytree(small, tmp_path / "copy")
     assert grok_local.quantize_checkpoint(copied, output).unchanged
+
+
+def test_a_finished_output_is_never_touched_without_force(small: Path, tmp_path: Path) -> None:
+    """Whatever journal an earlier run left beside it."""
+    output = tmp_path / "x.gguf"
+    grok_local.quantize_checkpoint(small, output)
+    before = _sha256(output)
+    with pytest.raises(OptionError):
+        grok_local.quantize_checkpoint(small, output, type="q8_0", force=True, memory="1M")
+    with pytest.raises(OutputError, match="--force"):
+        grok_local.quantize_checkpoint(small, output, type="q8_0")
+    assert _sha256(output) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_replacing_keeps_the_old_output_until_the_end(small: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.gguf"
+    grok_local.quantize_checkpoint(small, output)
+    before = _sha256(output)
+
+    def look(_: object) -> None:
+        assert _sha256(output) == before
+
+    grok_local.quantize_checkpoint(small, output, type="q8_0", force=True, progress=look)
+    assert _sha256(output) != before
+
+
+def test_no_byte_of_an_older_run_is_left(small: Path, tmp_path: Path, packed: Path) -> None:
+    output = tmp_path / packed.name
+    target = tmp_path / "precious"
+    target.write_bytes(b"precious")
+    for make in (lambda p: p.write_bytes(os.urandom(20_000_000)), lambda p: p.symlink_to(target)):
+        make(output.with_name(output.name + ".partial"))
+        grok_local.quantize_checkpoint(small, output)
+        assert _sha256(output) == _sha256(packed)
+        assert not output.is_symlink()
+        assert target.read_bytes() == b"precious"
+        output.unlink()
+
+
+def test_a_live_journal_is_not_removed(small: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.gguf"
+    grok_local.quantize_checkpoint(small, output)
+    seen: list[bool] = []
+
+    def second(_: object) -> None:
+        if not seen:
+            seen.append(grok_local.quantize_checkpoint(small, output).unchanged)
+            with pytest.raises(OutputError, match="another grok-local"):
+                grok_local.quantize_checkpoint(small, output, type="q4_0", force=True)
+
+    grok_local.quantize_checkpoint(small, output, type="q8_0", force=True, progress=second)
+    assert seen == [True]
+
+
+def test_a_run_refused_for_its_input_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(small, tmp_path / "copy")
+    embedding = path / "ckpt-0" / "tensor00000_000"
+    right = embedding.read_bytes()
+    embedding.write_bytes(dump(np.full((2048, 256), np.nan, np.float32)))
+    with pytest.raises(CheckpointError):
+        grok_local.quantize_checkpoint(path, tmp_path / "x.gguf", threads=1)
+    embedding.write_bytes(right)
+    assert grok_local.quantize_checkpoint(path, tmp_path / "x.gguf").tensors == 26
+
+
+def test_a_tensor_mended_half_way_costs_only_its_own_pieces(small: Path, tmp_path: Path, stopped: Path) -> None:
+    """Though the checkpoint's fingerprint is another then."""
+    path = shutil.copytree(small, tmp_path / "copy")  # with the files' times
+    source = path / "ckpt-0" / "tensor00002_000"
+    data = bytearray(source.read_bytes())
+    data[50_000] ^= 1
+    source.write_bytes(data)
+    report = grok_local.quantize_checkpoint(path, stopped)
+    assert 0 < report.resumed_pieces < 20
+    straight = grok_local.quantize_checkpoint(path, tmp_path / "straight" / "x.gguf").path
+    assert _sha256(stopped) == _sha256(straight)
