@@ -85,18 +85,22 @@ def quantize(
     target = library.default_output(type) if output is None else output
     if target.is_dir():
         target = target / library.default_output(type).name
-    with views.progress_view("quantize", as_json=as_json) as show:
-        report = quantize_checkpoint(
-            checkpoint,
-            target,
-            type=type,
-            tokenizer=tokenizer,
-            threads=threads,
-            memory=memory,
-            split_size=split_size,
-            force=force,
-            progress=show,
-        )
+    try:
+        with views.progress_view("quantize", as_json=as_json) as show:
+            report = quantize_checkpoint(
+                checkpoint,
+                target,
+                type=type,
+                tokenizer=tokenizer,
+                threads=threads,
+                memory=memory,
+                split_size=split_size,
+                force=force,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        raise
     if as_json:
         _print_json({"event": "done", **asdict(report)})
     else:
