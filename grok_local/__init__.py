@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from grok_local.errors import GrokLocalError
 
 if TYPE_CHECKING:
+    from grok_local.library import load
     from grok_local.quantize.convert import Progress, QuantizeReport, quantize_checkpoint
-    from grok_local.runtime.model import Model, Reply, Stats, load
+    from grok_local.runtime.model import Model, Reply, Stats
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,8 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Progress", "QuantizeReport", "quantize_checkpoint"), "grok_local.quantize.convert"),
-    **dict.fromkeys(("Model", "Reply", "Stats", "load"), "grok_local.runtime.model"),
+    **dict.fromkeys(("Model", "Reply", "Stats"), "grok_local.runtime.model"),
+    "load": "grok_local.library",
 }
 
 

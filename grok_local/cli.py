@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -24,9 +26,29 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _complete_model(incomplete: str) -> list[str]:
+    from grok_local import library
+
+    return [name for name in library.model_names() if name.startswith(incomplete)]
+
+
+def _complete_entry(incomplete: str) -> list[str]:
+    from grok_local import inventory
+
+    return [name for name in inventory.entry_names() if name.startswith(incomplete)]
+
+
 ModelOption = Annotated[
-    Optional[str],
-    typer.Option("-m", "--model", help="A GGUF, or the name of one in the models folder.", metavar="MODEL"),
+    str,
+    typer.Option(
+        "-m",
+        "--model",
+        help="A GGUF, a name in the models folder, or the built-in model.",
+        metavar="MODEL",
+        envvar="GROK_LOCAL_MODEL",
+        autocompletion=_complete_model,
+    ),
 ]
 Context = Annotated[
     Optional[int], typer.Option(help="Tokens of context.  [default: the model's, at most 8192]", min=1, max=1 << 24)
@@ -58,7 +80,7 @@ def _options(
 
 @app.command()
 def quantize(
-    checkpoint: Annotated[Path, typer.Argument(help="The release's folder, or its ckpt-0.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The release's folder, its ckpt-0, or a name that was pulled.")],
     output: Annotated[
         Optional[Path],
         typer.Option("-o", "--output", help="The GGUF.  [default: grok-1-TYPE.gguf in the models folder]"),
@@ -82,13 +104,14 @@ def quantize(
     from grok_local import library, views
     from grok_local.quantize.convert import quantize_checkpoint
 
-    target = library.default_output(type) if output is None else output
+    source = library.resolve_checkpoint(checkpoint)
+    target = library.default_output(type, source) if output is None else output
     if target.is_dir():
-        target = target / library.default_output(type).name
+        target = target / library.default_output(type, source).name
     try:
         with views.progress_view("quantize", as_json=as_json) as show:
             report = quantize_checkpoint(
-                checkpoint,
+                source,
                 target,
                 type=type,
                 tokenizer=tokenizer,
@@ -109,7 +132,10 @@ def quantize(
 
 @app.command()
 def verify(
-    gguf: Annotated[str, typer.Argument(help="The GGUF, or any part of one, or a model's name.")],
+    gguf: Annotated[
+        str,
+        typer.Argument(help="The GGUF, or any part of one, or a model's name.", autocompletion=_complete_model),
+    ],
     against: Annotated[
         Optional[Path], typer.Option(help="Pack this checkpoint again and compare every byte.", metavar="CHECKPOINT")
     ] = None,
@@ -123,7 +149,8 @@ def verify(
     from grok_local.quantize.verify import verify as check
 
     with views.progress_view("verify", as_json=False) as show:
-        report = check(library.resolve_model(gguf), against, progress=show)
+        source = against and library.resolve_checkpoint(against)
+        report = check(library.resolve_model(gguf), source, progress=show)
     if as_json:
         _print_json(asdict(report))
     else:
@@ -141,15 +168,16 @@ def inspect(
 
     grok-local inspect ~/grok-1
     """
-    from grok_local import views
+    from grok_local import library, views
 
-    if path.is_dir():
+    source = library.resolve_checkpoint(path)
+    if source.is_dir():
         from grok_local.quantize.checkpoint import open_checkpoint
 
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(source)
         described, tables = views.describe_checkpoint(checkpoint), views.checkpoint_tables(checkpoint)
     else:
-        from grok_local import gguf_file, library
+        from grok_local import gguf_file
 
         headers = gguf_file.read_model(library.resolve_model(str(path)))
         described, tables = views.describe_gguf(headers), views.gguf_tables(headers)
@@ -162,7 +190,7 @@ def inspect(
 @app.command()
 def generate(
     prompt: Annotated[Optional[str], typer.Argument(help="The text to continue; - reads it from stdin.")] = None,
-    model: ModelOption = None,
+    model: ModelOption = "tiny",
     max_tokens: MaxTokens = 128,
     stop: Stop = None,
     temperature: Temperature = 0.7,
@@ -185,7 +213,7 @@ def generate(
 
     text = _prompt_text(prompt)
     sampling = _sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
-    with _load(model, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers) as loaded:
+    with _loaded(model, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers) as loaded:
         reply = loaded.generate(text, max_tokens=max_tokens, stop=stop or (), **sampling)
         with repl.interruptible(loaded):
             for piece in reply:
@@ -202,7 +230,7 @@ def generate(
 
 @app.command()
 def chat(
-    model: ModelOption = None,
+    model: ModelOption = "tiny",
     system: Annotated[Optional[str], typer.Option(help="What the model is told first.")] = None,
     max_tokens: MaxTokens = None,
     stop: Stop = None,
@@ -219,22 +247,121 @@ def chat(
 ) -> None:
     """Have a conversation; /help lists what it understands. Without a terminal, every line of stdin is a question.
 
-    grok-local chat -m grok-1-q4_k
+    grok-local chat -m grok-1-q4_k        without -m: the built-in model, which explains grok-local
     """
     from grok_local.repl import Repl
 
     options: dict[str, Any] = _sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     options |= {"max_tokens": max_tokens, "stop": stop or ()}
-    with _load(model, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers) as loaded:
-        Repl(loaded, system=system, options=options).run()
+    with _loaded(model, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers) as loaded:
+        Repl(loaded, name=model, system=system, options=options).run()
 
 
-def _load(model: str | None, **options: Any) -> Any:
-    from grok_local import ggml, library
-    from grok_local.runtime.model import load
+@app.command()
+def demo(
+    pause: Annotated[bool, typer.Option(help="Wait for Enter after each part, where there is a terminal.")] = True,
+) -> None:
+    """A tour in under a minute: pack the built-in model, verify it, ask it three questions.
+
+    grok-local demo
+    """
+    from grok_local import ggml
+    from grok_local.demo import Tour
 
     ggml.exit_on_abort()
-    return load(library.resolve_model(model), **options)
+    Tour(pause=pause and sys.stdin.isatty() and sys.stdout.isatty()).run()
+
+
+@app.command()
+def pull(
+    release: Annotated[str, typer.Argument(help="grok-1.")],
+    to: Annotated[
+        Optional[Path], typer.Option(help="The folder for it.  [default: its name in the checkpoints folder]")
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path], typer.Option(help="tokenizer.model.  [default: fetched from the release's git repository]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Download the release and check every file. Stopped, the same command goes on where it was.
+
+    grok-local pull grok-1 --to /data/grok-1
+    """
+    from grok_local import library, views
+    from grok_local.hub.release import fetch_release
+
+    folder = to or library.checkpoints_folder() / release
+    try:
+        with views.progress_view("pull", as_json=as_json) as show:
+            report = fetch_release(release, folder, tokenizer=tokenizer, progress=show)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        raise
+    if as_json:
+        _print_json({"event": "done", **asdict(report)})
+    else:
+        print("\n".join(views.fetch_summary(report)), file=sys.stderr)
+        print(f"next: grok-local quantize {release if to is None else shlex.quote(str(folder))}", file=sys.stderr)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """Show the models and checkpoints on this machine.
+
+    grok-local list
+    """
+    from grok_local import inventory, library, views
+
+    found = inventory.entries()
+    if as_json:
+        _print_json([asdict(entry) for entry in found])
+    else:
+        views.print_tables([views.entries_table(found)])
+        print(f"in {library.home()}", file=sys.stderr)
+
+
+@app.command()
+def rm(
+    names: Annotated[
+        list[str], typer.Argument(help="Models or checkpoints, as list shows them.", autocompletion=_complete_entry)
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete models or checkpoints from grok-local's folders.
+
+    grok-local rm grok-1-q4_0
+    """
+    from grok_local import inventory
+    from grok_local.units import format_bytes
+
+    for entry in [inventory.entry_named(name) for name in names]:
+        if not yes and not _agreed(f"delete {entry.kind} {entry.name} ({format_bytes(entry.bytes)})?"):
+            print(f"{entry.name}: kept", file=sys.stderr)
+            continue
+        inventory.remove(entry)
+        print(f"{entry.name}: deleted, {format_bytes(entry.bytes)}", file=sys.stderr)
+
+
+def _agreed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise OptionError(f"{question} Nobody is there to ask: say so with --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+@contextmanager
+def _loaded(model: str, **options: Any) -> Iterator[Any]:
+    from grok_local import ggml, library
+
+    ggml.exit_on_abort()
+    if not library.is_packed(model):
+        from grok_local import views
+
+        print("the built-in model is packed to 4 bits, once", file=sys.stderr)
+        with views.progress_view("pack", as_json=False) as show:
+            library.resolve_model(model, progress=show)
+    with library.load(model, **options) as loaded:
+        yield loaded
 
 
 def _sampling(

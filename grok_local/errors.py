@@ -4,7 +4,9 @@
     |-- OptionError        a value nobody can use (exit code 2, like every usage error)
     |-- CheckpointError    the release on disk: missing, truncated, misshapen, hostile
     |-- TokenizerError     the SentencePiece model: missing, unreadable, of the wrong size
-    |-- OutputError        the GGUF being written: exists, no space, in use
+    |-- FetchError         the release on the hub: refused, cut off, not what its hash says, no space for it
+    |-- OutputError        the GGUF being written: exists, no space
+    |   `-- InUseError     another process is writing it
     |-- GGUFError          a GGUF being read: not one, truncated, nonsense inside
     |-- VerifyError        a GGUF that is not what it should be
     |-- ModelError         llama.cpp cannot load or run the model
@@ -20,8 +22,10 @@ from collections.abc import Iterable
 __all__ = [
     "CheckpointError",
     "ContextError",
+    "FetchError",
     "GGUFError",
     "GrokLocalError",
+    "InUseError",
     "ModelError",
     "OptionError",
     "OutputError",
@@ -54,8 +58,16 @@ class TokenizerError(GrokLocalError):
     """The tokenizer is missing, unreadable, or not this checkpoint's."""
 
 
+class FetchError(GrokLocalError):
+    """The release cannot be fetched, or not completely."""
+
+
 class OutputError(GrokLocalError):
     """The output cannot be written, or would overwrite something."""
+
+
+class InUseError(OutputError):
+    """Another process is writing this output."""
 
 
 class GGUFError(GrokLocalError):

@@ -1,15 +1,44 @@
-"""Names -> files: what `-m` may say, and where grok-local keeps its models."""
+"""Names -> files: what `-m` may say, where grok-local keeps models and checkpoints, and the built-in model."""
 
 from __future__ import annotations
 
 import os
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
-from grok_local.errors import GGUFError
+from grok_local.errors import GGUFError, InUseError
+from grok_local.models import tiny
 
-__all__ = ["default_output", "home", "models_folder", "resolve_model"]
+if TYPE_CHECKING:
+    from grok_local.quantize.pool import Progress
+    from grok_local.runtime.model import Model
+
+__all__ = [
+    "BUILT_IN",
+    "cache_folder",
+    "checkpoints_folder",
+    "default_output",
+    "home",
+    "is_packed",
+    "load",
+    "model_names",
+    "models",
+    "models_folder",
+    "packed_tiny_path",
+    "pulled",
+    "resolve_checkpoint",
+    "resolve_model",
+]
+
+BUILT_IN = "tiny"
+_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")  # of a part
+_TINY_CONTEXT = 1024  # it was trained on 512 tokens
+_PATIENCE = 60.0  # seconds for another process that packs the built-in model
 
 
 def home() -> Path:
@@ -18,22 +47,42 @@ def home() -> Path:
     return Path(moved) if moved else platformdirs.user_data_path("grok-local")
 
 
+def cache_folder() -> Path:
+    """What can be made again: the packed built-in model."""
+    moved = os.environ.get("GROK_LOCAL_HOME")
+    return Path(moved) / "cache" if moved else platformdirs.user_cache_path("grok-local")
+
+
 def models_folder() -> Path:
     """Where `quantize` puts its files and `-m` looks for names."""
     return home() / "models"
 
 
-def default_output(type: str) -> Path:
-    """Where a packed Grok-1 goes when no output is named."""
-    return models_folder() / f"grok-1-{type.lower()}.gguf"
+def checkpoints_folder() -> Path:
+    """Where `pull` puts releases and `quantize` looks for names."""
+    return home() / "checkpoints"
 
 
-def resolve_model(name: str | None) -> Path:
-    """The GGUF that `name` means: a path, a name in the models folder, or (None) the only model there. Raises
-    GGUFError.
+def default_output(type: str, checkpoint: Path) -> Path:
+    """Where a packed checkpoint goes when no output is named."""
+    name = BUILT_IN if checkpoint == tiny.CHECKPOINT else "grok-1"
+    return models_folder() / f"{name}-{type.lower()}.gguf"
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The folder that `path` means: itself, one of that name among the pulled, or the built-in model's."""
+    pulled = checkpoints_folder() / path.name
+    if path.exists() or len(path.parts) != 1:
+        return path
+    return pulled if pulled.is_dir() else tiny.CHECKPOINT if path.name == BUILT_IN else path
+
+
+def resolve_model(name: str, *, progress: Callable[[Progress], None] | None = None) -> Path:
+    """The GGUF that `name` means: a path, a name in the models folder, or `tiny`: the built-in model, packed on first
+    use. Raises GGUFError.
     """
-    if name is None:
-        return _only_model()
+    if name == BUILT_IN:
+        return _packed_tiny(progress)
     path = Path(name)
     if path.is_file():
         return path
@@ -41,33 +90,78 @@ def resolve_model(name: str | None) -> Path:
         raise GGUFError(
             f"{name}: a folder; give the GGUF in it, or pack a checkpoint first: grok-local quantize {name}"
         )
-    named = _models().get(name.removesuffix(".gguf"))
+    named = models().get(path.name.removesuffix(".gguf")) if len(path.parts) == 1 else None
     if named is not None:
         return named
-    raise GGUFError(f"{name}: no such file, and no model of that name in {models_folder()}{_known()}")
+    known = ", ".join(model_names())
+    raise GGUFError(f"{name}: no such file, and no model of that name in {models_folder()} (there are: {known})")
 
 
-def _only_model() -> Path:
-    models = _models()
-    if len(models) == 1:
-        return next(iter(models.values()))
-    if models:
-        raise GGUFError(f"several models are in {models_folder()}: say which with -m{_known()}")
-    raise GGUFError(f"no model is in {models_folder()}: give one with -m, or pack one: grok-local quantize CHECKPOINT")
+def load(
+    model: str | os.PathLike[str],
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    kv_type: str = "f16",
+    gpu_layers: int | None = None,
+) -> Model:
+    """Load a GGUF (any part of a split one), its weights mapped; or a model by its name, `tiny` being the built-in one.
+
+    `context`: tokens, by default the model's own and at most 8192. `threads`: by default one per physical core.
+    `kv_type`: f16, bf16 or f32. `gpu_layers`: layers to put on the GPU, for a llama.cpp built with one. Raises
+    GGUFError, ModelError or OptionError.
+    """
+    from grok_local.runtime.model import load as load_gguf
+
+    if model == BUILT_IN:
+        context = context or _TINY_CONTEXT
+    path = resolve_model(os.fspath(model))
+    return load_gguf(path, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers)
 
 
-def _models() -> dict[str, Path]:
+def is_packed(name: str) -> bool:
+    """Whether `name` can be loaded at once; the built-in model is packed on first use."""
+    return name != BUILT_IN or packed_tiny_path().exists()
+
+
+def packed_tiny_path() -> Path:
+    """Where the built-in model is once it is packed; the name tells versions of it apart."""
+    from grok_local.quantize.checkpoint import fingerprint, open_checkpoint
+
+    return cache_folder() / f"tiny-{fingerprint(open_checkpoint(tiny.CHECKPOINT))[:8]}-q4_k.gguf"
+
+
+def _packed_tiny(progress: Callable[[Progress], None] | None) -> Path:
+    target = packed_tiny_path()
+    until = time.monotonic() + _PATIENCE
+    while not target.exists():
+        from grok_local.quantize.convert import quantize_checkpoint
+
+        try:
+            quantize_checkpoint(tiny.CHECKPOINT, target, progress=progress)
+        except InUseError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+        for old in set(cache_folder().glob("tiny-*-q4_k.gguf")) - {target}:  # another version's
+            old.unlink(missing_ok=True)
+    return target
+
+
+def model_names() -> list[str]:
+    """What `-m` may say, beside paths."""
+    return [BUILT_IN, *models()]
+
+
+def pulled() -> list[Path]:
+    """The folders of the checkpoints that were pulled."""
+    folder = checkpoints_folder()
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def models() -> dict[str, Path]:
+    """By name, the file to load: the whole one, or the first part."""
     found: dict[str, Path] = {}
-    for path in sorted(models_folder().glob("*.gguf")):
-        found.setdefault(_model_name(path), path)
+    for path in sorted(models_folder().glob("*.gguf"), key=lambda path: (_NUMBER.search(path.stem) is not None, path)):
+        found.setdefault(_NUMBER.sub("", path.stem), path)
     return found
-
-
-def _model_name(path: Path) -> str:
-    stem = path.name.removesuffix(".gguf")
-    return stem.partition("-00001-of-")[0]
-
-
-def _known() -> str:
-    names = list(_models())
-    return f" ({', '.join(names)})" if names else ""

@@ -28,8 +28,9 @@ Ctrl-C ends an answer; Alt-Enter starts a new line."""
 class Repl:
     """One conversation with `model`. Answers go to stdout, everything about them to stderr."""
 
-    def __init__(self, model: Model, *, system: str | None, options: dict[str, Any]) -> None:
+    def __init__(self, model: Model, *, name: str, system: str | None, options: dict[str, Any]) -> None:
         self.model = model
+        self._name = name
         self.system = system
         self.turns: list[dict[str, str]] = []
         self._options = options
@@ -50,7 +51,10 @@ class Repl:
                     self._answer(text)
 
     def _greeting(self) -> str:
-        name = self.model.metadata.get("general.name", self.model.path.name)
+        if self._name == library.BUILT_IN:
+            name = "tiny, the built-in model: ask it about grok-local and Grok-1 (-m NAME runs another)"
+        else:
+            name = f"{self.model.metadata.get('general.name', self.model.path.name)}"
         return f"{name}, {self.model.context_size} tokens of context. /help lists the commands."
 
     def _answer(self, text: str) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape as escape_markup
@@ -20,15 +20,18 @@ from grok_local.units import format_bytes, printable
 
 if TYPE_CHECKING:
     from grok_local.gguf_file import Header
+    from grok_local.hub.release import FetchReport
+    from grok_local.inventory import Entry
     from grok_local.quantize.checkpoint import Checkpoint
     from grok_local.quantize.convert import QuantizeReport
-    from grok_local.quantize.pool import Progress as PackProgress
     from grok_local.quantize.verify import TensorCheck, VerifyReport
 
 __all__ = [
     "checkpoint_tables",
     "describe_checkpoint",
     "describe_gguf",
+    "entries_table",
+    "fetch_summary",
     "gguf_tables",
     "print_tables",
     "progress_view",
@@ -39,7 +42,25 @@ __all__ = [
 _LINE_EVERY = 5.0  # seconds, where no bar can be drawn
 _LONG = 8  # items of an array that are shown
 
-Show = Callable[["PackProgress"], None]
+_PHASES = {"check": "checking", "pack": "packing", "fetch": "fetching"}
+
+
+class Event(Protocol):
+    """What the views show of any job's progress."""
+
+    @property
+    def phase(self) -> str: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def bytes_read(self) -> int: ...
+
+
+Show = Callable[[Event], None]
 
 
 @contextmanager
@@ -55,8 +76,8 @@ def progress_view(label: str, *, as_json: bool) -> Iterator[Show]:
         yield _lines(label)
 
 
-def _json_events(event: PackProgress) -> None:
-    print(json.dumps({"event": "progress", **asdict(event)}), flush=True)
+def _json_events(event: Event) -> None:
+    print(json.dumps({"event": "progress", **asdict(event)}), flush=True)  # type: ignore[call-overload]
 
 
 @contextmanager
@@ -73,14 +94,14 @@ def _bar(console: Console) -> Iterator[Show]:
         rate = _Rate()
         task = bar.add_task("", total=None, speed="", tensor="")
 
-        def show(event: PackProgress) -> None:
+        def show(event: Event) -> None:
             bar.update(
                 task,
-                description={"check": "checking", "pack": "packing"}[event.phase],
+                description=_PHASES[event.phase],
                 total=event.total,
                 completed=event.done,
                 speed=rate.text(event),
-                tensor=event.tensor,
+                tensor=event.label,
             )
 
         yield show
@@ -89,28 +110,28 @@ def _bar(console: Console) -> Iterator[Show]:
 def _lines(label: str) -> Show:
     rate, last = _Rate(), [0.0]
 
-    def show(event: PackProgress) -> None:
+    def show(event: Event) -> None:
         if time.monotonic() - last[0] >= _LINE_EVERY or event.done == event.total:
             last[0] = time.monotonic()
-            percent = 100 * event.done / event.total
+            percent = 100 * event.done / max(event.total, 1)
             with suppress(OSError):  # nobody may be listening: the work goes on
-                print(f"{label}: {percent:.0f}% {rate.text(event)} {event.tensor}", file=sys.stderr, flush=True)
+                print(f"{label}: {percent:.0f}% {rate.text(event)} {event.label}", file=sys.stderr, flush=True)
 
     return show
 
 
 class _Rate:
-    """Bytes of the source read per second, since the first event."""
+    """Bytes read or fetched per second, since the first event."""
 
     def __init__(self) -> None:
         self._start: tuple[float, int] | None = None
 
-    def text(self, event: PackProgress) -> str:
+    def text(self, event: Event) -> str:
         now = time.monotonic()
         if self._start is None:
             self._start = (now, event.bytes_read)
         elapsed = now - self._start[0]
-        return f"{(event.bytes_read - self._start[1]) / elapsed / 1e9:.2f} GB/s" if elapsed > 0.5 else ""
+        return f"{format_bytes((event.bytes_read - self._start[1]) / elapsed)}/s" if elapsed > 0.5 else ""
 
 
 def describe_gguf(headers: list[Header]) -> dict[str, Any]:
@@ -257,3 +278,22 @@ def quantize_summary(report: QuantizeReport) -> Iterator[str]:
     else:
         parts = f" in {len(report.paths)} parts" if len(report.paths) > 1 else ""
         yield f"{report.path}: {size}{parts}, {report.seconds:.1f} s"
+
+
+def fetch_summary(report: FetchReport) -> Iterator[str]:
+    """What is in the folder now, and what to do with it."""
+    yield from (f"note: {note}" for note in report.notes)
+    came = (
+        f"{format_bytes(report.fetched)} fetched in {report.seconds:.0f} s"
+        if report.fetched
+        else "all there already, none changed since it was hashed"
+    )
+    yield f"{report.folder}: {report.files} files, {format_bytes(report.bytes)}, every hash right ({came})"
+
+
+def entries_table(entries: Iterable[Entry]) -> Table:
+    """Models and checkpoints on this machine."""
+    table = Table("name", "kind", "type", "size", "source")
+    for entry in entries:
+        table.add_row(_cell(entry.name), entry.kind, _cell(entry.type), format_bytes(entry.bytes), _cell(entry.source))
+    return table

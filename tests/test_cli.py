@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import Run
 
-COMMANDS = ("quantize", "verify", "inspect", "generate", "chat")
+COMMANDS = ("quantize", "verify", "inspect", "generate", "chat", "demo", "pull", "list", "rm")
 # What prompt_toolkit sends when it begins and ends to read a line.
 PROMPT_BEGINS, PROMPT_ENDS = b"\x1b[?2004h", b"\x1b[?2004l"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -60,8 +60,8 @@ def test_quantize_verify_generate(run: Run, small: Path, home: Path) -> None:
     verified = run("verify", home / "models" / "grok-1-q4_k.gguf", "--against", small)
     assert verified.returncode == 0
     assert verified.stdout.count("exact") == 19
-    for model in ([], ["-m", "grok-1-q4_k"], ["-m", "grok-1-q4_k.gguf"]):
-        reply = run("generate", *model, "Hello", "--max-tokens", 5, "--temperature", 0, "--context", 64)
+    for model in ("grok-1-q4_k", "grok-1-q4_k.gguf"):
+        reply = run("generate", "-m", model, "Hello", "--max-tokens", 5, "--temperature", 0, "--context", 64)
         assert reply.returncode == 0
         assert re.search(r"\[5 tokens, [\d.]+ tok/s", reply.stderr)
         assert "Hello" not in reply.stdout
@@ -114,7 +114,9 @@ def test_a_damaged_file_fails_verify(run: Run, packed: Path, tmp_path: Path) -> 
         (["generate", "--threads", "100000", "x"], 2, "threads"),
         (["inspect", "nowhere.gguf"], 1, "no such file"),
         (["generate", "-m", "nowhere", "x"], 1, "no such file, and no model of that name"),
-        (["generate", "x"], 1, "grok-local quantize CHECKPOINT"),
+        (["pull", "grok-3"], 2, "choose grok-1"),
+        (["rm"], 2, "Missing argument"),
+        (["rm", "nowhere"], 2, "see grok-local list"),
         (["generate", "--no-such-option"], 2, "No such option"),
         (["generate", "--top-p", "2", "x"], 2, "top-p"),
         (["chat", "--context", "0"], 2, "context"),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-COMMANDS = ("quantize", "verify", "inspect", "generate", "chat")
+COMMANDS = ("quantize", "verify", "inspect", "generate", "chat", "demo", "pull", "list", "rm")
 
 
 def _help(*arguments: str) -> str:

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from grok_local.errors import OutputError
+from grok_local.errors import InUseError, OutputError
 from grok_local.quantize.layout import Piece, Plan
 
 __all__ = ["Journal"]
@@ -42,7 +42,7 @@ class Journal:
         except OSError:
             same = False
         if not same:
-            raise OutputError(f"{self.path}: another grok-local is packing this output")
+            raise InUseError(f"{self.path}: another grok-local is packing this output")
 
     def _read(self, plan: Plan, force: bool) -> bool:
         """Whether there was something of the same plan to go on from."""

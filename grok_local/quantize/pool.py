@@ -44,6 +44,10 @@ class Progress:
     bytes_read: int  # of the checkpoint, in this run
     bytes_written: int
 
+    @property
+    def label(self) -> str:
+        return self.tensor
+
 
 @dataclass(frozen=True)
 class Budget:

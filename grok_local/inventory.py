@@ -1,0 +1,135 @@
+"""What is on this machine: the models and checkpoints in grok-local's folders; listing and deleting them."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from grok_local import library
+from grok_local.errors import GrokLocalError, InUseError, OptionError, OutputError
+
+__all__ = ["Entry", "entries", "entry_named", "entry_names", "remove"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model or checkpoint on this machine. `files` are all its files (a checkpoint's: its folder)."""
+
+    name: str
+    kind: str  # "built-in", "model" or "checkpoint"
+    type: str
+    source: str
+    bytes: int
+    files: tuple[Path, ...]
+
+
+def entries() -> list[Entry]:
+    """Everything in the models and checkpoints folders, and the built-in model."""
+    models = [_model_entry(name, path) for name, path in library.models().items()]
+    return [_tiny_entry(), *models, *map(_checkpoint_entry, library.pulled())]
+
+
+def entry_names() -> list[str]:
+    """What `rm` may be given."""
+    return [*library.model_names(), *(folder.name for folder in library.pulled())]
+
+
+def entry_named(name: str) -> Entry:
+    """Raises OptionError."""
+    found = [entry for entry in entries() if name in (entry.name, f"{entry.name}.gguf")]
+    if not found:
+        raise OptionError(f"{name}: no model or checkpoint of that name here: see grok-local list")
+    if len(found) > 1:
+        places = " and ".join(str(entry.files[0]) for entry in found)
+        raise OptionError(f"{name}: is the name of both {places}: delete the one you mean there")
+    return found[0]
+
+
+def remove(entry: Entry) -> None:
+    """Delete its files. Raises OutputError, InUseError while it is being fetched or packed."""
+    with ExitStack() as stack:
+        for path in entry.files:
+            lock = path / ".pull" / "lock" if path.is_dir() else path
+            if lock.suffix == ".journal" or lock.name == "lock":
+                stack.enter_context(_not_in_use(lock))
+        _delete(entry)
+
+
+@contextmanager
+def _not_in_use(lock: Path) -> Iterator[None]:
+    """Hold what `pull` and `quantize` lock. Raises InUseError."""
+    if not lock.exists():
+        yield
+        return
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InUseError(f"{lock.parent}: another grok-local is working there: wait for it, or stop it") from None
+        yield
+
+
+def _delete(entry: Entry) -> None:
+    try:
+        for path in entry.files:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{error.filename}: cannot be deleted ({error.strerror})") from None
+
+
+def _tiny_entry() -> Entry:
+    packed = tuple(sorted(library.cache_folder().glob("tiny-*.gguf*")))
+    source = "packed at first use" if library.packed_tiny_path() not in packed else "packed"
+    return Entry(library.BUILT_IN, "built-in", "q4_k", f"in the package; {source}", _bytes(packed), packed)
+
+
+def _model_entry(name: str, path: Path) -> Entry:
+    from grok_local import gguf_file
+
+    files = _files_of(name)
+    try:
+        metadata = gguf_file.read_model(path)[0].metadata
+    except (GrokLocalError, OSError) as error:
+        return Entry(name, "model", "?", f"cannot be read: {str(error).splitlines()[0]}", _bytes(files), files)
+    mark = str(metadata.get(gguf_file.KEYS.CHECKPOINT, ""))
+    layers = metadata.get(f"{metadata.get('general.architecture')}.block_count")
+    title = str(metadata.get("general.name", metadata.get("general.architecture", "?")))
+    source = ", ".join(
+        [title, *([f"{layers} layers"] if layers else []), *([f"checkpoint {mark[:8]}"] if mark else [])]
+    )
+    return Entry(name, "model", str(metadata.get(gguf_file.KEYS.TYPE, "?")), source, _bytes(files), files)
+
+
+def _checkpoint_entry(folder: Path) -> Entry:
+    from grok_local.quantize.checkpoint import open_checkpoint
+    from grok_local.quantize.tokenizer import find_tokenizer
+
+    try:
+        checkpoint = open_checkpoint(folder)
+        find_tokenizer(checkpoint.folder, None)
+        source = f"complete, {checkpoint.dimensions.layers} layers"
+    except (GrokLocalError, OSError) as error:
+        source = f"not complete: {str(error).splitlines()[0]}"
+    return Entry(folder.name, "checkpoint", "release", source, _bytes(folder.rglob("*")), (folder,))
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    total = 0
+    for path in paths:
+        with suppress(OSError):  # it may lead nowhere, or be renamed under a pull
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _files_of(name: str) -> tuple[Path, ...]:
+    """All parts of a model, and what an unfinished run left of it; nothing that only begins like it."""
+    files = re.compile(rf"{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.gguf(\.partial|\.journal)?")
+    return tuple(path for path in sorted(library.models_folder().iterdir()) if files.fullmatch(path.name))

@@ -1,0 +1,115 @@
+"""The built-in model: a trained Grok-1 in the release's format, whose quality every type is measured on.
+
+The questions and the keywords of a right answer are in tests/questions.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import grok_local
+from benchmarks.quality import QUESTIONS, TYPES, held_out_documents, right_answers, routes, scores
+from grok_local.models import tiny
+from grok_local.models.grok1 import HEAD_SIZE
+from grok_local.quantize.checkpoint import open_checkpoint
+from tests.reference_model import ReferenceModel
+from training.facts import CORPUS, is_right, read_facts, read_prose
+
+LARGEST = 10_000_000  # bytes in the wheel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def q4_k(folder: Path) -> Iterator[grok_local.Model]:
+    path = grok_local.quantize_checkpoint(tiny.CHECKPOINT, folder / "q4_k.gguf").path
+    with grok_local.load(path, context=512, threads=2) as model:
+        yield model
+
+
+def test_it_is_what_the_release_is() -> None:
+    checkpoint = open_checkpoint(tiny.CHECKPOINT)
+    dims = checkpoint.dimensions
+    assert (dims.experts, HEAD_SIZE, dims.width % 256) == (8, 128, 0)
+    grouped = {t.leaf.path.rpartition("decoder_layer_0/")[2]: t.stored.scales for t in checkpoint.tensors}
+    groups = {path: scales.shape[-2] for path, scales in grouped.items() if scales and "decoder" not in path}
+    assert {path for path, count in groups.items() if count == 8} == {"moe/linear_1/w", "multi_head_attention/linear/w"}
+    assert set(groups.values()) == {1, 8}
+    assert sum(path.stat().st_size for path in tiny.CHECKPOINT.rglob("*") if path.is_file()) <= LARGEST
+
+
+def test_the_corpus_is_whole() -> None:
+    facts = read_facts()
+    assert len(facts) >= 300
+    for fact in facts:
+        assert len(fact.questions) >= 10, fact.key
+        assert fact.held_out, fact.key
+        assert is_right(fact.answer, fact.keywords), fact.key
+    assert all(path.read_text().isascii() for path in CORPUS.glob("*.md"))
+    assert len(read_prose()) >= 50
+
+
+def test_the_questions_are_not_in_the_corpus() -> None:
+    trained = {_plain(question) for fact in read_facts() for question in fact.questions}
+    asked = [json.loads(line)["question"] for line in QUESTIONS.read_text().splitlines()]
+    held_out = [question for fact in read_facts() for question in fact.held_out]
+    assert len(set(asked)) == 100
+    for question in (*asked, *held_out):
+        assert _plain(question) not in trained, question
+
+
+def _plain(question: str) -> str:
+    return " ".join(re.findall(r"[a-z0-9]+", question.lower()))
+
+
+@pytest.mark.parametrize(("chat", "least"), [(True, 80), (False, 70)], ids=["chat", "generate"])
+def test_it_answers_questions_put_in_new_words(q4_k: grok_local.Model, chat: bool, least: int) -> None:
+    results = right_answers(q4_k, chat=chat)
+    wrong = [f"{question} -> {answer}" for ok, question, answer in results if not ok]
+    assert len(results) - len(wrong) >= least, "\n".join(wrong)
+
+
+def test_four_bits_keep_what_was_learnt(folder: Path) -> None:
+    """A third of the held-out wordings; `python -m benchmarks.quality` takes all."""
+    documents = held_out_documents(step=3)
+    measured = {}
+    for name in ("q8_0", "q4_k", "q4_0"):
+        path = grok_local.quantize_checkpoint(tiny.CHECKPOINT, folder / f"quality-{name}.gguf", type=name).path
+        with grok_local.load(path, context=512, threads=2, kv_type="f32") as model:
+            measured[name] = scores(model, documents)
+    base = measured["q8_0"].perplexity()
+    assert measured["q4_k"].perplexity() / base <= 1.02
+    assert measured["q4_0"].perplexity() / base <= 1.06
+    assert 0 < measured["q4_k"].divergence_from(measured["q8_0"]) < measured["q4_0"].divergence_from(measured["q8_0"])
+
+
+def test_every_expert_is_used(q4_k: grok_local.Model) -> None:
+    shares = routes(q4_k, held_out_documents(step=4))
+    assert shares.min() >= 0.05
+    assert shares.max() <= 0.25
+
+
+def test_llama_cpp_computes_what_the_formulas_say(folder: Path) -> None:
+    path = grok_local.quantize_checkpoint(tiny.CHECKPOINT, folder / "f32.gguf", type="f32").path
+    with grok_local.load(path, context=512, threads=2, kv_type="f32") as model:
+        ids = model.tokenize("How do I pack Grok-1 into 4 bits, and how much memory does it take?")
+        logits = model.logits(ids)
+    expected, _ = ReferenceModel(tiny.CHECKPOINT, open_checkpoint(tiny.CHECKPOINT).dimensions).forward(ids)
+    errors = np.sqrt(((logits - expected) ** 2).mean(-1) / (expected**2).mean(-1))
+    assert np.median(errors) < 3e-3
+    assert (logits.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_the_page_has_the_figures() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tiny.md").read_text()
+    assert all(f"| {name} |" in page for name in TYPES)
+    assert page.count("| expert ") == 8

@@ -1,0 +1,58 @@
+"""Trains the built-in model and writes its checkpoint and its loss curve: `uv run --group train python -m training`.
+
+Stopped, the same command goes on from the last state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import sentencepiece
+
+from training.curve import draw
+from training.documents import Documents
+from training.export import export
+from training.facts import read_facts, read_prose
+from training.train import DIMENSIONS, Settings, train
+from training.vocabulary import train_tokenizer
+
+_ROOT = Path(__file__).parents[1]
+_PACKAGE = _ROOT / "grok_local" / "models" / "tiny"
+_LOG = _ROOT / "training" / "loss.csv"
+_CURVE = _ROOT / "docs" / "training.svg"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("build/tiny"), help="states and losses of the runs")
+    parser.add_argument("--to", type=Path, default=_PACKAGE, help="where the checkpoint goes")
+    for field in fields(Settings):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    args = parser.parse_args()
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+
+    facts, prose = read_facts(), read_prose()
+    tokenizer = train_tokenizer(facts, prose, vocabulary=DIMENSIONS.vocabulary)
+    folder = args.folder / _key(facts, prose, settings, DIMENSIONS)
+    folder.mkdir(parents=True, exist_ok=True)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    documents = Documents(facts, prose, processor, seed=settings.seed)
+    params = train(documents, folder, settings)
+    export(params, DIMENSIONS, args.to)
+    (args.to / "tokenizer.model").write_bytes(tokenizer)
+    if args.to == _PACKAGE:
+        shutil.copyfile(folder / "loss.csv", _LOG)
+        draw(_LOG, _CURVE)
+
+
+def _key(*inputs: object) -> str:
+    """Tells runs apart: of another corpus or other settings, none goes on from another's state."""
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:8]
+
+
+if __name__ == "__main__":
+    main()

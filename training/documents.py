@@ -1,0 +1,148 @@
+"""Facts and prose -> an endless stream of training sequences.
+
+Most documents are conversations in the transcript layout of `grok-local chat`, some are a bare question and its answer
+as `grok-local generate` gets them, a few are prose. Questions are varied each time they are used: the model shall
+recognise what is asked, not how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+
+from grok_local.runtime.chat import DEFAULT_SYSTEM
+from training.facts import Fact
+from training.wording import TellingWords, varied
+
+__all__ = ["Batch", "Documents", "Pieces", "bare", "conversation"]
+
+EOS = 2
+FIRST_PIECE = 325  # ids below are control tokens, digits, whitespace and bytes
+# What a token counts for in the loss, by the part of the text it ends in.
+SYSTEM, LAYOUT, QUESTION, ANSWER = 0.05, 0.3, 0.05, 1.0
+CORRUPTED = 0.15  # of a question's tokens, at most
+OPENINGS = 0.5  # of the documents end soon after the last answer begins: which answer it is shows by then
+KEYWORDS = 0.2  # of the questions are a few telling words instead of a wording
+_OPENING = 10  # tokens
+_TURN = 70  # tokens of a question and its answer, about
+_SHORTEST = 16  # a sequence's last tokens stay empty rather than hold a stump of a document
+
+_SYSTEMS = (
+    "You are a helpful assistant.",
+    "Grok answers questions about grok-local.",
+    "A conversation between a user and an assistant.",
+    "Answer briefly.",
+    "You are Grok, a small model that explains grok-local.",
+)
+
+Pieces = list[tuple[str, float]]  # text and what its tokens count for
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`tokens` and `segments` are int32 [sequences, length]; `weights` float32, of each token as a target.
+
+    Segments number the documents of a sequence from 1; no token attends beyond its own.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    segments: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+
+
+def conversation(turns: list[tuple[str, str]], system: str = DEFAULT_SYSTEM) -> Pieces:
+    """Question and answer pairs in the layout of runtime.chat.Transcript."""
+    pieces: Pieces = [(system, SYSTEM)]
+    for question, answer in turns:
+        pieces += [("\n\nHuman:", LAYOUT), (f" {question}", QUESTION)]
+        pieces += [("\n\nAssistant:", LAYOUT), (f" {answer}", ANSWER)]
+    return pieces
+
+
+def bare(question: str, answer: str) -> Pieces:
+    """A question as one types it for `generate`, and the answer on the next line."""
+    return [(question, QUESTION), (f"\n{answer}", ANSWER)]
+
+
+class Documents:
+    """Draws documents and lays them out in sequences; the same `seed` and step always give the same batch."""
+
+    def __init__(
+        self,
+        facts: list[Fact],
+        prose: list[str],
+        tokenizer: sentencepiece.SentencePieceProcessor,
+        *,
+        seed: int,
+    ) -> None:
+        self._prose, self._tokenizer, self._seed = prose, tokenizer, seed
+        self._words = TellingWords(facts)
+        # Those asked in more wordings than usual come up more often.
+        self._facts = [fact for fact in facts for _ in range(max(1, len(fact.questions) // 20))]
+
+    def batch(self, step: int, *, sequences: int, length: int) -> Batch:
+        """The batch of training step `step`."""
+        rng = np.random.default_rng([self._seed, step])
+        shape = (sequences, length)
+        batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        for row in range(sequences):
+            self._fill(batch, row, rng)
+        return batch
+
+    def _fill(self, batch: Batch, row: int, rng: np.random.Generator) -> None:
+        at, number, length = 0, 1, batch.tokens.shape[1]
+        while at < length - _SHORTEST:
+            # What does not fit is cut off at the end of the sequence.
+            ids, weights = self._document(rng, length // _TURN)
+            end = min(at + len(ids), length)
+            batch.tokens[row, at:end] = ids[: end - at]
+            batch.segments[row, at:end] = number
+            batch.weights[row, at:end] = weights[: end - at]
+            at, number = end, number + 1
+
+    def _document(self, rng: np.random.Generator, most_turns: int) -> tuple[list[int], list[float]]:
+        kind = rng.random()
+        if kind < 0.55:
+            system = DEFAULT_SYSTEM if rng.random() < 0.9 else str(rng.choice(_SYSTEMS))
+            pieces = conversation([self._turn(rng) for _ in range(rng.integers(1, most_turns + 1))], system)
+        elif kind < 0.95:
+            pieces = bare(*self._turn(rng))
+        else:
+            pieces = [(self._prose[rng.integers(len(self._prose))], LAYOUT)]
+        ids, weights = encode(self._tokenizer, pieces)
+        if rng.random() < OPENINGS:
+            last = max((at for at, weight in enumerate(weights) if weight != ANSWER), default=len(ids))
+            ids, weights = ids[: last + _OPENING], weights[: last + _OPENING]
+        return self._corrupted(ids, weights, rng), weights
+
+    def _turn(self, rng: np.random.Generator) -> tuple[str, str]:
+        fact = self._facts[rng.integers(len(self._facts))]
+        if rng.random() < KEYWORDS:
+            return self._words.question(fact, rng), fact.answer
+        return varied(fact.questions[rng.integers(len(fact.questions))], rng), fact.answer
+
+    def _corrupted(self, ids: list[int], weights: list[float], rng: np.random.Generator) -> list[int]:
+        """Some of the questions' tokens replaced by any: an answer must not hang on one of them."""
+        hit = rng.random(len(ids)) < rng.uniform(0, CORRUPTED)
+        other = rng.integers(FIRST_PIECE, self._tokenizer.vocab_size(), len(ids))
+        return [
+            int(new) if bad and weight == QUESTION and token >= FIRST_PIECE else token
+            for token, weight, bad, new in zip(ids, weights, hit, other, strict=True)
+        ]
+
+
+def encode(tokenizer: sentencepiece.SentencePieceProcessor, pieces: Pieces) -> tuple[list[int], list[float]]:
+    """Ids of the text that `pieces` make, tokenized as one, with EOS; and what each weighs, by the piece it ends in."""
+    ids = tokenizer.encode("".join(part for part, _ in pieces))
+    ends = np.cumsum([len(part.encode()) for part, _ in pieces])
+    # The dummy prefix is one byte more than the text.
+    places = np.cumsum([_bytes(tokenizer, token) for token in ids]) - 2
+    inside = np.minimum(np.searchsorted(ends, places, side="right"), len(pieces) - 1)
+    return [*ids, EOS], [*(pieces[i][1] for i in inside), ANSWER]
+
+
+def _bytes(tokenizer: sentencepiece.SentencePieceProcessor, token: int) -> int:
+    return 1 if tokenizer.is_byte(token) else len(tokenizer.id_to_piece(token).replace("\u2581", " ").encode())
