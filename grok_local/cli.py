@@ -58,7 +58,10 @@ KVType = Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16 or f3
 GPULayers = Annotated[int, typer.Option(help="Layers to put on the GPU.", min=0, max=10_000)]
 MaxTokens = Annotated[Optional[int], typer.Option(help="At most this many tokens an answer.", min=1, max=1 << 30)]
 Stop = Annotated[Optional[list[str]], typer.Option(help="End where this text would come; may be repeated.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0)]
+Temperature = Annotated[
+    Optional[float],
+    typer.Option(help="0 always takes the likeliest token.  [default: 0.7; of the built-in model 0]", min=0),
+]
 TopK = Annotated[int, typer.Option(help="Choose among this many tokens; 0 is off.", min=0, max=1 << 30)]
 TopP = Annotated[float, typer.Option(help="Choose among the likeliest with this much probability; 1 is off.", max=1)]
 MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this much of the likeliest.", min=0)]
@@ -193,7 +196,7 @@ def generate(
     model: ModelOption = "tiny",
     max_tokens: MaxTokens = 128,
     stop: Stop = None,
-    temperature: Temperature = 0.7,
+    temperature: Temperature = None,
     top_k: TopK = 40,
     top_p: TopP = 0.95,
     min_p: MinP = 0.05,
@@ -212,7 +215,7 @@ def generate(
     from grok_local import repl
 
     text = _prompt_text(prompt)
-    sampling = _sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+    sampling = _sampling(_or_default(temperature, model), top_k, top_p, min_p, repeat_penalty, seed)
     with _loaded(model, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers) as loaded:
         reply = loaded.generate(text, max_tokens=max_tokens, stop=stop or (), **sampling)
         with repl.interruptible(loaded):
@@ -234,7 +237,7 @@ def chat(
     system: Annotated[Optional[str], typer.Option(help="What the model is told first.")] = None,
     max_tokens: MaxTokens = None,
     stop: Stop = None,
-    temperature: Temperature = 0.7,
+    temperature: Temperature = None,
     top_k: TopK = 40,
     top_p: TopP = 0.95,
     min_p: MinP = 0.05,
@@ -251,7 +254,7 @@ def chat(
     """
     from grok_local.repl import Repl
 
-    options: dict[str, Any] = _sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+    options: dict[str, Any] = _sampling(_or_default(temperature, model), top_k, top_p, min_p, repeat_penalty, seed)
     options |= {"max_tokens": max_tokens, "stop": stop or ()}
     with _loaded(model, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers) as loaded:
         Repl(loaded, name=model, system=system, options=options).run()
@@ -362,6 +365,15 @@ def _loaded(model: str, **options: Any) -> Iterator[Any]:
             library.resolve_model(model, progress=show)
     with library.load(model, **options) as loaded:
         yield loaded
+
+
+def _or_default(temperature: float | None, model: str) -> float:
+    """What was given; else what suits the model: the built-in one knows one answer to each question."""
+    from grok_local.library import BUILT_IN
+
+    if temperature is not None:
+        return temperature
+    return 0.0 if model == BUILT_IN else 0.7
 
 
 def _sampling(

@@ -27,7 +27,7 @@ __all__ = ["QUESTIONS", "Tour"]
 QUESTIONS = (
     "What is an expert?",
     "How do I quantize Grok-1?",
-    "How much memory does Grok-1 need at 4 bits?",
+    "How much RAM does Grok-1 need?",
 )
 
 

@@ -81,7 +81,7 @@ def test_names_from_python(models: Path) -> None:
         assert model.path == models / "mine.gguf"
     with grok_local.load("tiny") as model:
         assert model.metadata["grok.block_count"] == 4
-        assert model.context_size == 1024
+        assert model.context_size == 512
 
 
 def test_list(run: Run, models: Path, home: Path) -> None:

@@ -36,7 +36,8 @@ class Layout(Protocol):
 class Transcript:
     """For base models: the speakers' names before what they say."""
 
-    stop: tuple[str, ...] = ("\nHuman:", "\nAssistant:")
+    # With the empty line before a name first: it belongs to the answer as little as the name.
+    stop: tuple[str, ...] = ("\n\nHuman:", "\n\nAssistant:", "\nHuman:", "\nAssistant:")
     special = False
     _names: ClassVar = {"user": "Human", "assistant": "Assistant"}
 
