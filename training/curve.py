@@ -9,7 +9,7 @@ __all__ = ["draw"]
 
 
 def draw(log: Path, picture: Path) -> None:
-    """`log`: the loss.csv of a run; `picture`: an SVG or PNG."""
+    """`log`: the loss.csv of a run; `picture`: an SVG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
