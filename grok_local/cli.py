@@ -293,6 +293,8 @@ def pull(
     from grok_local import library, views
     from grok_local.hub.release import fetch_release
 
+    if to == Path():
+        raise OptionError("--to names no folder")
     folder = to or library.checkpoints_folder() / release
     try:
         with views.progress_view("pull", as_json=as_json) as show:
@@ -338,11 +340,11 @@ def rm(
     from grok_local.units import format_bytes
 
     for entry in [inventory.entry_named(name) for name in names]:
-        if not yes and not _agreed(f"delete {entry.kind} {entry.name} ({format_bytes(entry.bytes)})?"):
-            print(f"{entry.name}: kept", file=sys.stderr)
+        if not yes and not _agreed(f"delete {entry.kind} {printable(entry.name)} ({format_bytes(entry.bytes)})?"):
+            print(f"{printable(entry.name)}: kept", file=sys.stderr)
             continue
         inventory.remove(entry)
-        print(f"{entry.name}: deleted, {format_bytes(entry.bytes)}", file=sys.stderr)
+        print(f"{printable(entry.name)}: deleted, {format_bytes(entry.bytes)}", file=sys.stderr)
 
 
 def _agreed(question: str) -> bool:

@@ -45,19 +45,27 @@ def entry_named(name: str) -> Entry:
     if not found:
         raise OptionError(f"{name}: no model or checkpoint of that name here: see grok-local list")
     if len(found) > 1:
-        places = " and ".join(str(entry.files[0]) for entry in found)
-        raise OptionError(f"{name}: is the name of both {places}: delete the one you mean there")
+        places = " and ".join(f"{entry.kind} ({entry.files[0] if entry.files else 'not packed'})" for entry in found)
+        raise OptionError(f"{name}: is the name of {places}: delete the one you mean there")
     return found[0]
 
 
 def remove(entry: Entry) -> None:
     """Delete its files. Raises OutputError, InUseError while it is being fetched or packed."""
+    if not entry.files:
+        raise OutputError(f"{entry.name}: there is nothing to delete")
+    if entry.kind == "checkpoint" and not _is_pulled(entry.files[0]):
+        raise OutputError(f"{entry.files[0]}: no checkpoint, as far as can be seen: delete it yourself if you mean it")
     with ExitStack() as stack:
         for path in entry.files:
             lock = path / ".pull" / "lock" if path.is_dir() else path
             if lock.suffix == ".journal" or lock.name == "lock":
                 stack.enter_context(_not_in_use(lock))
         _delete(entry)
+
+
+def _is_pulled(folder: Path) -> bool:
+    return any((folder / name).is_dir() for name in (".pull", "ckpt-0", "ckpt"))
 
 
 @contextmanager
@@ -132,4 +140,5 @@ def _bytes(paths: Iterable[Path]) -> int:
 def _files_of(name: str) -> tuple[Path, ...]:
     """All parts of a model, and what an unfinished run left of it; nothing that only begins like it."""
     files = re.compile(rf"{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.gguf(\.partial|\.journal)?")
-    return tuple(path for path in sorted(library.models_folder().iterdir()) if files.fullmatch(path.name))
+    found = sorted(library.models_folder().iterdir())
+    return tuple(path for path in found if files.fullmatch(path.name) and not path.is_dir())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import platformdirs
 
-from grok_local.errors import GGUFError, InUseError
+from grok_local.errors import GGUFError, InUseError, OutputError, VerifyError
 from grok_local.models import tiny
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def load(
 
 def is_packed(name: str) -> bool:
     """Whether `name` can be loaded at once; the built-in model is packed on first use."""
-    return name != BUILT_IN or packed_tiny_path().exists()
+    return name != BUILT_IN or _is_intact(packed_tiny_path())
 
 
 def packed_tiny_path() -> Path:
@@ -131,18 +131,33 @@ def packed_tiny_path() -> Path:
     return cache_folder() / f"tiny-{fingerprint(open_checkpoint(tiny.CHECKPOINT))[:8]}-q4_k.gguf"
 
 
+def _is_intact(packed: Path) -> bool:
+    """Five megabytes are hashed in a moment, and nobody knows how to mend a cache."""
+    from grok_local.quantize.verify import verify
+
+    try:
+        return packed.exists() and not verify(packed).problems
+    except (GGUFError, VerifyError):
+        return False
+
+
 def _packed_tiny(progress: Callable[[Progress], None] | None) -> Path:
     target = packed_tiny_path()
     until = time.monotonic() + _PATIENCE
-    while not target.exists():
+    while not _is_intact(target):
         from grok_local.quantize.convert import quantize_checkpoint
 
         try:
-            quantize_checkpoint(tiny.CHECKPOINT, target, progress=progress)
+            quantize_checkpoint(tiny.CHECKPOINT, target, force=target.exists(), progress=progress)
         except InUseError:
             if time.monotonic() > until:
                 raise
             time.sleep(0.1)
+        except OutputError as error:
+            raise OutputError(
+                f"the built-in model cannot be packed into {target.parent}: {error.problems[0].partition(';')[0]}; "
+                "GROK_LOCAL_HOME moves it to another place"
+            ) from None
         for old in set(cache_folder().glob("tiny-*-q4_k.gguf")) - {target}:  # another version's
             old.unlink(missing_ok=True)
     return target
@@ -163,5 +178,6 @@ def models() -> dict[str, Path]:
     """By name, the file to load: the whole one, or the first part."""
     found: dict[str, Path] = {}
     for path in sorted(models_folder().glob("*.gguf"), key=lambda path: (_NUMBER.search(path.stem) is not None, path)):
-        found.setdefault(_NUMBER.sub("", path.stem), path)
+        if not path.is_dir() and path.suffix:
+            found.setdefault(_NUMBER.sub("", path.stem), path)
     return found

@@ -309,8 +309,18 @@ def test_nobody_answers(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     failed = run("pull", "grok-1", "--to", tmp_path)
     assert failed.returncode == 1
-    assert failed.stderr.startswith("error: xai-org/grok-1: ")
+    assert failed.stderr.startswith("error: xai-org/grok-1 at HF_ENDPOINT=http://127.0.0.1:9: ")
     assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1", "nonsense"])
+def test_an_endpoint_that_is_none(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    failed = run("pull", "grok-1", "--to", tmp_path)
+    assert failed.returncode == 1
+    assert "HF_ENDPOINT" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert run("pull", "grok-1", "--to", "").returncode == 2
 
 
 def test_the_tokenizer_comes_from_the_git_repository(hub: Hub, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_names_that_mean_two_things(run: Run, models: Path, home: Path) -> None:
     (home / "checkpoints" / "mine").mkdir(parents=True)
     refused = run("rm", "mine", "--yes")
     assert refused.returncode == 2
-    assert "is the name of both" in refused.stderr
+    assert "is the name of model (" in refused.stderr
 
 
 def test_a_link_that_leads_nowhere(run: Run, models: Path) -> None:
@@ -169,6 +169,30 @@ def test_a_link_that_leads_nowhere(run: Run, models: Path) -> None:
     assert "gone" in listed.stdout
     assert run("rm", "gone", "--yes").returncode == 0
     assert not (models / "gone.gguf").is_symlink()
+
+
+def test_rm_leaves_what_is_no_model(run: Run, models: Path, home: Path) -> None:
+    (models / "folder.gguf").mkdir()
+    (models / "folder.gguf" / "file").write_text("x")
+    (models / ".gguf").write_text("x")
+    photos = home / "checkpoints" / "photos"
+    photos.mkdir(parents=True)
+    (photos / "file").write_text("x")
+    for name, code in (("folder", 2), (".gguf", 2), ("photos", 1), ("tiny", 1)):
+        refused = run("rm", name, "--yes")
+        assert refused.returncode == code, refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert (models / "folder.gguf" / "file").exists()
+    assert (photos / "file").exists()
+
+
+def test_a_damaged_packed_model_is_packed_again(home: Path) -> None:
+    path = library.resolve_model("tiny")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:2_000_000], whole[:3_000_000] + bytes(1000) + whole[3_001_000:]):
+        path.write_bytes(damaged)
+        assert library.resolve_model("tiny") == path
+        assert path.read_bytes() == whole
 
 
 def test_the_built_in_checkpoint_by_its_name(run: Run, home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -47,9 +48,13 @@ class Listing:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE is set."""
-    from huggingface_hub import constants
-
+    """Whether HF_HUB_OFFLINE is set. Raises FetchError where huggingface-hub cannot read its environment."""
+    try:
+        from huggingface_hub import constants
+    except ValueError as error:
+        raise FetchError(
+            f"huggingface-hub does not understand its environment (HF_ENDPOINT, HF_...): {error}"
+        ) from None
     return bool(constants.HF_HUB_OFFLINE)
 
 
@@ -62,7 +67,8 @@ def list_release(repository: str, saved: Path) -> Listing:
     except FetchError:
         raise
     except Exception as error:  # whatever huggingface-hub and the network raise
-        raise FetchError(f"{repository}: {reason(error)}") from None
+        where = os.environ.get("HF_ENDPOINT")
+        raise FetchError(f"{repository}{f' at HF_ENDPOINT={where}' if where else ''}: {reason(error)}") from None
     saved.parent.mkdir(parents=True, exist_ok=True)
     partial = saved.with_name(saved.name + ".partial")
     partial.write_text(json.dumps(asdict(listing)))

@@ -18,6 +18,8 @@ def reason(error: BaseException) -> str:
         return "no space left on the disk: make room, then run the same command again"
     if isinstance(error, OSError) and error.strerror and error.errno:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, KeyError | TypeError | AttributeError):
+        return f"the server's answer is not one of the hub's ({error!r})"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

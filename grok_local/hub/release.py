@@ -176,6 +176,9 @@ class _Run:
         final, partial = self.folder / file.path, self._keep / file.partial_name
         if self._stopped.is_set():
             raise StopError
+        if final.exists() and not final.is_file():
+            raise FetchError(f"{final} is there, and is no file: move it away")
+        final.parent.mkdir(parents=True, exist_ok=True)
         # Brought by other means, it is looked at before anything is fetched, and kept until something better is there.
         if final.is_file() and digest_is_right(final, file, self._stopped):
             self._verified.add(final, file)
@@ -188,7 +191,6 @@ class _Run:
         tries = 2 + partial.exists()
         if not any(self._came_right(file, partial) for _ in range(tries)):
             raise FetchError("what comes has another hash than the hub's listing says")
-        final.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(final)
         self._verified.add(final, file)
 
