@@ -227,11 +227,9 @@ def load(
     kv_type: str = "f16",
     gpu_layers: int | None = None,
 ) -> Model:
-    """Load a GGUF (any part of a split one), its weights mapped.
+    """Load the GGUF at `path`; the options are those of `grok_local.load`.
 
-    `context`: tokens, by default the model's own and at most 8192. `threads`: by default one per physical core.
-    `kv_type`: f16, bf16 or f32. `gpu_layers`: layers to put on the GPU, for a llama.cpp built with one. Raises
-    GGUFError, ModelError or OptionError.
+    Raises GGUFError, ModelError or OptionError.
     """
     engine = Engine(Path(path), context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers or 0)
     return Model(Path(path), engine)
