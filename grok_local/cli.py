@@ -111,22 +111,18 @@ def quantize(
     target = library.default_output(type, source) if output is None else output
     if target.is_dir():
         target = target / library.default_output(type, source).name
-    try:
-        with views.progress_view("quantize", as_json=as_json) as show:
-            report = quantize_checkpoint(
-                source,
-                target,
-                type=type,
-                tokenizer=tokenizer,
-                threads=threads,
-                memory=memory,
-                split_size=split_size,
-                force=force,
-                progress=show,
-            )
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        raise
+    with _resumable(), views.progress_view("quantize", as_json=as_json) as show:
+        report = quantize_checkpoint(
+            source,
+            target,
+            type=type,
+            tokenizer=tokenizer,
+            threads=threads,
+            memory=memory,
+            split_size=split_size,
+            force=force,
+            progress=show,
+        )
     if as_json:
         _print_json({"event": "done", **asdict(report)})
     else:
@@ -296,12 +292,8 @@ def pull(
     if to == Path():
         raise OptionError("--to names no folder")
     folder = to or library.checkpoints_folder() / release
-    try:
-        with views.progress_view("pull", as_json=as_json) as show:
-            report = fetch_release(release, folder, tokenizer=tokenizer, progress=show)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        raise
+    with _resumable(), views.progress_view("pull", as_json=as_json) as show:
+        report = fetch_release(release, folder, tokenizer=tokenizer, progress=show)
     if as_json:
         _print_json({"event": "done", **asdict(report)})
     else:
@@ -345,6 +337,16 @@ def rm(
             continue
         inventory.remove(entry)
         print(f"{printable(entry.name)}: deleted, {format_bytes(entry.bytes)}", file=sys.stderr)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        raise
 
 
 def _agreed(question: str) -> bool:

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,9 +127,14 @@ def is_packed(name: str) -> bool:
 
 def packed_tiny_path() -> Path:
     """Where the built-in model is once it is packed; the name tells versions of it apart."""
+    return cache_folder() / f"tiny-{_tiny_mark()}-q4_k.gguf"
+
+
+@cache
+def _tiny_mark() -> str:
     from grok_local.quantize.checkpoint import fingerprint, open_checkpoint
 
-    return cache_folder() / f"tiny-{fingerprint(open_checkpoint(tiny.CHECKPOINT))[:8]}-q4_k.gguf"
+    return fingerprint(open_checkpoint(tiny.CHECKPOINT))[:8]
 
 
 def _is_intact(packed: Path) -> bool:
