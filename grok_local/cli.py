@@ -286,12 +286,12 @@ def pull(
 
     grok-local pull grok-1 --to /data/grok-1
     """
-    from grok_local import library, views
+    from grok_local import folders, views
     from grok_local.hub.release import fetch_release
 
     if to == Path():
         raise OptionError("--to names no folder")
-    folder = to or library.checkpoints_folder() / release
+    folder = to or folders.checkpoints_folder() / release
     with _resumable(), views.progress_view("pull", as_json=as_json) as show:
         report = fetch_release(release, folder, tokenizer=tokenizer, progress=show)
     if as_json:
@@ -307,14 +307,14 @@ def list_(as_json: Json = False) -> None:
 
     grok-local list
     """
-    from grok_local import inventory, library, views
+    from grok_local import folders, inventory, views
 
     found = inventory.entries()
     if as_json:
         _print_json([asdict(entry) for entry in found])
     else:
         views.print_tables([views.entries_table(found)])
-        print(f"in {library.home()}", file=sys.stderr)
+        print(f"in {folders.home()}", file=sys.stderr)
 
 
 @app.command()

@@ -10,6 +10,9 @@
     |-- GGUFError          a GGUF being read: not one, truncated, nonsense inside
     |-- VerifyError        a GGUF that is not what it should be
     |-- ModelError         llama.cpp cannot load or run the model
+    |-- PlacementError     the model does not fit this machine in the way that was asked for
+    |-- WorkerError        a worker cannot be used: refused, busy, of another version
+    |   `-- WorkerLost     a worker, or the connection to it, died while it was needed
     `-- ContextError       the prompt does not fit the context
 
 A message says what is wrong, where, and the command or step that helps. Only `cli.main` prints one and exits.
@@ -29,8 +32,11 @@ __all__ = [
     "ModelError",
     "OptionError",
     "OutputError",
+    "PlacementError",
     "TokenizerError",
     "VerifyError",
+    "WorkerError",
+    "WorkerLost",
 ]
 
 
@@ -80,6 +86,18 @@ class VerifyError(GrokLocalError):
 
 class ModelError(GrokLocalError):
     """llama.cpp cannot load or run the model."""
+
+
+class PlacementError(GrokLocalError):
+    """The model does not fit the machine as asked; the message has the nearest plan that would work."""
+
+
+class WorkerError(GrokLocalError):
+    """A worker on another machine cannot be used."""
+
+
+class WorkerLost(WorkerError):
+    """A worker, or the connection to it, died in the middle of its work."""
 
 
 class ContextError(GrokLocalError):

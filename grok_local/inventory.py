@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok_local import library
+from grok_local import folders, library
 from grok_local.errors import GrokLocalError, InUseError, OptionError, OutputError
 
 __all__ = ["Entry", "entries", "entry_named", "entry_names", "remove"]
@@ -94,7 +94,7 @@ def _delete(entry: Entry) -> None:
 
 
 def _tiny_entry() -> Entry:
-    packed = tuple(sorted(library.cache_folder().glob("tiny-*.gguf*")))
+    packed = tuple(sorted(folders.cache_folder().glob("tiny-*.gguf*")))
     source = "packed at first use" if library.packed_tiny_path() not in packed else "packed"
     return Entry(library.BUILT_IN, "built-in", "q4_k", f"in the package; {source}", _bytes(packed), packed)
 
@@ -140,5 +140,5 @@ def _bytes(paths: Iterable[Path]) -> int:
 def _files_of(name: str) -> tuple[Path, ...]:
     """All parts of a model, and what an unfinished run left of it; nothing that only begins like it."""
     files = re.compile(rf"{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.gguf(\.partial|\.journal)?")
-    found = sorted(library.models_folder().iterdir())
+    found = sorted(folders.models_folder().iterdir())
     return tuple(path for path in found if files.fullmatch(path.name) and not path.is_dir())

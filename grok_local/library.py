@@ -10,9 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
-
 from grok_local.errors import GGUFError, InUseError, OutputError, VerifyError
+from grok_local.folders import cache_folder, checkpoints_folder, models_folder
 from grok_local.models import tiny
 
 if TYPE_CHECKING:
@@ -21,15 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILT_IN",
-    "cache_folder",
-    "checkpoints_folder",
     "default_output",
-    "home",
     "is_packed",
     "load",
     "model_names",
     "models",
-    "models_folder",
     "packed_tiny_path",
     "pulled",
     "resolve_checkpoint",
@@ -40,28 +35,6 @@ BUILT_IN = "tiny"
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}$")  # of a part
 _TINY_CONTEXT = 512  # what it was trained on; beyond, it answers worse
 _PATIENCE = 60.0  # seconds for another process that packs the built-in model
-
-
-def home() -> Path:
-    """The folder of everything grok-local keeps; GROK_LOCAL_HOME moves it."""
-    moved = os.environ.get("GROK_LOCAL_HOME")
-    return Path(moved) if moved else platformdirs.user_data_path("grok-local")
-
-
-def cache_folder() -> Path:
-    """What can be made again: the packed built-in model."""
-    moved = os.environ.get("GROK_LOCAL_HOME")
-    return Path(moved) / "cache" if moved else platformdirs.user_cache_path("grok-local")
-
-
-def models_folder() -> Path:
-    """Where `quantize` puts its files and `-m` looks for names."""
-    return home() / "models"
-
-
-def checkpoints_folder() -> Path:
-    """Where `pull` puts releases and `quantize` looks for names."""
-    return home() / "checkpoints"
 
 
 def default_output(type: str, checkpoint: Path) -> Path:

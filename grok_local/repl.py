@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grok_local import library
+from grok_local import folders, library
 from grok_local.errors import ContextError
 from grok_local.runtime.model import Model, Reply
 
@@ -169,7 +169,7 @@ def _edited_lines(greeting: str) -> Iterator[str]:
     _say(greeting)
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    history = library.home() / "history"
+    history = folders.home() / "history"
     try:
         history.parent.mkdir(parents=True, exist_ok=True)
         store: Any = FileHistory(str(history))

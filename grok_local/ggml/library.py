@@ -1,0 +1,72 @@
+"""Finds and opens llama.cpp's shared libraries, and says what happens where they abort."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from grok_local.errors import ModelError
+
+__all__ = ["exit_on_abort", "library_path", "on_abort", "open_library", "prototype"]
+
+
+def library_path(name: str) -> Path:
+    """The file of `name` ("ggml-base", "ggml", ...) in the installed llama-cpp-python. Raises ModelError.
+
+    Under the name that libllama asks for: a wheel has no links, and another name is another copy in memory.
+    """
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError("llama-cpp-python is not installed: run pip install llama-cpp-python==0.3.36")
+    file = f"lib{name}.0.dylib" if sys.platform == "darwin" else f"lib{name}.so.0"
+    return Path(next(iter(spec.submodule_search_locations))) / "lib" / file
+
+
+@cache
+def open_library(name: str) -> ctypes.CDLL:
+    """Open it once. Raises ModelError."""
+    path = library_path(name)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ModelError(f"{path.name} of llama-cpp-python does not load ({error}): reinstall it") from None
+
+
+def prototype(library: ctypes.CDLL, name: str, result: object, *arguments: object) -> None:
+    """Declare a C function's types."""
+    function = getattr(library, name)
+    function.restype = result
+    function.argtypes = list(arguments)
+
+
+_ABORT = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+_installed: list[object] = []
+
+
+def on_abort(handle: Callable[[str], None]) -> None:
+    """Have `handle` called with ggml's message before it aborts the process; it must not return to survive."""
+
+    def call(message: bytes) -> None:
+        handle(message.decode("utf-8", "replace"))
+
+    callback = _ABORT(call)
+    _installed[:] = [callback]  # C keeps no reference
+    open_library("ggml-base").ggml_set_abort_callback(callback)
+
+
+def exit_on_abort() -> None:
+    """For programs, not libraries: where llama.cpp would abort the process, end it with an error line and code 1."""
+    on_abort(_exit)
+
+
+def _exit(message: str) -> None:
+    # abort() follows whatever happens here: leave as every other failure does, without a core dump.
+    reason = message.rpartition("/")[2]
+    advice = "the model is damaged, or llama.cpp has a bug: grok-local verify tells"
+    os.write(2, f"error: llama.cpp gave up ({reason}): {advice}\n".encode())
+    os._exit(1)
