@@ -96,7 +96,7 @@ class WorkerError(GrokLocalError):
     """A worker on another machine cannot be used."""
 
 
-class WorkerLost(WorkerError):
+class WorkerLost(WorkerError):  # noqa: N818  # lost is what it is
     """A worker, or the connection to it, died in the middle of its work."""
 
 

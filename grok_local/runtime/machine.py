@@ -15,8 +15,8 @@ Kind = Literal["gpu", "integrated", "worker"]
 class Speeds:
     """Bytes of weights a second that the CPU's matrix products get through, all threads together, by GGML type name.
 
-    `plain` is for weights as they lie in the file, `repacked` for llama.cpp's rearranged copies. A type is in `repacked`
-    only if a child process survived it and computed the right numbers. `all_extra`: llama.cpp may choose its rearranged
+    `plain` is for weights as they lie in the file, `repacked` for llama.cpp's rearranged copies. A type is in
+    `repacked` only if a child process survived it and computed the right numbers. `all_extra`: llama.cpp may choose its rearranged
     buffer types itself (on processors with AMX that is what crashes in some builds).
     """
 
