@@ -15,8 +15,11 @@ from grok_local.folders import cache_folder, checkpoints_folder, models_folder
 from grok_local.models import tiny
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from grok_local.quantize.pool import Progress
     from grok_local.runtime.model import Model
+    from grok_local.runtime.options import LoadOptions
 
 __all__ = [
     "BUILT_IN",
@@ -71,26 +74,19 @@ def resolve_model(name: str, *, progress: Callable[[Progress], None] | None = No
     raise GGUFError(f"{name}: no such file, and no model of that name in {models_folder()} (there are: {known})")
 
 
-def load(
-    model: str | os.PathLike[str],
-    *,
-    context: int | None = None,
-    threads: int | None = None,
-    kv_type: str = "f16",
-    gpu_layers: int | None = None,
-) -> Model:
+def load(model: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Model:
     """Load a GGUF (any part of a split one), its weights mapped; or a model by its name, `tiny` being the built-in one.
 
-    `context`: tokens, by default the model's own and at most 8192. `threads`: by default one per physical core.
-    `kv_type`: f16, bf16 or f32. `gpu_layers`: layers to put on the GPU, for a llama.cpp built with one. Raises
-    GGUFError, ModelError or OptionError.
+    Options (`runtime.options.LoadOptions` has them with their types): `context`, tokens, by default the model's own and
+    at most 8192; `threads`, by default one per physical core; `kv_type`, f16, bf16 or f32; `memory`, what it may take
+    of RAM; `placement`, `gpu_layers`, `experts_on` and `overrides` for GPUs; `repack`; `workers`. Raises GGUFError,
+    ModelError, OptionError, PlacementError or WorkerError.
     """
     from grok_local.runtime.model import load as load_gguf
 
     if model == BUILT_IN:
-        context = context or _TINY_CONTEXT
-    path = resolve_model(os.fspath(model))
-    return load_gguf(path, context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers)
+        options["context"] = options.get("context") or _TINY_CONTEXT
+    return load_gguf(resolve_model(os.fspath(model)), **options)
 
 
 def is_packed(name: str) -> bool:

@@ -8,7 +8,21 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-COMMANDS = ("quantize", "verify", "inspect", "generate", "chat", "demo", "pull", "list", "rm")
+COMMANDS = (
+    "quantize",
+    "verify",
+    "inspect",
+    "generate",
+    "chat",
+    "plan",
+    "bench",
+    "doctor",
+    "worker",
+    "demo",
+    "pull",
+    "list",
+    "rm",
+)
 
 
 def _help(*arguments: str) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 from grok_local.errors import ContextError, ModelError, OptionError
-from grok_local.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from grok_local.runtime.remote import AnyEngine
 
 __all__ = ["DEFAULT_SYSTEM", "Conversation", "Layout", "Message", "Template", "Transcript"]
 
@@ -84,7 +86,7 @@ class Conversation:
     An answer's own tokens are kept: its text, tokenized again, might come out otherwise.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AnyEngine) -> None:
         self.engine = engine
         self.layout = _layout_for(engine)
         self._messages: list[Message] = []  # of the last prompt ...
@@ -163,7 +165,7 @@ class Conversation:
         return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == self.engine.bos else ids
 
 
-def _layout_for(engine: Engine) -> Layout:
+def _layout_for(engine: AnyEngine) -> Layout:
     source = engine.metadata.get("tokenizer.chat_template")
     if not isinstance(source, str):
         return Transcript()

@@ -1,14 +1,12 @@
 """llama.cpp's model and context behind a small API, on the low-level binding.
 
-Weights are mapped, not copied, and llama.cpp's extra buffer types stay off: with them its AMX path crashes in builds by
-GCC 12. The KV cache holds one sequence, and `Engine.cached` says which tokens are in it, so that a prompt that begins
-as the last one did only costs its new tokens.
+Where the weights go is `loading`'s business. The KV cache holds one sequence, and `Engine.cached` says which tokens are
+in it, so that a prompt that begins as the last one did only costs its new tokens.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,32 +14,21 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-import psutil
-from gguf.constants import GGMLQuantizationType
 
 from grok_local import gguf_file
 from grok_local.errors import ContextError, ModelError, OptionError
+from grok_local.runtime import log
+from grok_local.runtime.loading import open_planned
+from grok_local.runtime.machine import core_count
+from grok_local.runtime.plan import Wishes
+from grok_local.runtime.probes import Say
+from grok_local.runtime.sampling import Sampling, new_chain
 
-__all__ = ["KV_TYPES", "Engine"]
+__all__ = ["Engine"]
 
-KV_TYPES = {
-    kind.name.lower(): kind for kind in (GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F32)
-}
-_DEFAULT_CONTEXT = 8192
 _MAX_CONTEXT = 1 << 24
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS
-_BATCH = 512  # tokens evaluated at once
-_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
 _ABORTED = 2  # llama_decode's answer when the abort callback said so
-
-_log: list[str] = []
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _collect_log(level: int, text: bytes, _: Any) -> None:
-    # Kept for error messages; llama.cpp itself only ever says that loading failed.
-    if level == _LOG_ERROR and text.strip():
-        _log.append(text.decode("utf-8", "replace").strip())
 
 
 class Engine:
@@ -49,67 +36,44 @@ class Engine:
     constructor.
     """
 
-    def __init__(self, path: Path, *, context: int | None, threads: int | None, kv_type: str, gpu_layers: int) -> None:
+    def __init__(
+        self, path: Path, *, threads: int | None = None, wishes: Wishes | None = None, say: Say | None = None
+    ) -> None:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
+        self._chain: Any = None
         self.interrupted = False
         self.cached: list[int] = []
-        if kv_type not in KV_TYPES:
-            raise OptionError(f"KV cache type {kv_type!r}: choose one of {', '.join(KV_TYPES)}")
-        if context is not None and not 1 <= context <= _MAX_CONTEXT:
-            raise OptionError(f"context {context}: must be 1 to {_MAX_CONTEXT}")
+        wishes = wishes or Wishes()
+        if wishes.context is not None and not 1 <= wishes.context <= _MAX_CONTEXT:
+            raise OptionError(f"context {wishes.context}: must be 1 to {_MAX_CONTEXT}")
         if threads is not None and not 1 <= threads <= _MAX_THREADS:
             raise OptionError(f"{threads} threads: must be 1 to {_MAX_THREADS}")
+        self.threads = threads or core_count()
         self.headers = gguf_file.read_model(path)
         try:
-            self._open(gguf_file.first_part(path), context, threads, KV_TYPES[kv_type], gpu_layers)
+            self._open(gguf_file.first_part(path), wishes, say)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, path: Path, context: int | None, threads: int | None, kv_type: int, gpu_layers: int) -> None:
-        llama_cpp.llama_log_set(_collect_log, ctypes.c_void_p(0))
+    def _open(self, path: Path, wishes: Wishes, say: Say | None) -> None:
+        log.listen()
         llama_cpp.llama_backend_init()
-        self._model = self._load(path, gpu_layers)
+        self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
+        opened = open_planned(path, self.headers, wishes=wishes, threads=self.threads, abort=self._abort, say=say)
+        self._model, self._context, self.placement = opened.model, opened.context, opened.placement
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        trained = int(llama_cpp.llama_model_n_ctx_train(self._model))
-        self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
-        size = context or max(min(_DEFAULT_CONTEXT, trained), 1)
-        self._context = self._new_context(size, threads, kv_type)
-        self.context_size = min(size, int(llama_cpp.llama_n_ctx(self._context)))  # llama.cpp rounds it up
-        self._batch_size = min(_BATCH, int(llama_cpp.llama_n_batch(self._context)))
+        self.context_size = min(self.placement.plan.context, int(llama_cpp.llama_n_ctx(self._context)))
+        self._batch_size = min(wishes.batch, int(llama_cpp.llama_n_batch(self._context)))
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
-
-    def _load(self, path: Path, gpu_layers: int) -> Any:
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
-        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
-        params.use_extra_bufts = False
-        _log.clear()
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        if not model:
-            raise ModelError(f"{path}: llama.cpp cannot load it: {_reason()}")
-        return model
-
-    def _new_context(self, size: int, threads: int | None, kv_type: int) -> Any:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = size
-        params.n_batch = params.n_ubatch = _BATCH
-        params.n_threads = params.n_threads_batch = threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        params.type_k = params.type_v = kv_type
-        params.abort_callback = self._abort
-        params.no_perf = True
-        _log.clear()
-        context = llama_cpp.llama_init_from_model(self._model, params)
-        if not context:
-            raise ModelError(f"llama.cpp cannot make a context of {size} tokens: {_reason()}; try a smaller --context")
-        return context
+        self._batch = llama_cpp.llama_batch_init(self._batch_size, 0, 1)
 
     def close(self) -> None:
         """Free everything; the engine is unusable afterwards."""
+        self._end_sampling()
         if self._batch:
             llama_cpp.llama_batch_free(self._batch)
         if self._context:
@@ -146,6 +110,7 @@ class Engine:
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The token's bytes; a control token has none, or with `special` its name."""
+        self._check_open()
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -180,6 +145,7 @@ class Engine:
 
     def is_end(self, token: int) -> bool:
         """Whether the model says with it that the text is over."""
+        self._check_open()
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
     def evaluate(self, ids: Sequence[int]) -> int:
@@ -224,9 +190,21 @@ class Engine:
             out[start : start + len(chunk)] = np.ctypeslib.as_array(computed, (len(chunk), self.vocabulary))
         return out
 
-    def sample(self, chain: Any) -> int:
-        """The chain's choice after the last evaluated token; the chain remembers it."""
-        return int(llama_cpp.llama_sampler_sample(chain, self._context, -1))
+    def begin_sampling(self, options: Sampling, recent: Sequence[int]) -> None:
+        """From now on choose tokens by `options`; `recent` are the last tokens so far, for the repetition penalty."""
+        self._check_open()
+        self._end_sampling()
+        self._chain = new_chain(options, self.vocabulary, recent=recent)
+
+    def sample(self) -> int:
+        """The choice after the last evaluated token; the next choices remember it."""
+        self._check_open()
+        return int(llama_cpp.llama_sampler_sample(self._chain, self._context, -1))
+
+    def _end_sampling(self) -> None:
+        if self._chain:
+            llama_cpp.llama_sampler_free(self._chain)
+        self._chain = None
 
     def interrupt(self) -> None:
         """End the evaluation that is under way as soon as llama.cpp looks; from a signal handler or another thread."""
@@ -254,7 +232,7 @@ class Engine:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = logits == "all" or i == len(ids) - 1
-        _log.clear()
+        log.clear()
         status = llama_cpp.llama_decode(self._context, batch)
         if status == 0:
             self.cached += ids
@@ -262,7 +240,7 @@ class Engine:
         llama_cpp.llama_memory_seq_rm(self._memory, 0, start, -1)
         if status == _ABORTED:
             return False
-        raise ModelError(f"llama.cpp failed to evaluate {len(ids)} tokens (status {status}): {_reason()}")
+        raise ModelError(f"llama.cpp failed to evaluate {len(ids)} tokens (status {status}): {log.reason()}")
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         bad = [token for token in ids if not 0 <= token < self.vocabulary]
@@ -276,8 +254,3 @@ class Engine:
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _reason() -> str:
-    # The first error is the cause, the others follow from it.
-    return _log[0] if _log else "it gives no reason"

@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.errors import ContextError, OptionError
+from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.runtime.chat import Conversation, Message
 from grok_local.runtime.engine import Engine
-from grok_local.runtime.sampling import PENALTY_WINDOW, Sampling, sampler
+from grok_local.runtime.loading import Placement
+from grok_local.runtime.options import LoadOptions, wishes_of
+from grok_local.runtime.sampling import PENALTY_WINDOW, Sampling
 from grok_local.runtime.text import TextStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from 3.11 on
+
+    from grok_local.runtime.remote import AnyEngine
 
 __all__ = ["Model", "Reply", "Stats", "load"]
 
@@ -54,7 +61,7 @@ class Reply(Iterator[str]):
     """
 
     def __init__(
-        self, engine: Engine, ids: Sequence[int], *, sampling: Sampling, max_tokens: int | None, stop: Sequence[str]
+        self, engine: AnyEngine, ids: Sequence[int], *, sampling: Sampling, max_tokens: int | None, stop: Sequence[str]
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise OptionError(f"max_tokens {max_tokens}: must be at least 1")
@@ -77,15 +84,13 @@ class Reply(Iterator[str]):
             self.finish_reason = "interrupted"
             return
         started = time.monotonic()
-        with sampler(sampling, self._engine.vocabulary) as chain:
-            for token in self.prompt[-PENALTY_WINDOW:]:
-                llama_cpp.llama_sampler_accept(chain, token)
-            while self.finish_reason is None:
-                text = self._next_piece(chain)
-                self.stats.generation_seconds = time.monotonic() - started
-                if text:
-                    self.text += text
-                    yield text
+        self._engine.begin_sampling(sampling, self.prompt[-PENALTY_WINDOW:])
+        while self.finish_reason is None:
+            text = self._next_piece()
+            self.stats.generation_seconds = time.monotonic() - started
+            if text:
+                self.text += text
+                yield text
 
     def _evaluate_prompt(self) -> bool:
         started = time.monotonic()
@@ -95,9 +100,9 @@ class Reply(Iterator[str]):
         self.stats.cached_tokens = len(self._engine.cached) - self.stats.evaluated_tokens
         return not self._engine.interrupted
 
-    def _next_piece(self, chain: Any) -> str:
+    def _next_piece(self) -> str:
         """Sample a token and return the text that may be shown; sets `finish_reason` at the end."""
-        token = self._engine.sample(chain)
+        token = self._engine.sample()
         if self._engine.is_end(token):
             self.finish_reason = "stop"
             return self._stream.flush()
@@ -127,17 +132,18 @@ class ChatReply(Reply):
         try:
             yield from super()._run(sampling)
         finally:
-            self._conversation.remember(self.tokens, self.text)
+            with suppress(ModelError):  # of a model that has died nothing needs to be remembered
+                self._conversation.remember(self.tokens, self.text)
 
-    def _next_piece(self, chain: Any) -> str:
-        text = super()._next_piece(chain)
+    def _next_piece(self) -> str:
+        text = super()._next_piece()
         return text if self.text else text.lstrip()
 
 
 class Model:
     """A GGUF, loaded. A context manager; not thread-safe."""
 
-    def __init__(self, path: Path, engine: Engine) -> None:
+    def __init__(self, path: Path, engine: AnyEngine) -> None:
         self.path = path
         self.engine = engine
         self._conversation = Conversation(engine)
@@ -146,6 +152,11 @@ class Model:
     def context_size(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self.engine.context_size
+
+    @property
+    def placement(self) -> Placement:
+        """Where the weights are: the plan, what each place holds, and what was changed on the way."""
+        return self.engine.placement
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -219,20 +230,17 @@ class Model:
             )
 
 
-def load(
-    path: str | os.PathLike[str],
-    *,
-    context: int | None = None,
-    threads: int | None = None,
-    kv_type: str = "f16",
-    gpu_layers: int | None = None,
-) -> Model:
+def load(path: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Model:
     """Load the GGUF at `path`; the options are those of `grok_local.load`.
 
-    Raises GGUFError, ModelError or OptionError.
+    Raises GGUFError, ModelError, OptionError, PlacementError or WorkerError.
     """
-    engine = Engine(Path(path), context=context, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers or 0)
-    return Model(Path(path), engine)
+    threads, workers, wishes = options.get("threads"), options.get("workers") or (), wishes_of(options)
+    if not workers:
+        return Model(Path(path), Engine(Path(path), threads=threads, wishes=wishes, say=options.get("say")))
+    from grok_local.runtime.remote import RemoteEngine
+
+    return Model(Path(path), RemoteEngine(Path(path), workers=tuple(workers), threads=threads, wishes=wishes))
 
 
 def _as_list(stop: str | Sequence[str]) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import llama_cpp
 
 from grok_local.errors import OptionError
 
-__all__ = ["PENALTY_WINDOW", "Sampling", "sampler"]
+__all__ = ["PENALTY_WINDOW", "Sampling", "new_chain"]
 
 PENALTY_WINDOW = 64  # tokens
 
@@ -42,16 +41,14 @@ class Sampling:
             raise OptionError(bad)
 
 
-@contextmanager
-def sampler(options: Sampling, vocabulary: int) -> Iterator[Any]:
-    """llama.cpp's chain for `options`, freed afterwards."""
+def new_chain(options: Sampling, vocabulary: int, *, recent: Sequence[int]) -> Any:
+    """llama.cpp's sampler chain for `options`, that has seen the tokens `recent`. The caller frees it."""
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-    try:
-        for link in _links(options, vocabulary):
-            llama_cpp.llama_sampler_chain_add(chain, link)
-        yield chain
-    finally:
-        llama_cpp.llama_sampler_free(chain)
+    for link in _links(options, vocabulary):
+        llama_cpp.llama_sampler_chain_add(chain, link)
+    for token in recent:
+        llama_cpp.llama_sampler_accept(chain, token)
+    return chain
 
 
 def _links(options: Sampling, vocabulary: int) -> Iterator[Any]:

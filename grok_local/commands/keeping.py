@@ -1,0 +1,103 @@
+"""What is on this machine: the tour, downloads, lists, deletions."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from grok_local.commands.options import Json, complete_entry, print_json, resumable
+from grok_local.errors import OptionError
+from grok_local.units import printable
+
+__all__ = ["demo", "list_", "pull", "rm"]
+
+
+def demo(
+    pause: Annotated[bool, typer.Option(help="Wait for Enter after each part, where there is a terminal.")] = True,
+) -> None:
+    """A tour in under a minute: pack the built-in model, verify it, ask it three questions.
+
+    grok-local demo
+    """
+    from grok_local import ggml
+    from grok_local.demo import Tour
+
+    ggml.exit_on_abort()
+    Tour(pause=pause and sys.stdin.isatty() and sys.stdout.isatty()).run()
+
+
+def pull(
+    release: Annotated[str, typer.Argument(help="grok-1.")],
+    to: Annotated[
+        Optional[Path], typer.Option(help="The folder for it.  [default: its name in the checkpoints folder]")
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path], typer.Option(help="tokenizer.model.  [default: fetched from the release's git repository]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Download the release and check every file. Stopped, the same command goes on where it was.
+
+    grok-local pull grok-1 --to /data/grok-1
+    """
+    from grok_local import folders, views
+    from grok_local.hub.release import fetch_release
+
+    if to == Path():
+        raise OptionError("--to names no folder")
+    folder = to or folders.checkpoints_folder() / release
+    with resumable(), views.progress_view("pull", as_json=as_json) as show:
+        report = fetch_release(release, folder, tokenizer=tokenizer, progress=show)
+    if as_json:
+        print_json({"event": "done", **asdict(report)})
+    else:
+        print("\n".join(views.fetch_summary(report)), file=sys.stderr)
+        print(f"next: grok-local quantize {release if to is None else shlex.quote(str(folder))}", file=sys.stderr)
+
+
+def list_(as_json: Json = False) -> None:
+    """Show the models and checkpoints on this machine.
+
+    grok-local list
+    """
+    from grok_local import folders, inventory, views
+
+    found = inventory.entries()
+    if as_json:
+        print_json([asdict(entry) for entry in found])
+    else:
+        views.print_tables([views.entries_table(found)])
+        print(f"in {folders.home()}", file=sys.stderr)
+
+
+def rm(
+    names: Annotated[
+        list[str], typer.Argument(help="Models or checkpoints, as list shows them.", autocompletion=complete_entry)
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete models or checkpoints from grok-local's folders.
+
+    grok-local rm grok-1-q4_0
+    """
+    from grok_local import inventory
+    from grok_local.units import format_bytes
+
+    for entry in [inventory.entry_named(name) for name in names]:
+        if not yes and not _agreed(f"delete {entry.kind} {printable(entry.name)} ({format_bytes(entry.bytes)})?"):
+            print(f"{printable(entry.name)}: kept", file=sys.stderr)
+            continue
+        inventory.remove(entry)
+        print(f"{printable(entry.name)}: deleted, {format_bytes(entry.bytes)}", file=sys.stderr)
+
+
+def _agreed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise OptionError(f"{question} Nobody is there to ask: say so with --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -1,0 +1,159 @@
+"""Options that several commands take, and how a command takes many of them as one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Annotated, Any, Optional, get_type_hints
+
+import typer
+
+__all__ = [
+    "Bundle",
+    "Json",
+    "ModelOption",
+    "Threads",
+    "bundled",
+    "complete_entry",
+    "complete_model",
+    "load_options",
+    "print_json",
+    "resumable",
+    "sampling_options",
+    "say",
+]
+
+Bundle = Optional[dict[str, Any]]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names of models, for the shell."""
+    from grok_local import library
+
+    return [name for name in library.model_names() if name.startswith(incomplete)]
+
+
+def complete_entry(incomplete: str) -> list[str]:
+    """Names of models and checkpoints, for the shell."""
+    from grok_local import inventory
+
+    return [name for name in inventory.entry_names() if name.startswith(incomplete)]
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "-m",
+        "--model",
+        help="A GGUF, a name in the models folder, or the built-in model.",
+        metavar="MODEL",
+        envvar="GROK_LOCAL_MODEL",
+        autocompletion=complete_model,
+    ),
+]
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads.  [default: one per core]", min=1, max=512)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def sampling_options(
+    temperature: Annotated[
+        Optional[float],
+        typer.Option(help="0 always takes the likeliest token.  [default: 0.7; of the built-in model 0]", min=0),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Choose among this many tokens; 0 is off.", min=0, max=1 << 30)] = 40,
+    top_p: Annotated[
+        float, typer.Option(help="Choose among the likeliest with this much probability; 1 is off.", max=1)
+    ] = 0.95,
+    min_p: Annotated[
+        float, typer.Option(help="Leave out tokens less likely than this much of the likeliest.", min=0)
+    ] = 0.05,
+    repeat_penalty: Annotated[float, typer.Option(help="Above 1 makes the last 64 tokens less likely.")] = 1.0,
+    seed: Annotated[Optional[int], typer.Option(help="The same seed gives the same answer.", min=0)] = None,
+) -> None:
+    """How the next token is chosen."""
+
+
+def load_options(
+    context: Annotated[
+        Optional[int], typer.Option(help="Tokens of context.  [default: the model's, at most 8192]", min=1, max=1 << 24)
+    ] = None,
+    threads: Threads = None,
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16 or f32.")] = "f16",
+    memory: Annotated[
+        Optional[str],
+        typer.Option(help="What it may take of RAM.  [default: what is free, less a reserve]", metavar="SIZE"),
+    ] = None,
+    gpu_layers: Annotated[
+        Optional[int],
+        typer.Option(help="Last layers on devices, the output as one.  [default: all that fit]", min=0, max=10_000),
+    ] = None,
+    experts_on: Annotated[
+        Optional[str],
+        typer.Option(help="cpu, gpu, or of how many layers the experts go to devices.", metavar="cpu|gpu|N"),
+    ] = None,
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--override", help="Tensors whose name matches go there; may be repeated.", metavar="PATTERN=DEVICE"
+        ),
+    ] = None,
+    repack: Annotated[
+        str, typer.Option(help="Weights rearranged in RAM, which is faster.", metavar="auto|on|off")
+    ] = "auto",
+    workers: Annotated[
+        Optional[list[str]],
+        typer.Option("--worker", help="A machine that runs grok-local worker; may be repeated.", metavar="HOST:PORT"),
+    ] = None,
+) -> None:
+    """How a model is loaded and where its weights go."""
+
+
+def bundled(**groups: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace each parameter named in `groups` by that function's parameters; the command gets them as a dict."""
+    names = {bundle: list(inspect.signature(group).parameters) for bundle, group in groups.items()}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            for bundle, own in names.items():
+                given[bundle] = {name: given.pop(name) for name in own}
+            command(**given)
+
+        parameters = list(_expanded(command, groups))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer looks at
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _expanded(command: Callable[..., None], groups: dict[str, Callable[..., None]]) -> Iterator[inspect.Parameter]:
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            yield from _expanded(groups[name], {})
+        else:
+            yield parameter.replace(annotation=get_type_hints(command, include_extras=True)[name])
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        raise
+
+
+def say(text: str) -> None:
+    """On stderr, where everything goes that is not data."""
+    print(text, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """On stdout, in one line."""
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)

@@ -1,0 +1,117 @@
+"""From a checkpoint to a GGUF, and what is in them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from grok_local.commands.options import Json, Threads, complete_model, print_json, resumable
+from grok_local.errors import VerifyError
+
+__all__ = ["inspect", "quantize", "verify"]
+
+
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="The release's folder, its ckpt-0, or a name that was pulled.")],
+    output: Annotated[
+        Optional[Path],
+        typer.Option("-o", "--output", help="The GGUF.  [default: grok-1-TYPE.gguf in the models folder]"),
+    ] = None,
+    type: Annotated[str, typer.Option(help="q4_k, q4_0, iq4_xs, mxfp4, q8_0 (nothing lost), bf16 or f32.")] = "q4_k",
+    tokenizer: Annotated[
+        Optional[Path], typer.Option(help="tokenizer.model of the release.  [default: in or above the folder]")
+    ] = None,
+    threads: Threads = None,
+    memory: Annotated[str, typer.Option(help="The process's peak memory; 1.5G is enough for Grok-1.")] = "4G",
+    split_size: Annotated[Optional[str], typer.Option(help="Write parts of at most this size.", metavar="SIZE")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a checkpoint in Grok-1's release format into a GGUF.
+
+    Killed or stopped, the same command goes on where it was.
+
+    grok-local quantize ~/grok-1 --tokenizer ~/tokenizer.model
+    """
+    from grok_local import library, views
+    from grok_local.quantize.convert import quantize_checkpoint
+
+    source = library.resolve_checkpoint(checkpoint)
+    target = library.default_output(type, source) if output is None else output
+    if target.is_dir():
+        target = target / library.default_output(type, source).name
+    with resumable(), views.progress_view("quantize", as_json=as_json) as show:
+        report = quantize_checkpoint(
+            source,
+            target,
+            type=type,
+            tokenizer=tokenizer,
+            threads=threads,
+            memory=memory,
+            split_size=split_size,
+            force=force,
+            progress=show,
+        )
+    if as_json:
+        print_json({"event": "done", **asdict(report)})
+    else:
+        print("\n".join(views.quantize_summary(report)), file=sys.stderr)
+
+
+def verify(
+    gguf: Annotated[
+        str,
+        typer.Argument(help="The GGUF, or any part of one, or a model's name.", autocompletion=complete_model),
+    ],
+    against: Annotated[
+        Optional[Path], typer.Option(help="Pack this checkpoint again and compare every byte.", metavar="CHECKPOINT")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a GGUF's structure and hashes, or compare it with its checkpoint.
+
+    grok-local verify grok-1-q4_k.gguf --against ~/grok-1
+    """
+    from grok_local import library, views
+    from grok_local.quantize.verify import verify as check
+
+    with views.progress_view("verify", as_json=False) as show:
+        source = against and library.resolve_checkpoint(against)
+        report = check(library.resolve_model(gguf), source, progress=show)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        views.print_tables([views.verify_table(report)])
+    if report.problems:
+        raise VerifyError(report.problems)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A GGUF, or a checkpoint's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a GGUF or in a checkpoint, without reading any weights.
+
+    grok-local inspect ~/grok-1
+    """
+    from grok_local import library, views
+
+    source = library.resolve_checkpoint(path)
+    if source.is_dir():
+        from grok_local.quantize.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(source)
+        described, tables = views.describe_checkpoint(checkpoint), views.checkpoint_tables(checkpoint)
+    else:
+        from grok_local import gguf_file
+
+        headers = gguf_file.read_model(library.resolve_model(str(path)))
+        described, tables = views.describe_gguf(headers), views.gguf_tables(headers)
+    if as_json:
+        print_json(described)
+    else:
+        views.print_tables(tables)

@@ -1,0 +1,118 @@
+"""From a GGUF to text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated, Any, Optional
+
+import typer
+
+from grok_local.commands.options import (
+    Bundle,
+    Json,
+    ModelOption,
+    bundled,
+    load_options,
+    print_json,
+    sampling_options,
+    say,
+)
+from grok_local.errors import OptionError
+
+__all__ = ["chat", "generate", "loaded"]
+
+MaxTokens = Annotated[Optional[int], typer.Option(help="At most this many tokens an answer.", min=1, max=1 << 30)]
+Stop = Annotated[Optional[list[str]], typer.Option(help="End where this text would come; may be repeated.")]
+
+
+@bundled(sampling=sampling_options, loading=load_options)
+def generate(
+    prompt: Annotated[Optional[str], typer.Argument(help="The text to continue; - reads it from stdin.")] = None,
+    model: ModelOption = "tiny",
+    max_tokens: MaxTokens = 128,
+    stop: Stop = None,
+    sampling: Bundle = None,
+    loading: Bundle = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text; only the continuation is printed.
+
+    grok-local generate -m grok-1-q4_k "The answer to life, the universe and everything is"
+    """
+    from grok_local import repl
+
+    text = _prompt_text(prompt)
+    with loaded(model, loading) as running:
+        reply = running.generate(text, max_tokens=max_tokens, stop=stop or (), **_sampling(sampling, model))
+        with repl.interruptible(running):
+            for piece in reply:
+                if not as_json:
+                    print(piece, end="", flush=True)
+    if as_json:
+        print_json({"text": reply.text, "finish_reason": reply.finish_reason, **asdict(reply.stats)})
+    else:
+        print()
+        print(repl.stats_line(reply), file=sys.stderr)
+    if reply.finish_reason == "interrupted":
+        raise KeyboardInterrupt
+
+
+@bundled(sampling=sampling_options, loading=load_options)
+def chat(
+    model: ModelOption = "tiny",
+    system: Annotated[Optional[str], typer.Option(help="What the model is told first.")] = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    sampling: Bundle = None,
+    loading: Bundle = None,
+) -> None:
+    """Have a conversation; /help lists what it understands. Without a terminal, every line of stdin is a question.
+
+    grok-local chat -m grok-1-q4_k        without -m: the built-in model, which explains grok-local
+    """
+    from grok_local.repl import Repl
+
+    options = {**_sampling(sampling, model), "max_tokens": max_tokens, "stop": stop or ()}
+    with loaded(model, loading) as running:
+        Repl(running, name=model, system=system, options=options).run()
+
+
+@contextmanager
+def loaded(model: str, options: Bundle) -> Iterator[Any]:
+    """The model, with what had to be said about its placement on stderr."""
+    from grok_local import ggml, library
+
+    ggml.exit_on_abort()
+    if not library.is_packed(model):
+        from grok_local import views
+
+        print("the built-in model is packed to 4 bits, once", file=sys.stderr)
+        with views.progress_view("pack", as_json=False) as show:
+            library.resolve_model(model, progress=show)
+    with library.load(model, **(options or {}), say=say) as running:
+        for note in running.placement.notes:
+            say(f"note: {note}")
+        yield running
+
+
+def _sampling(options: Bundle, model: str) -> dict[str, Any]:
+    """What was given; the temperature by default what suits the model: the built-in one knows one answer to each
+    question.
+    """
+    from grok_local.library import BUILT_IN
+
+    given = dict(options or {})
+    if given["temperature"] is None:
+        given["temperature"] = 0.0 if model == BUILT_IN else 0.7
+    return given
+
+
+def _prompt_text(prompt: str | None) -> str:
+    if prompt not in (None, "-"):
+        return str(prompt)
+    if prompt is None and sys.stdin.isatty():
+        raise OptionError("no prompt: give the text to continue, or - to read it from stdin")
+    return sys.stdin.read()

@@ -1,0 +1,391 @@
+"""Says what stands between this machine and the speed it could have, and for each thing the command that helps."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from grok_local import folders, gguf_file
+from grok_local.errors import GrokLocalError, ModelError
+from grok_local.ggml.devices import backend_names, cpu_device, cpu_features
+from grok_local.runtime import probes
+from grok_local.runtime.machine import Speeds, core_count, cpu_flags, cpu_quota, local_devices, memory_limits
+from grok_local.units import format_bytes
+
+__all__ = ["Finding", "examine", "rebuild_command"]
+
+Status = Literal["ok", "note", "problem"]
+
+_LLAMA = "llama-cpp-python"
+_USUAL_TYPES = ("Q4_K", "Q8_0", "Q6_K", "F32")  # of a model packed with --type q4_k
+_FEW_FILES = 1024
+_PROMPT_SECONDS = 10  # how long a driver's own tool may take
+_BASE_OPTIONS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
+
+# What llama.cpp calls a feature of the processor, and what Linux calls it.
+_FEATURES = {
+    "AVX2": "avx2",
+    "FMA": "fma",
+    "F16C": "f16c",
+    "AVX512": "avx512f",
+    "AVX512_VNNI": "avx512_vnni",
+    "AVX512_BF16": "avx512_bf16",
+    "AMX_INT8": "amx_int8",
+    "DOTPROD": "asimddp",
+    "MATMUL_INT8": "i8mm",
+    "SVE": "sve",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line about the machine, and one that helps, if there is something to do: a command or advice."""
+
+    topic: str
+    status: Status
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is examined: the machine below `root`, with the eyes of a model's types."""
+
+    model: Path | None
+    types: tuple[str, ...]
+    threads: int
+    root: Path
+    say: probes.Say | None
+
+
+def examine(
+    model: Path | None = None, *, threads: int | None = None, root: Path = Path("/"), say: probes.Say | None = None
+) -> list[Finding]:
+    """Everything that can be found out; `model` brings its own types and its own disk. Raises GGUFError for it.
+
+    Measures for some seconds, the first time. `root` has proc and sys.
+    """
+    types = tuple(dict.fromkeys(tensor.type.name for header in _headers(model) for tensor in header.tensors))
+    case = _Case(model, types or _USUAL_TYPES, threads or core_count(root=root), root, say)
+    return [finding for topic, check in _CHECKS.items() for finding in _answers(topic, check, case)]
+
+
+def _headers(model: Path | None) -> list[gguf_file.Header]:
+    return gguf_file.read_model(model) if model else []
+
+
+def _answers(topic: str, check: _Check, case: _Case) -> Iterator[Finding]:
+    try:
+        yield from (replace(finding, topic=topic) for finding in check(case))
+    except (GrokLocalError, OSError) as error:
+        yield Finding(topic, "problem", str(error))
+
+
+def _ok(text: str) -> Finding:
+    return Finding("", "ok", text)
+
+
+def _note(text: str, remedy: str = "") -> Finding:
+    return Finding("", "note", text, remedy)
+
+
+def _problem(text: str, remedy: str = "") -> Finding:
+    return Finding("", "problem", text, remedy)
+
+
+# -- how llama.cpp is built --------------------------------------------------------------------------------------------
+
+
+def pinned_version() -> str:
+    """The llama-cpp-python that this package asks for; empty if the package itself is not installed."""
+    try:
+        needed = importlib.metadata.requires("grok-local") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    found = re.search(rf"^{_LLAMA}==([\w.]+)", "\n".join(needed), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def rebuild_command(options: str = "", *, clang: bool = False) -> str:
+    """The command that builds llama.cpp anew, with further CMake options; the backends it has stay."""
+    wanted = " ".join(dict.fromkeys([*_backend_options(), *options.split(), *_BASE_OPTIONS.split()]))
+    if _is_clone():
+        # From the environment uv takes nothing that pyproject.toml sets, and what it did not build as set there it
+        # builds again at the next `uv run`.
+        compilers = 'CC = "clang"\\nCXX = "clang++"\\n' if clang else ""
+        table = f'[extra-build-variables.{_LLAMA}]\\n{compilers}CMAKE_ARGS = "{wanted}"\\n'
+        return f"printf '{table}' > uv.toml && uv sync --no-cache --reinstall-package {_LLAMA}"
+    compilers = "CC=clang CXX=clang++ " if clang else ""
+    version = pinned_version()
+    install = f"pip install --force-reinstall --no-deps --no-cache-dir --no-binary {_LLAMA}"
+    return f'{compilers}CMAKE_ARGS="{wanted}" {install} {_LLAMA}{"==" + version if version else ""}'
+
+
+def _is_clone() -> bool:
+    """Whether uv made this environment for a clone of the repository."""
+    try:
+        installer = importlib.metadata.distribution(_LLAMA).read_text("INSTALLER") or ""
+    except importlib.metadata.PackageNotFoundError:
+        installer = "uv"
+    return installer.strip() == "uv" and (Path(__file__).parents[2] / "pyproject.toml").is_file()
+
+
+def _backend_options() -> list[str]:
+    try:
+        names = backend_names()
+    except ModelError:
+        return []
+    return [gpu.option for gpu in _GPUS if gpu.backend in names and gpu.option]
+
+
+def _check_version(_: _Case) -> Iterator[Finding]:
+    pinned = pinned_version()
+    try:
+        found = importlib.metadata.version(_LLAMA)
+    except importlib.metadata.PackageNotFoundError:
+        yield _problem(f"{_LLAMA} is not installed", rebuild_command())
+        return
+    if pinned and found != pinned:
+        yield _problem(f"{_LLAMA} {found} is installed, {pinned} is needed", rebuild_command())
+    else:
+        yield _ok(f"{_LLAMA} {found}")
+
+
+def _check_backends(_: _Case) -> Iterator[Finding]:
+    names = backend_names()
+    yield _ok(f"compiled in: {', '.join(sorted(names))}")
+    if "RPC" not in names:
+        yield _note("without RPC no workers can be used", rebuild_command())
+
+
+def _check_features(case: _Case) -> Iterator[Finding]:
+    built, flags = cpu_features(), cpu_flags(root=case.root)
+    used = [name for name in _FEATURES if name in built]
+    foreign = [name for name in used if _FEATURES[name] not in flags] if flags else []
+    unused = [name for name, flag in _FEATURES.items() if flag in flags and name not in built]
+    if foreign:
+        yield _problem(f"built for another processor: this one has no {', '.join(foreign)}", rebuild_command())
+    if "AMX_INT8" in unused:
+        unused.remove("AMX_INT8")
+        yield _note("built without AMX_INT8, which this processor has", _with_clang())
+    if unused:
+        yield _problem(f"built without {', '.join(unused)}, which this processor has", rebuild_command())
+    if not foreign and not unused:
+        yield _ok(f"{cpu_device().description}: {', '.join(used) or 'no special instructions known'}")
+
+
+def _with_clang() -> str:
+    # GCC 12 builds AMX kernels that lose a part of the tile configuration; clang 14 builds none.
+    return f"with clang 19 or newer installed: {rebuild_command(clang=True)}"
+
+
+# -- GPUs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _GPU:
+    """A maker's GPUs: llama.cpp's backend for them, how it is compiled in, and what that needs."""
+
+    maker: str
+    backend: str
+    option: str
+    needs: str
+    find: Callable[[Path], str]  # below root: a description, or nothing
+
+
+def _find_nvidia(root: Path) -> str:
+    listed = [path.read_text(errors="replace") for path in root.glob("proc/driver/nvidia/gpus/*/information")]
+    models = [found[1].strip() for text in listed if (found := re.search(r"^Model:(.*)$", text, re.MULTILINE))]
+    if not models and root == Path("/"):  # WSL has the tool alone
+        models = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", _output("nvidia-smi", "-L"), re.MULTILINE)
+    return ", ".join(models)
+
+
+def _find_amd(root: Path) -> str:
+    nodes = [path.read_text(errors="replace") for path in root.glob("sys/class/kfd/kfd/topology/nodes/*/properties")]
+    count = sum(bool(re.search(r"^simd_count [1-9]", text, re.MULTILINE)) for text in nodes)
+    return f"{count} that ROCm knows" if count else ""
+
+
+def _find_apple(_: Path) -> str:
+    return "Apple silicon" if sys.platform == "darwin" and platform.machine() == "arm64" else ""
+
+
+def _find_other(root: Path) -> str:
+    names = sorted(path.name for path in root.glob("dev/dri/renderD*"))
+    return ", ".join(names)
+
+
+_GPUS = (
+    _GPU("NVIDIA", "CUDA", "-DGGML_CUDA=ON", "the CUDA toolkit", _find_nvidia),
+    _GPU("AMD", "ROCm", "-DGGML_HIP=ON", "ROCm", _find_amd),
+    _GPU("Apple", "MTL", "-DGGML_METAL=ON", "Xcode's command line tools", _find_apple),
+    _GPU("another maker", "Vulkan", "-DGGML_VULKAN=ON", "the Vulkan SDK", _find_other),
+)
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROMPT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
+
+
+def _check_gpus(case: _Case) -> Iterator[Finding]:
+    devices = [device for device in local_devices() if device.kind != "worker"]
+    for device in devices:
+        room = f"{format_bytes(device.free)} of {format_bytes(device.total)} free"
+        yield _ok(f"{device.name}: {device.description}, {room}")
+    found = next(((gpu, text) for gpu in _GPUS if (text := gpu.find(case.root))), None)
+    if not devices:
+        yield _unused(*found) if found else _ok("none found: the processor does everything")
+
+
+def _unused(gpu: _GPU, text: str) -> Finding:
+    """Of a GPU that llama.cpp does not offer."""
+    if gpu.backend in backend_names():
+        driver = "the driver, and CUDA_VISIBLE_DEVICES" if gpu.backend == "CUDA" else "the driver, and its permissions"
+        return _problem(f"{gpu.maker} ({text}): {gpu.backend} is compiled in and sees none", f"check {driver}")
+    command = rebuild_command(gpu.option)
+    return _problem(f"{gpu.maker} ({text}): {gpu.backend} is not compiled in", f"with {gpu.needs} installed: {command}")
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+def _check_layouts(case: _Case) -> Iterator[Finding]:
+    found = probes.verdicts(case.types, threads=case.threads, say=case.say)
+    for buffer in dict.fromkeys(buffer for buffer, _ in found):
+        by_type = {name: text for (of, name), text in found.items() if of == buffer}
+        wrong = [f"{name} {text}" for name, text in by_type.items() if text not in (probes.RIGHT, probes.NOT_HELD)]
+        right = [name for name in case.types if by_type.get(name) == probes.RIGHT]
+        if wrong:
+            yield _problem(f"{buffer}: {', '.join(wrong)}; not used", _with_clang() if buffer == "AMX" else "")
+        if not wrong or (right and buffer == probes.REPACK):
+            yield _ok(
+                f"{buffer}: {'right for ' + ', '.join(right) if right else 'has none of ' + ', '.join(case.types)}"
+            )
+
+
+def _check_speeds(case: _Case) -> Iterator[Finding]:
+    known = probes.speeds(case.types, threads=case.threads, say=case.say)
+    if not known.plain:
+        yield _problem("no kernel could be measured")
+        return
+    yield _ok(f"{format_bytes(known.memory)}/s read from memory by {case.threads} threads")
+    for name in case.types:
+        yield _speed(name, known)
+
+
+def _speed(name: str, known: Speeds) -> Finding:
+    plain, repacked = known.plain.get(name), known.repacked.get(name)
+    if not plain:
+        return _problem(f"{name}: no kernel here")
+    return _ok(f"{name}: {format_bytes(plain)}/s" + (f", rearranged {format_bytes(repacked)}/s" if repacked else ""))
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+def _check_cores(case: _Case) -> Iterator[Finding]:
+    cores, quota = core_count(root=case.root), cpu_quota(root=case.root)
+    physical = psutil.cpu_count(logical=False) or cores
+    if quota and quota < physical:
+        yield _note(f"{quota:g} processors' time of {physical} cores", "give the container more processors")
+    elif cores < physical:
+        yield _note(f"{cores} of {physical} cores may be used", "start without taskset, or widen the cpuset")
+    else:
+        yield _ok(f"{cores} physical")
+
+
+def _check_memory(case: _Case) -> Iterator[Finding]:
+    (total, available), ram = memory_limits(root=case.root), psutil.virtual_memory().total
+    free = f"{format_bytes(available)} of {format_bytes(total)} available"
+    if total < ram:
+        yield _note(
+            f"{free}; a limit keeps the rest of {format_bytes(ram)}", "raise the container's limit or ulimit -v"
+        )
+    else:
+        yield _ok(free)
+
+
+def _check_swap(_: _Case) -> Iterator[Finding]:
+    swap = psutil.swap_memory()
+    used = f"{format_bytes(swap.used)} of {format_bytes(swap.total)} in use"
+    if swap.used > swap.total // 10:
+        yield _note(used, "close what is not needed: what is swapped out answers at the disk's speed")
+    else:
+        yield _ok(used if swap.total else "none")
+
+
+def _check_locking(_: _Case) -> Iterator[Finding]:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    allowed = "no limit" if limit == resource.RLIM_INFINITY else f"at most {format_bytes(limit)}"
+    yield _ok(f"{allowed}; nothing is locked: what is mapped may be read again from the disk")
+
+
+def _check_pages(case: _Case) -> Iterator[Finding]:
+    try:
+        text = (case.root / "sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return
+    found = re.search(r"\[(\w+)\]", text)
+    setting = found[1] if found else "unknown"
+    if setting == "always":
+        yield _ok("always")
+    else:
+        command = "echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
+        yield _note(f"{setting}: rearranged weights lie in small pages", command)
+
+
+def _check_files(_: _Case) -> Iterator[Finding]:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        yield _ok("any number may be open")
+    elif limit < _FEW_FILES:
+        yield _note(f"at most {limit} open: few for a model in many parts", f"ulimit -n {4 * _FEW_FILES}")
+    else:
+        yield _ok(f"at most {limit} open")
+
+
+def _check_disk(case: _Case) -> Iterator[Finding]:
+    folder = case.model.parent if case.model else folders.models_folder()
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    files = [case.model] if case.model else [path for path in folder.glob("*.gguf") if path.is_file()]
+    speed = max((probes.disk_speed(path) for path in sorted(files, key=_size)[-1:]), default=0.0)
+    reads = f"reads {format_bytes(speed)}/s" if speed else "no model here that is large enough to time its reading"
+    yield _ok(f"{format_bytes(shutil.disk_usage(there).free)} free in {folder}; {reads}")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+_Check = Callable[[_Case], Iterator[Finding]]
+_CHECKS: dict[str, _Check] = {
+    "llama.cpp": _check_version,
+    "backends": _check_backends,
+    "GPU": _check_gpus,
+    "processor": _check_features,
+    "cores": _check_cores,
+    "layouts": _check_layouts,
+    "speed": _check_speeds,
+    "memory": _check_memory,
+    "swap": _check_swap,
+    "locked memory": _check_locking,
+    "huge pages": _check_pages,
+    "files": _check_files,
+    "disk": _check_disk,
+}

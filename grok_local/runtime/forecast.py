@@ -1,0 +1,136 @@
+"""How fast a plan decodes: the bytes a token reads from each place, over that place's speed.
+
+Places work one after the other, as layers do, so their times add up. The CPU's speed is that of llama.cpp's own matrix
+products on each type, measured on this machine, which is the memory's bandwidth where there are cores enough to use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grok_local.runtime.machine import Device, Machine
+from grok_local.runtime.plan import RAM, Plan
+from grok_local.runtime.shape import Role, Weight
+
+__all__ = ["ASSUMED_DEVICE_SPEED", "Forecast", "Reading", "forecast"]
+
+ASSUMED_DEVICE_SPEED = 600e9  # bytes a second, of a GPU nobody measured: two thirds of a 24 GB card's nominal 936e9
+_UNKNOWN_DISK = 2e9  # bytes a second
+_MAPPED_SHARE = 0.25  # of the disk's speed, where pages are read on demand: 0.3 of 1.4 GB/s measured
+_SECONDS_PER_LAYER = 35e-6  # of what is no matrix product: norms, attention of few tokens, waiting for each other
+_SECONDS_PER_HOP = {"gpu": 30e-6, "integrated": 30e-6, "worker": 300e-6}  # from one place to the next and back
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one place does for a token: bytes read there, and seconds."""
+
+    place: str
+    nbytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """`readings` add up to the time of a token, with an almost empty context; `full` is with a full one."""
+
+    readings: tuple[Reading, ...]
+    full_seconds: float
+    assumptions: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of a token."""
+        return sum(reading.seconds for reading in self.readings)
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, context almost empty."""
+        return 1 / self.seconds if self.seconds else 0.0
+
+    @property
+    def full_speed(self) -> float:
+        """Tokens a second, context full."""
+        return 1 / self.full_seconds if self.full_seconds else 0.0
+
+
+def forecast(plan: Plan) -> Forecast:
+    """What the plan predicts for decoding, one token at a time."""
+    return _Forecaster(plan).forecast()
+
+
+class _Forecaster:
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._machine: Machine = plan.machine
+        self._devices = {device.name: device for device in plan.machine.devices}
+        self._assumptions: dict[str, None] = {}
+
+    def forecast(self) -> Forecast:
+        nbytes: dict[str, float] = {}
+        seconds: dict[str, float] = {}
+        for weight in self._plan.model.weights:
+            place = self._plan.place_of(weight)
+            nbytes[place] = nbytes.get(place, 0) + weight.read
+            seconds[place] = seconds.get(place, 0) + weight.read / self._speed(place, weight)
+        readings = [Reading(place, nbytes[place], seconds[place]) for place in nbytes if nbytes[place]]
+        readings += [*self._disk(), self._rest()]
+        total = sum(reading.seconds for reading in readings)
+        return Forecast(tuple(readings), total + self._cache_seconds(), tuple(self._assumptions))
+
+    def _speed(self, place: str, weight: Weight) -> float:
+        if place == RAM:
+            return self._cpu_speed(weight)
+        return self._device_speed(self._devices[place])
+
+    def _cpu_speed(self, weight: Weight) -> float:
+        speeds = self._machine.speeds
+        table = speeds.repacked if weight.name in self._plan.repacked else speeds.plain
+        known = table.get(weight.type) or speeds.memory
+        if not known:
+            self._assumptions[f"RAM's speed for {weight.type} is not known: taken as 20 GB/s"] = None
+        return known or 20e9
+
+    def _device_speed(self, device: Device) -> float:
+        if device.speed:
+            return device.speed
+        if device.kind == "worker":
+            self._assumptions[f"{device.name}: its speed is not known, taken as this machine's"] = None
+            return max([*self._machine.speeds.plain.values(), self._machine.speeds.memory / 2, 1e9])
+        speed = ASSUMED_DEVICE_SPEED / 1e9
+        self._assumptions[f"{device.name}: its speed is not known, taken as {speed:.0f} GB/s"] = None
+        return ASSUMED_DEVICE_SPEED
+
+    def _disk(self) -> list[Reading]:
+        plan = self._plan
+        if not plan.disk:
+            return []
+        routed = sum(w.read for w in plan.model.weights if w.role is Role.EXPERTS and plan.place_of(w) == RAM)
+        nbytes = routed * plan.disk / (plan.disk + plan.ram.experts)
+        if not self._machine.disk_speed:
+            self._assumptions["the disk's speed is not known: taken as 2 GB/s"] = None
+        self._assumptions["mapped weights come from the disk at a quarter of its speed, as measured"] = None
+        return [Reading("disk", nbytes, nbytes / ((self._machine.disk_speed or _UNKNOWN_DISK) * _MAPPED_SHARE))]
+
+    def _rest(self) -> Reading:
+        hops = sum(_SECONDS_PER_HOP[self._devices[name].kind] for name in self._hops())
+        return Reading("between", 0, self._plan.model.layers * _SECONDS_PER_LAYER + hops)
+
+    def _hops(self) -> list[str]:
+        """Each device at every change from one place to another, in the order of the layers."""
+        way = [RAM]
+        for weight in sorted(
+            (w for w in self._plan.model.weights if w.rows > 1 and w.role in (Role.DENSE, Role.EXPERTS)),
+            key=lambda w: (w.layer or 0, w.role is Role.EXPERTS),
+        ):
+            if self._plan.place_of(weight) != way[-1]:
+                way.append(self._plan.place_of(weight))
+        return [place for place in way if place != RAM]
+
+    def _cache_seconds(self) -> float:
+        """Reading a full KV cache, at each place's speed."""
+        total = 0.0
+        for share in self._plan.shares:
+            speed = self._machine.speeds.memory or 20e9
+            total += share.kv / (speed if share.place == RAM else self._device_speed(self._devices[share.place]))
+        return total

@@ -1,0 +1,259 @@
+"""Opens llama.cpp's model and context as a plan says, and checks afterwards that it came true.
+
+Where a device turns out to have less memory than it reported, the plan takes one step down there and is tried again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from grok_local.errors import ModelError
+from grok_local.ggml.devices import (
+    BackendDevice,
+    backend_devices,
+    buffer_name,
+    buffer_type,
+    cpu_device,
+    extra_buffer_types,
+)
+from grok_local.gguf_file import Header
+from grok_local.runtime import log
+from grok_local.runtime.machine import Machine, Speeds, core_count, local_devices, memory_limits
+from grok_local.runtime.plan import RAM, Plan, Share, Wishes, make_plan
+from grok_local.runtime.probes import Say, speeds
+from grok_local.runtime.shape import ModelShape, Role
+from grok_local.units import format_bytes
+
+__all__ = ["Held", "Opened", "Placement", "machine_for", "open_planned"]
+
+_KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
+_ALLOCATION = re.compile(r"allocate (\S+) buffer")
+_WORTH_REPACKING = 1_000_000_000  # bytes: smaller models are fast anyway, and should start at once
+_MOST_STEPS = 8
+_TOLERANCE = 0.01
+
+
+class _Override(ctypes.Structure):
+    """struct llama_model_tensor_buft_override of llama.h."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a place really holds, in bytes, as llama.cpp reports it. RAM's weights may be a mapped file."""
+
+    place: str
+    weights: int = 0
+    kv: int = 0
+    compute: int = 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The plan that was carried out, what each place holds now, and what had to be changed on the way."""
+
+    plan: Plan
+    held: tuple[Held, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """llama.cpp's pointers; freed by whoever has them."""
+
+    model: Any
+    context: Any
+    placement: Placement
+
+
+class _OutOfMemory(Exception):  # noqa: N818  # never leaves this module
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
+def machine_for(model: ModelShape, wishes: Wishes, *, threads: int, say: Say | None = None) -> Machine:
+    """This machine as far as loading `model` needs to know it; measures, the first time, if weights may be repacked."""
+    total, available = memory_limits()
+    devices = tuple(local_devices())
+    wanted = wishes.repack == "on" or (wishes.repack == "auto" and model.nbytes >= _WORTH_REPACKING)
+    known = speeds(model.types, threads=threads, say=say) if wanted else None
+    machine = Machine(total, available, core_count(), known or Speeds(), devices=devices)
+    return replace(machine, unified=any(device.kind == "integrated" for device in devices))
+
+
+def open_planned(
+    path: Path, headers: Sequence[Header], *, wishes: Wishes, threads: int, abort: Any, say: Say | None = None
+) -> Opened:
+    """Raises PlacementError, ModelError, GGUFError, OptionError."""
+    shape = ModelShape.from_headers(headers)
+    plan = make_plan(shape, machine_for(shape, wishes, threads=threads, say=say), wishes)
+    notes = list(plan.notes)
+    for step in range(_MOST_STEPS):
+        try:
+            return _open(path, plan, threads=threads, abort=abort, notes=notes)
+        except _OutOfMemory as error:
+            plan, note = _step_down(plan, error, units=2**step)
+            notes.append(note)
+    raise ModelError(f"{path}: {notes[-1]}, and less does not fit either")
+
+
+def _open(path: Path, plan: Plan, *, threads: int, abort: Any, notes: list[str]) -> Opened:
+    log.clear()
+    model = context = None
+    try:
+        model = _load_model(path, plan)
+        context = _new_context(model, plan, threads=threads, abort=abort)
+        held = tuple(_held(plan))
+    except BaseException:
+        if context:
+            llama_cpp.llama_free(context)
+        if model:
+            llama_cpp.llama_model_free(model)
+        raise
+    return Opened(model, context, Placement(plan, held, (*notes, *_differences(plan, held))))
+
+
+def _load_model(path: Path, plan: Plan) -> Any:
+    params = llama_cpp.llama_model_default_params()
+    handles = _handles()
+    used = [(d, n) for d, n, s in zip(plan.machine.devices, plan.layers, plan.shares, strict=False) if s.used]
+    devices = (ctypes.c_void_p * (len(used) + 1))(*(handles[device.name].handle for device, _ in used), None)
+    overrides = _overrides(plan, handles)
+    params.devices = ctypes.cast(devices, ctypes.c_void_p)
+    params.tensor_split = _tensor_split([count for _, count in used])
+    params.n_gpu_layers = plan.gpu_layers
+    params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    params.use_extra_bufts = bool(plan.repacked) and plan.machine.speeds.all_extra
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        _raise_if_out_of_memory(plan)
+        raise ModelError(f"{path}: llama.cpp cannot load it: {log.reason()}")
+    return model
+
+
+def _handles() -> dict[str, BackendDevice]:
+    return {device.name: device for device in backend_devices()}
+
+
+def _tensor_split(counts: Sequence[int]) -> Any:
+    split = (ctypes.c_float * max(int(llama_cpp.llama_max_devices()), len(counts)))(*counts)
+    return ctypes.cast(split, ctypes.POINTER(ctypes.c_float))
+
+
+def _overrides(plan: Plan, handles: dict[str, BackendDevice]) -> Any:
+    """The plan's exceptions as llama.cpp takes them: the first that matches holds."""
+    pairs = [] if plan.machine.speeds.all_extra else list(_repacked_patterns(plan))
+    places = {name: buffer_type(device) for name, device in handles.items()}
+    places |= {RAM: buffer_type(cpu_device()), "": extra_buffer_types().get("CPU_REPACK", 0)}
+    pairs += plan.overrides
+    array = (_Override * (len(pairs) + 1))()
+    for entry, (pattern, place) in zip(array, pairs, strict=False):
+        entry.pattern, entry.buft = pattern.encode(), places[place]
+    return array
+
+
+def _repacked_patterns(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Patterns that match the tensors to be repacked, and no other."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(plan.repacked):
+        found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        groups.setdefault(found[2] if found else name, []).append(found[1] if found else "")
+    for rest, layers in groups.items():
+        prefix = rf"blk\.({'|'.join(layers)})\." if layers != [""] else ""
+        yield f"^{prefix}{re.escape(rest)}$", ""
+
+
+def _new_context(model: Any, plan: Plan, *, threads: int, abort: Any) -> Any:
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = plan.context
+    params.n_batch = params.n_ubatch = plan.wishes.batch
+    params.n_threads = params.n_threads_batch = threads
+    params.type_k = params.type_v = _KV_TYPES[plan.wishes.kv_type]
+    params.abort_callback = abort
+    params.no_perf = True
+    context = llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        _raise_if_out_of_memory(plan)
+        raise ModelError(
+            f"llama.cpp cannot make a context of {plan.context} tokens: {log.reason()}; try a smaller --context"
+        )
+    return context
+
+
+# -- out of memory -----------------------------------------------------------------------------------------------------
+
+
+def _raise_if_out_of_memory(plan: Plan) -> None:
+    places = _places_by_buffer(plan)
+    for line in log.errors():
+        found = _ALLOCATION.search(line)
+        if found and (found[1] in places or (found[1] == "CPU_REPACK" and plan.repacked)):
+            raise _OutOfMemory(places.get(found[1], RAM), line)
+
+
+def _places_by_buffer(plan: Plan) -> dict[str, str]:
+    """The device whose memory a buffer type of that name is in."""
+    handles = _handles()
+    names = [device.name for device in plan.machine.devices]
+    return {buffer_name(buffer_type(handles[name])): name for name in names if name in handles}
+
+
+def _step_down(plan: Plan, error: _OutOfMemory, *, units: int) -> tuple[Plan, str]:
+    """A plan that takes less of the place that had not enough, and what to say about it."""
+    if error.place == RAM:
+        wishes = replace(plan.wishes, repack="off")
+        return make_plan(plan.model, plan.machine, wishes), "RAM has no room for rearranged weights: mapped instead"
+    before = _share(plan, error.place)
+    most = before.weights + before.kv - units * _unit(plan, error.place)
+    devices = [replace(d, most=most) if d.name == error.place else d for d in plan.machine.devices]
+    lower = make_plan(plan.model, replace(plan.machine, devices=tuple(devices)), plan.wishes)
+    return lower, (
+        f"{error.place} ran out of memory with {format_bytes(before.used)}: "
+        f"tried again with {format_bytes(_share(lower, error.place).used)}"
+    )
+
+
+def _share(plan: Plan, place: str) -> Share:
+    return next(share for share in plan.shares if share.place == place)
+
+
+def _unit(plan: Plan, place: str) -> int:
+    """Bytes of a step: a layer's experts where there are any, else a layer."""
+    role = Role.EXPERTS if plan.expert_layers[place] else Role.DENSE
+    return max(plan.model.layer_bytes(plan.model.layers - 1, role), 1_000_000)
+
+
+# -- did it come true? -------------------------------------------------------------------------------------------------
+
+
+def _held(plan: Plan) -> Iterator[Held]:
+    places = _places_by_buffer(plan)
+    totals = {share.place: {"model": 0, "KV": 0, "compute": 0, "output": 0} for share in plan.shares}
+    for buffer in log.buffers():
+        totals[places.get(buffer.type, RAM)][buffer.use] += buffer.nbytes
+    for place, sizes in totals.items():
+        yield Held(place, sizes["model"], sizes["KV"], sizes["compute"] + sizes["output"])
+
+
+def _differences(plan: Plan, held: Sequence[Held]) -> Iterator[str]:
+    """What a place holds otherwise than planned; RAM's weights are mapped, so of RAM only the KV cache is compared."""
+    for share, found in zip(plan.shares, held, strict=True):
+        pairs = [("KV cache", share.kv, found.kv)]
+        if share.place != RAM:
+            pairs.append(("weights", share.weights, found.weights))
+        for what, planned, actual in pairs:
+            if abs(planned - actual) > _TOLERANCE * planned + (1 << 20):
+                yield (
+                    f"{share.place} holds {format_bytes(actual)} of {what} where {format_bytes(planned)} were planned"
+                )

@@ -1,0 +1,68 @@
+"""What llama.cpp writes to its log: the errors, since its functions only say that they failed, and the buffers it
+allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp
+
+__all__ = ["Buffer", "buffers", "clear", "errors", "listen", "reason"]
+
+_INFO, _ERROR = 2, 4  # enum ggml_log_level of ggml.h
+_BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
+
+_errors: list[str] = []
+_buffers: list[str] = []
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory llama.cpp took: `type` is the buffer type's name, `use` "model", "KV", "compute" or "output"."""
+
+    type: str
+    use: str
+    nbytes: int
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _collect(level: int, text: bytes, _: Any) -> None:
+    line = text.decode("utf-8", "replace").strip()
+    if level == _ERROR and line:
+        _errors.append(line)
+    elif level == _INFO and " buffer size = " in line:
+        _buffers.append(line)
+
+
+def listen() -> None:
+    """From now on llama.cpp's log comes here, and nowhere else."""
+    llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
+
+
+def clear() -> None:
+    """Forget what came so far."""
+    _errors.clear()
+    _buffers.clear()
+
+
+def errors() -> list[str]:
+    """The error lines since `clear`."""
+    return list(_errors)
+
+
+def reason() -> str:
+    """Why the last call failed: the first error is the cause, the others follow from it."""
+    return _errors[0] if _errors else "it gives no reason"
+
+
+def buffers() -> Iterator[Buffer]:
+    """The buffers allocated since `clear`."""
+    for line in _buffers:
+        found = _BUFFER.search(line)
+        if found:
+            yield Buffer(found[1], found[2], int(float(found[3]) * 2**20))

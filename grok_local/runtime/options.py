@@ -1,0 +1,80 @@
+"""What `load` may be told, in the words of its users, and what that means for the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict
+
+from grok_local.errors import OptionError
+from grok_local.runtime.plan import RAM, Wishes
+from grok_local.units import parse_size
+
+__all__ = ["LoadOptions", "wishes_of"]
+
+
+class LoadOptions(TypedDict, total=False):
+    """Keyword arguments of `grok_local.load`; each may be left out.
+
+    `context`: tokens, by default the model's own and at most 8192. `threads`: by default one per physical core.
+    `kv_type`: f16, bf16 or f32. `memory`: what weights, KV cache and buffers may take in RAM, "48G" or bytes.
+    `placement`: "auto" plans for the GPUs there are, "cpu" leaves them alone. `gpu_layers`: so many of the last layers
+    go to devices, the output counting as one. `experts_on`: "cpu", "gpu", or of how many layers the experts go to
+    devices. `overrides`: "PATTERN=PLACE", a regular expression for tensor names, and RAM or a device. `repack`: "auto",
+    "on" or "off": weights rearranged in RAM for llama.cpp's faster products. `workers`: "HOST:PORT" each. `say` is told
+    what takes long: measuring this machine, the first time.
+    """
+
+    context: int | None
+    threads: int | None
+    kv_type: str
+    memory: int | str | None
+    placement: Literal["auto", "cpu"]
+    gpu_layers: int | None
+    experts_on: Literal["cpu", "gpu"] | int | None
+    overrides: Sequence[str] | None
+    repack: Literal["auto", "on", "off"]
+    workers: Sequence[str] | None
+    say: Callable[[str], None] | None
+
+
+def wishes_of(options: LoadOptions) -> Wishes:
+    """Raises OptionError for values out of range, TypeError for unknown names."""
+    unknown = set(options) - set(LoadOptions.__annotations__)
+    if unknown:
+        raise TypeError(f"load() has no option {', '.join(sorted(unknown))}")
+    for name in ("overrides", "workers"):
+        if isinstance(options.get(name), str):
+            raise OptionError(f"{name} {options.get(name)!r}: a list is wanted")
+    memory = options.get("memory")
+    alone = _one_of(options, "placement", ("auto", "cpu")) == "cpu"
+    wishes = Wishes(
+        context=options.get("context"),
+        kv_type=options.get("kv_type", "f16"),
+        gpu_layers=0 if alone else options.get("gpu_layers"),
+        experts_on="cpu" if alone else _number_or_word(options.get("experts_on")),
+        overrides=tuple(map(_override, options.get("overrides") or ())),
+        repack=_one_of(options, "repack", ("auto", "on", "off")),
+        memory=None if memory is None else parse_size(memory),
+    )
+    for name, value in (("gpu_layers", wishes.gpu_layers), ("experts_on", wishes.experts_on)):
+        if isinstance(value, int) and value < 0:
+            raise OptionError(f"{name} {value}: must be 0 or more")
+    return wishes
+
+
+def _one_of(options: LoadOptions, name: str, values: Sequence[str]) -> Any:
+    value = options.get(name, values[0])
+    if value not in values:
+        raise OptionError(f"{name} {value!r}: choose one of {', '.join(values)}")
+    return value
+
+
+def _number_or_word(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 6 else value
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, found, place = text.rpartition("=")
+    if not (pattern and found and place):
+        raise OptionError(f"--override {text}: write PATTERN=PLACE, for example 'blk\\\\.0\\\\.ffn_.*_exps={RAM}'")
+    return pattern, RAM if place.upper() in (RAM, "CPU") else place

@@ -1,0 +1,229 @@
+"""An engine in a process of its own, which may use workers on other machines.
+
+llama.cpp's RPC backend aborts the process when a worker, or the way to it, fails. Here that is the end of a child, and
+an error for us.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+
+from grok_local.errors import ModelError, WorkerLost
+from grok_local.gguf_file import Header
+from grok_local.runtime.child import INTERRUPT, LOAD
+from grok_local.runtime.engine import Engine
+from grok_local.runtime.loading import Placement
+from grok_local.runtime.workers import complaints, probe_workers
+
+__all__ = ["AnyEngine", "RemoteEngine"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_GRACE = 20.0  # seconds that an interrupted call has to return: a worker computes its whole batch first
+_LOOK = 50  # milliseconds after which a waiting call looks whether it is interrupted
+_ENDING = 3.0  # seconds
+_DYING = 0.1  # seconds in which a dead process may still accept connections
+
+
+def _forwarded(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[RemoteEngine, P], R]:
+    """The engine's method, executed in the child."""
+
+    @functools.wraps(method)
+    def call(self: RemoteEngine, /, *arguments: P.args, **options: P.kwargs) -> R:
+        result: R = self._call(method.__name__, *arguments, **options)
+        return result
+
+    return call
+
+
+def _remembered(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[RemoteEngine, P], R]:
+    """Likewise for a fact of the vocabulary: the child is asked once, not for every token."""
+
+    @functools.wraps(method)
+    def call(self: RemoteEngine, /, *arguments: P.args, **options: P.kwargs) -> R:
+        question = (method.__name__, arguments, *options.items())
+        if question not in self._facts:
+            self._facts[question] = self._call(method.__name__, *arguments, **options)
+        fact: R = self._facts[question]
+        return fact
+
+    return call
+
+
+class RemoteEngine:
+    """An `Engine` in a child process; `workers` are HOST:PORT, the `options` the engine's own.
+
+    The constructor raises as the engine's does, and WorkerError for workers that cannot be used. Every method may
+    raise WorkerLost, or without workers ModelError, when the child has died; then the engine is closed. Not
+    thread-safe but for `interrupt`.
+    """
+
+    bos: int
+    context_size: int
+    headers: list[Header]
+    placement: Placement
+    threads: int
+    vocabulary: int
+
+    def __init__(self, path: Path, *, workers: Sequence[str], **options: Any) -> None:
+        # Each one with its port, as llama.cpp wants it.
+        self._workers = tuple(dict.fromkeys(device.endpoint for device in probe_workers(workers)))
+        self._facts: dict[tuple[Any, ...], Any] = {}
+        self.interrupted = False
+        # "idle"; "talking" while bytes go over the connection; "waiting" for an answer. An exception such as
+        # KeyboardInterrupt leaves it as it is, and the next call finds it there.
+        self._state = "idle"
+        self._process, self._connection = _start()
+        self._answered = select.poll()
+        self._answered.register(self._connection, select.POLLIN)
+        self._stop = weakref.finalize(self, _stop, self._process, self._connection)
+        self._stop.atexit = False  # the child ends with this process anyway
+        try:
+            self.__dict__.update(self._call(LOAD, path, self._workers, **options))
+        except BaseException:
+            self.close()
+            raise
+
+    tokenize = _forwarded(Engine.tokenize)
+    continue_ids = _forwarded(Engine.continue_ids)
+    detokenize = _forwarded(Engine.detokenize)
+    piece = _remembered(Engine.piece)
+    special_text = _forwarded(Engine.special_text)
+    is_end = _remembered(Engine.is_end)
+    evaluate = _forwarded(Engine.evaluate)
+    extend = _forwarded(Engine.extend)
+    logits = _forwarded(Engine.logits)
+    begin_sampling = _forwarded(Engine.begin_sampling)
+    sample = _forwarded(Engine.sample)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The GGUF's metadata."""
+        return self.headers[0].metadata
+
+    @property
+    def cached(self) -> list[int]:
+        """The tokens in the KV cache."""
+        ids: list[int] = self._call("cached")
+        return ids
+
+    def interrupt(self) -> None:
+        """End the evaluation that is under way; from a signal handler or another thread.
+
+        Where it has not ended after twenty seconds the child is killed, and the call raises WorkerLost.
+        """
+        self.interrupted = True  # whoever waits for the child tells it
+
+    def close(self) -> None:
+        """End the child; the engine is unusable afterwards. Takes seconds at most; safe to call twice."""
+        self._stop()
+
+    def _call(self, name: str, /, *arguments: Any, **options: Any) -> Any:
+        if not self._stop.alive:
+            raise ModelError("the model is closed")
+        if self._state == "waiting":
+            self._receive(interrupted=True)  # what the call before, broken off, still answers
+        elif self._state == "talking":
+            self.close()
+            raise ModelError("an interrupt cut off the talk with the model's process: load the model again")
+        self._send((name, arguments, options, self.interrupted))
+        kind, value = self._receive()
+        if kind == "error":
+            raise value
+        return value
+
+    def _send(self, request: tuple[Any, ...]) -> None:
+        self._state = "talking"
+        with suppress(ConnectionError):  # it has ended: its last words may be there to be read
+            self._connection.send(request)
+        self._state = "waiting"
+
+    def _receive(self, *, interrupted: bool = False) -> tuple[str, Any]:
+        self._wait(interrupted=interrupted)
+        self._state = "talking"
+        try:
+            kind, value = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+        if kind == "aborted":
+            raise self._lost(f"llama.cpp gave up ({value})")
+        self._state = "idle"
+        return kind, value
+
+    def _wait(self, *, interrupted: bool) -> None:
+        deadline = None
+        try:
+            while not self._answered.poll(_LOOK):
+                if interrupted or self.interrupted:
+                    deadline = deadline or time.monotonic() + _GRACE
+                    if time.monotonic() > deadline:
+                        raise self._lost(f"no answer within {_GRACE:g} s of an interrupt")
+                    self._process.send_signal(INTERRUPT)
+        except KeyboardInterrupt:
+            self._process.send_signal(INTERRUPT)  # nobody wants the answer any more
+            raise
+
+    def _lost(self, reason: str = "") -> WorkerLost | ModelError:
+        """Close the engine; the error that says what its end was."""
+        self.close()
+        time.sleep(_DYING)
+        end = f"the model is lost ({reason or _cause(self._process.returncode)})"
+        problems = [f"{end}: {line}" for line in complaints(self._workers)]
+        return WorkerLost(problems or end) if self._workers else ModelError(end)
+
+
+AnyEngine: TypeAlias = Engine | RemoteEngine
+
+
+def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+    """The child, and the connection to it. In a session of its own, where no Ctrl-C reaches it."""
+    ours, theirs = Pipe()
+    with theirs:
+        command = [sys.executable, "-m", "grok_local.runtime.child", str(theirs.fileno()), str(os.getpid())]
+        process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=_environment(),
+            start_new_session=True,
+        )
+    return process, ours
+
+
+def _environment() -> dict[str, str]:
+    # It imports what we import, and not what lies in the current folder by chance.
+    path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "GGML_NO_BACKTRACE": "1"}
+
+
+def _stop(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    connection.close()
+    process.terminate()
+    try:
+        process.wait(_ENDING)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_ENDING)
+
+
+def _cause(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"its process ended with code {code}"
+    name = signal.Signals(-code).name
+    return f"its process ended by {name}" + (", for want of memory perhaps" if -code == signal.SIGKILL else "")

@@ -1,0 +1,216 @@
+"""What placement has to know of a model: how large each tensor is, where in the graph it stands, and how much of it a
+token reads. Comes from a GGUF's header alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+from grok_local.errors import GGUFError
+from grok_local.gguf_file import Header, Tensor
+
+__all__ = ["EXPERTS", "KV_WIDTHS", "ModelShape", "Role", "Weight"]
+
+KV_WIDTHS = {"f16": 2, "bf16": 2, "f32": 4}  # bytes an element
+EXPERTS = r"ffn_(gate|up|down|gate_up)_exps"
+_LAYER = re.compile(r"blk\.(\d{1,6})\.")
+_EXPERTS = re.compile(EXPERTS)
+_MAX_LAYERS = 10_000
+
+
+class Role(Enum):
+    """Where a tensor stands in the graph."""
+
+    INPUT = "input"  # the embedding: one row a token, always in RAM
+    DENSE = "dense"  # of a layer, read by every token
+    EXPERTS = "experts"  # of a layer, of which a token reads a few
+    OUTPUT = "output"  # final norm and output matrix
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor. `read` is bytes a token reads of it; `rows` is the length of its second dimension."""
+
+    name: str
+    type: str
+    nbytes: int
+    read: int
+    rows: int
+    role: Role
+    layer: int | None = None
+    tied: bool = False  # the embedding a second time, as output matrix: a copy only where that is on a device
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model, as placement sees it. Sizes in bytes and elements."""
+
+    name: str
+    weights: tuple[Weight, ...]
+    layers: int
+    width: int
+    heads: int
+    kv_widths: tuple[int, ...]  # by layer: elements of K and V together, for a token
+    hidden: int  # the widest a token becomes inside a feed-forward network, all its experts together
+    vocabulary: int
+    trained_context: int
+    experts: int
+    experts_used: int
+
+    @classmethod
+    def from_headers(cls, headers: Sequence[Header]) -> ModelShape:
+        """Of a GGUF, all parts together. Raises GGUFError where its keys make no sense."""
+        try:
+            return _Reader(headers[0].metadata).shape([tensor for header in headers for tensor in header.tensors])
+        except (TypeError, ValueError, IndexError) as error:
+            raise GGUFError(f"{headers[0].path}: its metadata describes no model ({error})") from None
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of all weights as they lie in the file."""
+        return sum(weight.nbytes for weight in self.weights if not weight.tied)
+
+    @cached_property
+    def read_per_token(self) -> int:
+        """Bytes of weights a token reads."""
+        return sum(weight.read for weight in self.weights)
+
+    @cached_property
+    def types(self) -> tuple[str, ...]:
+        """The GGML types of what a token multiplies with, those it reads most of first."""
+        totals: dict[str, int] = {}
+        for weight in self.weights:
+            if weight.role is not Role.INPUT and weight.rows > 1:
+                totals[weight.type] = totals.get(weight.type, 0) + weight.read
+        return tuple(sorted(totals, key=lambda kind: -totals[kind]))
+
+    def kv_bytes(self, layer: int, *, context: int, kv_type: str) -> int:
+        """What a layer's KV cache takes."""
+        return self.kv_widths[layer] * KV_WIDTHS[kv_type] * _padded(context)
+
+    def layer_bytes(self, layer: int, role: Role) -> int:
+        """All of a layer's weights of one role."""
+        return self._by_layer.get((layer, role), 0)
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """What the output takes on a device."""
+        return sum(weight.nbytes for weight in self.weights if weight.role is Role.OUTPUT)
+
+    @cached_property
+    def largest_expert_tensor(self) -> int:
+        """Bytes, all its experts together."""
+        return max((weight.nbytes for weight in self.weights if weight.role is Role.EXPERTS), default=0)
+
+    @cached_property
+    def _by_layer(self) -> dict[tuple[int | None, Role], int]:
+        totals: dict[tuple[int | None, Role], int] = {}
+        for weight in self.weights:
+            key = (weight.layer, weight.role)
+            totals[key] = totals.get(key, 0) + weight.nbytes
+        return totals
+
+    def compute_bytes(self, *, context: int, batch: int, attention: bool, experts: bool, output: bool) -> int:
+        """An upper bound for llama.cpp's compute buffer on a device that does what is named, `batch` tokens at once.
+
+        Without flash attention, which llama.cpp does not have for Grok, the scores of all heads are the largest; then
+        come gate, up and product of the experts, then the logits. Buffers are reused, so the largest counts. Checked
+        against llama.cpp's own figures for full-size models in tests/runtime/test_plan.py.
+        """
+        scores = self.heads * _padded(context) * attention
+        hidden = 3 * self.hidden * experts
+        logits = self.vocabulary * output
+        return 4 * batch * (max(scores, hidden, logits) + _padded(context) + 7 * self.width) + (1 << 24)
+
+
+def _padded(context: int) -> int:
+    return -(-context // 256) * 256  # llama.cpp rounds it up
+
+
+def _layer_of(tensor: Tensor) -> int:
+    found = _LAYER.match(tensor.name)
+    return int(found[1]) if found else -1
+
+
+class _Reader:
+    def __init__(self, metadata: dict[str, Any]) -> None:
+        self._metadata = metadata
+        self._architecture = metadata.get("general.architecture", "")
+
+    def shape(self, tensors: Sequence[Tensor]) -> ModelShape:
+        layers = self._number("block_count")
+        if layers > _MAX_LAYERS or any(_layer_of(tensor) >= layers for tensor in tensors):
+            raise ValueError(f"block_count is {layers}")
+        width = self._number("embedding_length")
+        experts, used = self._number("expert_count"), self._number("expert_used_count")
+        weights = tuple(self._weights(tensors, used / experts if experts else 1.0))
+        vocabulary = next((t.shape[0] for t in tensors if t.name == "token_embd.weight"), 0)
+        return ModelShape(
+            name=str(self._metadata.get("general.name", self._architecture)),
+            weights=weights,
+            layers=layers,
+            width=width,
+            heads=max(self._list("attention.head_count", layers), default=0),
+            kv_widths=self._kv_widths(layers, width),
+            hidden=self._hidden(used),
+            vocabulary=vocabulary,
+            trained_context=self._number("context_length"),
+            experts=experts,
+            experts_used=used,
+        )
+
+    def _weights(self, tensors: Sequence[Tensor], share: float) -> Iterator[Weight]:
+        for tensor in tensors:
+            layer = _layer_of(tensor)
+            role = _role(tensor.name, layered=layer >= 0)
+            read = {Role.EXPERTS: int(tensor.nbytes * share), Role.INPUT: tensor.nbytes // max(tensor.shape[0], 1)}
+            yield Weight(
+                tensor.name,
+                tensor.type.name,
+                tensor.nbytes,
+                read.get(role, tensor.nbytes),
+                tensor.shape[-2] if len(tensor.shape) > 1 else 1,
+                role,
+                layer if layer >= 0 else None,
+            )
+        embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
+        if embedding and all(tensor.name != "output.weight" for tensor in tensors):
+            size, rows = embedding.nbytes, embedding.shape[0]
+            yield Weight(embedding.name, embedding.type.name, size, size, rows, Role.OUTPUT, tied=True)
+
+    def _kv_widths(self, layers: int, width: int) -> tuple[int, ...]:
+        heads = self._list("attention.head_count", layers)
+        kv_heads = self._list("attention.head_count_kv", layers) or heads
+        size = width // max(max(heads, default=1), 1)
+        key = self._number("attention.key_length") or size
+        value = self._number("attention.value_length") or size
+        return tuple(count * (key + value) for count in kv_heads)
+
+    def _hidden(self, used: int) -> int:
+        dense = max(self._list("feed_forward_length", 1), default=0)
+        expert = self._number("expert_feed_forward_length") or dense
+        return max(dense, expert * max(used, 1))
+
+    def _number(self, key: str) -> int:
+        value = self._metadata.get(f"{self._architecture}.{key}", 0)
+        return int(value) if isinstance(value, int) and value >= 0 else 0
+
+    def _list(self, key: str, count: int) -> list[int]:
+        """A key that has one value, or one for each layer."""
+        value = self._metadata.get(f"{self._architecture}.{key}", 0)
+        if isinstance(value, int):
+            return [value] * count
+        items: list[int] = [int(item) for item in value]
+        most = max(items, default=0)
+        return items[:count] if len(items) >= count else [most] * count
+
+
+def _role(name: str, *, layered: bool) -> Role:
+    if layered:
+        return Role.EXPERTS if _EXPERTS.search(name) else Role.DENSE
+    return Role.INPUT if name.startswith("token_embd") else Role.OUTPUT
