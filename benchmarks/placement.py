@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "grok-local-benchmark")
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--library", type=Path)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 3, 6])
+    parser.add_argument("--layers", type=int, nargs="*", default=[1, 3, 6])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

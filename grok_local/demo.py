@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grok_local import library, views
-from grok_local.errors import VerifyError
+from grok_local.errors import PlacementError, VerifyError
 from grok_local.models import tiny
 from grok_local.models.grok1 import Kind
 from grok_local.units import format_bytes
@@ -98,6 +98,7 @@ class Tour:
         table.add_row("prompts", f"{read / max(reading, 1e-9):.0f} tok/s", "")
         table.add_row("answers", f"{generated / max(seconds, 1e-9):.0f} tok/s", "memory bandwidth / 50 GB")
         self._console.print(table)
+        self._say(_fit())
         self._say("Talk to the built-in model:  grok-local chat")
         self._say("Fetch Grok-1 (318 GB):       grok-local pull grok-1")
         self._say("Then pack it:                grok-local quantize grok-1")
@@ -115,6 +116,24 @@ class Tour:
         if self._pause:
             with suppress(EOFError):  # Ctrl-D goes on as well
                 self._console.input("\n[dim]Enter goes on ...[/]")
+
+
+def _fit() -> str:
+    """Whether Grok-1 fits this machine, from arithmetic alone: its speed would have to be measured first."""
+    from grok_local.quantize.outline import outline
+    from grok_local.runtime.machine import Machine, Speeds, core_count, local_devices, memory_limits
+    from grok_local.runtime.plan import make_plan
+    from grok_local.runtime.shape import ModelShape
+
+    total, available = memory_limits()
+    machine = Machine(total, available, core_count(), Speeds(), devices=tuple(local_devices()))
+    try:
+        plan = make_plan(ModelShape.from_headers([outline("grok-1")]), machine)
+    except PlacementError as error:
+        return f"On this machine:             {error}"
+    places = [f"{format_bytes(share.used)} in {share.place}" for share in plan.shares if share.used]
+    places += [f"{format_bytes(plan.disk)} left on the disk"] * bool(plan.disk)
+    return f"Grok-1 on this machine:      {', '.join(places)} (grok-local plan --like grok-1)"
 
 
 def _classes(checkpoint: Checkpoint, report: VerifyReport) -> Table:

@@ -135,7 +135,7 @@ def doctor(
     from grok_local.placement_views import findings_table
     from grok_local.runtime.doctor import examine
 
-    findings = examine(library.resolve_model(model) if model else None)
+    findings = examine(library.resolve_model(model) if model else None, say=say)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:

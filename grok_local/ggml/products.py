@@ -22,7 +22,16 @@ from grok_local.ggml.devices import buffer_name, buffer_type, cpu_device
 from grok_local.ggml.library import open_library, prototype
 from grok_local.ggml.packing import bytes_per_row, quantize_rows
 
-__all__ = ["Timing", "Weights", "can_multiply", "decode_speed", "largest_error", "multiply", "random_weights"]
+__all__ = [
+    "Timing",
+    "Weights",
+    "can_multiply",
+    "decode_speed",
+    "largest_error",
+    "multiply",
+    "prompt_speed",
+    "random_weights",
+]
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -37,10 +46,10 @@ _CHECKED_WIDTH, _CHECKED_EXPERTS = 512, 8
 _CHECKED_TOKENS = (1, 5, 32)  # one takes other kernels than many, and many are taken in fours
 
 _TIMED_WIDTH = 6144  # Grok-1's
-_TIMED_BYTES = 16 << 20  # of an expert: what a product costs besides must not show
-_TIMED_ROUNDS = 3
-# Few milliseconds at a time, and of those times the short ones: other processes leave some alone, but no mean.
-_SLICE_SECONDS, _QUANTILE = 0.001, 0.05
+_PROMPT_ROWS, _PROMPT_TOKENS = 512, 128  # arithmetic is the limit here, so caches may hold it
+_TIMED_BYTES = (16 << 20, 2 << 20)  # of an expert: at least, and for each thread: what else a product costs is little
+_SLICE_SECONDS = 0.005  # what is timed at once takes at least so long, and starting threads is little of it
+_QUANTILE = 0.05  # of those times
 
 
 class _InitParams(ctypes.Structure):
@@ -164,8 +173,7 @@ def largest_error(ggml_type: int, *, rows: int, buffer: int | None, threads: int
 def _error(weights: Weights, tokens: int, *, buffer: int | None, threads: int, force: bool) -> float | None:
     random = np.random.default_rng(tokens)
     inputs = random.standard_normal((tokens, weights.width), np.float32)
-    choice = np.argsort(random.random((tokens, _CHECKED_EXPERTS)))[:, :_USED]
-    ids = np.ascontiguousarray(choice, np.int32) if weights.experts else None
+    ids = _routes(random, tokens) if weights.experts else None
     found = multiply(weights, inputs, ids, buffer=buffer, threads=threads, force=force)
     right = multiply(weights, inputs, ids, threads=threads, force=True)
     if found is None or right is None:
@@ -173,11 +181,17 @@ def _error(weights: Weights, tokens: int, *, buffer: int | None, threads: int, f
     return float(np.sqrt(np.mean((found - right) ** 2) / np.mean(right**2)))
 
 
+def _routes(random: np.random.Generator, tokens: int) -> Ids:
+    """Two different experts for each token."""
+    choice = np.argsort(random.random((tokens, _CHECKED_EXPERTS)))[:, :_USED]
+    return np.ascontiguousarray(choice, np.int32)
+
+
 class Timing(NamedTuple):
     """How fast, and how much of its threads' time the process got while it was measured."""
 
-    speed: float  # bytes of weights a second
-    share: float  # 1: all of it; less: others used the processor too
+    speed: float  # bytes of weights a second, of a process alone on the machine
+    share: float  # 1: it was alone; less: others used the processor too, and the speed is an estimate
 
 
 def decode_speed(
@@ -187,7 +201,8 @@ def decode_speed(
 
     None if the buffer type does not hold such weights. Raises ModelError.
     """
-    rows = _TIMED_BYTES // bytes_per_row(ggml_type, _TIMED_WIDTH) // 64 * 64
+    nbytes = max(_TIMED_BYTES[0], threads * _TIMED_BYTES[1])
+    rows = nbytes // bytes_per_row(ggml_type, _TIMED_WIDTH) // 64 * 64
     pair = random_weights(ggml_type, rows=rows, width=_TIMED_WIDTH, experts=_USED)
     count = -(-size // pair.packed.nbytes)
     inputs, ids = np.ones((1, _TIMED_WIDTH), np.float32), np.arange(_USED, dtype=np.int32)
@@ -196,27 +211,50 @@ def decode_speed(
             return None
         for product in made.each:
             product.fill(pair, inputs, ids)
-        nbytes, graphs = pair.packed.nbytes, made.graphs(1)
-        group = int(_SLICE_SECONDS / min(_times(made, graphs, 0.0))) + 1
-        return _timing(made, made.graphs(group), group * nbytes, seconds=seconds, threads=threads)
+        group = int(_SLICE_SECONDS / min(_times(made, made.graphs(1), 0.0))) + 1
+        return _timing(made, made.graphs(group), group * pair.packed.nbytes, seconds=seconds, threads=threads)
+
+
+def prompt_speed(ggml_type: int, *, threads: int, buffer: int | None = None, seconds: float = 0.2) -> Timing | None:
+    """Send many tokens through eight experts at once, each through two of them, for `seconds` at least; the bytes of
+    weights of all tokens, one by one, a second.
+
+    None if the buffer type does not hold such weights. Raises ModelError.
+    """
+    weights = random_weights(ggml_type, rows=_PROMPT_ROWS, width=_TIMED_WIDTH, experts=_CHECKED_EXPERTS)
+    random = np.random.default_rng(1)
+    inputs = random.standard_normal((_PROMPT_TOKENS, _TIMED_WIDTH), np.float32)
+    ids = _routes(random, _PROMPT_TOKENS)
+    nbytes = weights.packed.nbytes // _CHECKED_EXPERTS * _USED * _PROMPT_TOKENS
+    with _products(weights, count=1, tokens=_PROMPT_TOKENS, buffer=buffer, threads=threads) as made:
+        if not made.is_held:
+            return None
+        made.each[0].fill(weights, inputs, ids)
+        return _timing(made, made.graphs(1), nbytes, seconds=seconds, threads=threads)
 
 
 def _timing(made: _Products, graphs: Sequence[int], nbytes: int, *, seconds: float, threads: int) -> Timing:
+    """The speed in the best moments; by the processor's time, where others leave no such moment.
+
+    The latter is too low if threads that wait for each other are busy waiting: set GOMP_SPINCOUNT.
+    """
     start, used = time.perf_counter(), time.process_time()
     times = list(_times(made, graphs, seconds))
-    share = (time.process_time() - used) / (time.perf_counter() - start) / threads
-    return Timing(nbytes / float(np.quantile(times, _QUANTILE)), share)
+    used, elapsed = time.process_time() - used, time.perf_counter() - start
+    best, mean = nbytes / float(np.quantile(times, _QUANTILE)), nbytes * len(times) * threads / used
+    return Timing(max(best, mean), used / elapsed / threads)
 
 
 def _times(made: _Products, graphs: Sequence[int], seconds: float) -> Iterator[float]:
     """Seconds of each graph in turn, in whole rounds."""
-    begin, rounds = time.perf_counter(), 0
-    while rounds < _TIMED_ROUNDS or time.perf_counter() - begin < seconds:
+    begin = time.perf_counter()
+    while True:
         for graph in graphs:
             start = time.perf_counter()
             made.compute(graph)
             yield time.perf_counter() - start
-        rounds += 1
+        if time.perf_counter() - begin > seconds:
+            return
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import psutil
 from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices
 
 __all__ = [
+    "REPACK_ROWS",
     "Device",
     "Machine",
     "Speeds",
@@ -32,6 +33,8 @@ __all__ = [
 
 REPACK_ROWS = 8  # llama.cpp interleaves so many; probes.py tests with an odd multiple of it
 
+_PROMPT_SHARE = 3  # tokens of prompts for each that is generated: long prompts are what hurts
+
 Kind = Literal["gpu", "integrated", "worker"]
 
 
@@ -41,13 +44,27 @@ class Speeds:
 
     `plain` is for weights as they lie in the file, `repacked` for llama.cpp's rearranged copies. A type is in
     `repacked` only if a child process survived it and computed the right numbers. `all_extra`: llama.cpp may choose
-    its rearranged buffer types itself (on processors with AMX that is what crashes in some builds).
+    its rearranged buffer types itself (on processors with AMX that is what crashes in some builds). The `prompt_`
+    speeds are with many tokens at once, as if each read its weights, for experts of the types that may be repacked.
     """
 
     plain: Mapping[str, float] = field(default_factory=dict)
     repacked: Mapping[str, float] = field(default_factory=dict)
     all_extra: bool = False
-    memory: float = 0.0  # bytes a second, all threads reading; the limit of every speed above
+    memory: float = 0.0  # bytes a second, all threads reading; the limit of decoding
+    prompt_plain: Mapping[str, float] = field(default_factory=dict)
+    prompt_repacked: Mapping[str, float] = field(default_factory=dict)
+
+    def gains(self, type: str, *, experts: bool) -> bool:
+        """Whether repacking makes it faster: decoding, and with experts a token decoded and some of a prompt together,
+        since llama.cpp takes the tokens of a prompt through repacked experts one by one.
+        """
+        if self.repacked.get(type, 0.0) <= self.plain.get(type, 0.0):
+            return False
+        before, after = self.prompt_plain.get(type), self.prompt_repacked.get(type)
+        if not (experts and before and after):
+            return True
+        return 1 / self.repacked[type] + _PROMPT_SHARE / after < 1 / self.plain[type] + _PROMPT_SHARE / before
 
     def can_repack(self, type: str, rows: int) -> bool:
         """Whether CPU_REPACK may be given a matrix of that many rows (ne[1]); others crash it."""

@@ -373,9 +373,8 @@ class _Planner:
             if places.of(weight) == RAM
             and weight.role is not Role.INPUT
             and not weight.tied
-            and self._may_repack(weight.type)
             and weight.rows > 1
-            and weight.rows % 8 == 0
+            and self._may_repack(weight)
         )
         if disk and self._wishes.repack == "on":
             raise PlacementError(
@@ -384,10 +383,10 @@ class _Planner:
             )
         return frozenset() if disk else able
 
-    def _may_repack(self, kind: str) -> bool:
+    def _may_repack(self, weight: Weight) -> bool:
         speeds = self._machine.speeds
-        faster = speeds.repacked.get(kind, 0) > speeds.plain.get(kind, 0)
-        return faster or (self._wishes.repack == "on" and kind in speeds.repacked)
+        gains = speeds.gains(weight.type, experts=weight.role is Role.EXPERTS)
+        return speeds.can_repack(weight.type, weight.rows) and (gains or self._wishes.repack == "on")
 
     def _notes(self, disk: int, layers: Sequence[int]) -> Iterator[str]:
         if disk:

@@ -47,7 +47,7 @@ Say = Callable[[str], None]
 RIGHT, NOT_HELD = "right", "not held"
 REPACK = "CPU_REPACK"
 
-_METHOD = 1  # higher when what was measured before must not be used any more
+_METHOD = 2  # higher when what was measured before must not be used any more
 _REFERENCE = "F32"  # its kernel does little but read
 _CANARIES = ("Q4_0", "Q8_0")  # quick to pack, and AMX takes both
 _ROWS = {REPACK: 65 * REPACK_ROWS}  # no multiple of what other buffer types or processors might ask for
@@ -55,7 +55,9 @@ _OTHER_ROWS = 544  # AMX takes multiples of 32
 _ROUNDING = 0.02  # relative RMS error between two kernels that are right
 _ITEM_SECONDS = 60.0
 _UNDISTURBED = 0.9  # share of the processor's time that a measurement should get
-_FLEETING_SECONDS = 600.0  # how long one that did not is believed
+_FLEETING_SECONDS = 3600.0  # how long one that did not is believed
+# Threads that wait for each other soon sleep: with others at work, waiting would cost seven times the work.
+_ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "GOMP_SPINCOUNT": "5000"}
 _SMALLEST_SET, _LARGEST_SET = 64 << 20, 1 << 30  # bytes of weights that a speed is measured with
 _CACHE_GUESS = 128 << 20  # where the system does not tell the size of its last cache
 
@@ -64,15 +66,20 @@ _DISK_BLOCK, _DISK_THREADS = 8 << 20, 4
 _DISK_BELIEVED = 86_400.0  # seconds
 
 
+_WHAT = {"check": "check", "force": "check", "speed": "speed", "prompt": "speed with prompts"}
+
+
 class Item(NamedTuple):
-    """Something to try in a child: kind "check", "speed", or "force", a check that does not first ask ggml."""
+    """Something to try in a child: kind "check", "speed" (of decoding), "prompt" (many tokens at once), or "force", a
+    check that does not first ask ggml.
+    """
 
     kind: str
     type: str
     buffer: str = ""  # plain memory
 
     def __str__(self) -> str:
-        return f"{self.kind} of {self.type}" + (f" in {self.buffer}" if self.buffer else "")
+        return f"{_WHAT[self.kind]} of {self.type}" + (f" in {self.buffer}" if self.buffer else "")
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,15 @@ class _Record:
     plain: dict[str, float] = field(default_factory=dict)
     repacked: dict[str, float] = field(default_factory=dict)
     verdicts: dict[str, dict[str, str]] = field(default_factory=dict)  # by buffer type, by type
+    prompt_plain: dict[str, float] = field(default_factory=dict)  # of what may be repacked
+    prompt_repacked: dict[str, float] = field(default_factory=dict)
     expires: float = 0.0  # Unix time; 0: never
+
+    def table(self, item: Item) -> dict[str, float]:
+        """Where the speed of an item belongs."""
+        if item.kind == "prompt":
+            return self.prompt_repacked if item.buffer else self.prompt_plain
+        return self.repacked if item.buffer else self.plain
 
 
 def speeds(types: Iterable[str], *, threads: int, say: Say | None = None) -> Speeds:
@@ -115,6 +130,8 @@ def speeds(types: Iterable[str], *, threads: int, say: Say | None = None) -> Spe
     return Speeds(
         plain=_usable(record.plain, names),
         repacked=_usable(record.repacked, names),
+        prompt_plain=_usable(record.prompt_plain, names),
+        prompt_repacked=_usable(record.prompt_repacked, names),
         all_extra=_is_safe(record, names),
         memory=max([*record.plain.values(), *record.repacked.values()], default=0.0),
     )
@@ -164,9 +181,10 @@ def _measure(names: Sequence[str], record: _Record, *, threads: int, say: Say | 
         record.verdicts.setdefault(item.buffer, {})[item.type] = outcome.verdict
     able = [name for name in names if record.verdicts.get(REPACK, {}).get(name) == RIGHT]
     timed = [*(Item("speed", name) for name in names), *(Item("speed", name, REPACK) for name in able)]
+    timed += [Item("prompt", name, buffer) for name in able for buffer in ("", REPACK)]
     timings = run_items(timed, threads=threads, say=say)
     for item, outcome in timings.items():
-        (record.repacked if item.buffer else record.plain)[item.type] = outcome.value or 0.0
+        record.table(item)[item.type] = outcome.value or 0.0
     if not record.expires and any(outcome.fleeting for outcome in (*checks.values(), *timings.values())):
         record.expires = time.time() + _FLEETING_SECONDS
 
@@ -260,7 +278,7 @@ def _child(request: dict[str, Any], errors: IO[bytes]) -> subprocess.Popen[bytes
         stderr=errors,
         bufsize=0,  # what is buffered, wait() does not see
         cwd=Path(__file__).parents[2],  # -m looks there first: not where the user is
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        env={**os.environ, **_ENVIRONMENT},
     )
 
 
@@ -315,6 +333,9 @@ def _try(item: Item, *, threads: int, size: int) -> Outcome:
     try:
         if item.kind == "speed":
             timing = products.decode_speed(kind, threads=threads, size=size, buffer=buffer)
+            return Outcome(timing.speed, fleeting=timing.share < _UNDISTURBED) if timing else Outcome()
+        if item.kind == "prompt":
+            timing = products.prompt_speed(kind, threads=threads, buffer=buffer)
             return Outcome(timing.speed, fleeting=timing.share < _UNDISTURBED) if timing else Outcome()
         rows, force = _ROWS.get(item.buffer, _OTHER_ROWS), item.kind == "force"
         error = products.largest_error(kind, rows=rows, buffer=buffer, threads=threads, force=force)
@@ -390,7 +411,8 @@ def _remembered(data: Any) -> _Record:
     """The record in `data`; an empty one if it is damaged or too old."""
     try:
         verdicts = {str(name): {str(k): str(v) for k, v in by.items()} for name, by in data["verdicts"].items()}
-        record = _Record(_table(data["plain"]), _table(data["repacked"]), verdicts, float(data["expires"]))
+        tables = {name: _table(data[name]) for name in ("plain", "repacked", "prompt_plain", "prompt_repacked")}
+        record = _Record(**tables, verdicts=verdicts, expires=float(data["expires"]))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return _Record()
     return _Record() if 0 < record.expires < time.time() else record

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Canned:
 
     @staticmethod
     def usual(item: Item) -> Outcome:
-        if item.kind == "speed":
+        if item.kind in ("speed", "prompt"):
             return Outcome(2e9 if item.buffer else 1e9)
         return Outcome(1e-7) if item.type.startswith("Q4") else Outcome(None)
 
@@ -110,7 +111,8 @@ def test_the_first_run_measures_and_the_second_starts_no_child(monkeypatch: pyte
 def test_only_what_is_right_counts_as_repacked(canned: Canned) -> None:
     canned.answers[Item("check", "Q4_0", REPACK)] = Outcome(0.5)
     found = probes.speeds(["Q4_K", "Q4_0", "Q8_0"], threads=2)
-    assert found == Speeds(dict.fromkeys(["Q4_K", "Q4_0", "Q8_0"], 1e9), {"Q4_K": 2e9}, False, 2e9)
+    plain = dict.fromkeys(["Q4_K", "Q4_0", "Q8_0"], 1e9)
+    assert found == Speeds(plain, {"Q4_K": 2e9}, False, 2e9, {"Q4_K": 1e9}, {"Q4_K": 2e9})
     assert Item("speed", "Q4_0", REPACK) not in canned.tried
     verdicts = probes.verdicts(["Q4_K", "Q4_0", "Q8_0"], threads=2)
     assert verdicts[REPACK, "Q4_0"] == "wrong numbers (relative error 0.5)"
@@ -140,6 +142,17 @@ def test_rows_that_eight_does_not_divide_are_never_repacked() -> None:
     assert known.can_repack("Q4_K", 6144)
     assert not known.can_repack("Q4_K", 6145)
     assert not known.can_repack("Q8_0", 6144)
+
+
+def test_repacking_gains_only_where_prompts_do_not_lose_more() -> None:
+    # Per GB: 1/10 + 3/40 plain; repacked 1/20 + 3/30 is less, 1/20 + 3/16 is more.
+    quick, slow = {"Q4_K": 30e9}, {"Q4_K": 16e9}
+    known = Speeds({"Q4_K": 10e9}, {"Q4_K": 20e9}, False, 40e9, {"Q4_K": 40e9}, quick)
+    assert known.gains("Q4_K", experts=True)
+    assert not replace(known, prompt_repacked=slow).gains("Q4_K", experts=True)
+    assert replace(known, prompt_repacked=slow).gains("Q4_K", experts=False)
+    assert not replace(known, repacked={"Q4_K": 9e9}).gains("Q4_K", experts=False)
+    assert not known.gains("Q8_0", experts=True)
 
 
 def test_the_working_set_does_not_fit_the_caches(tmp_path: Path) -> None:
@@ -209,7 +222,8 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 _TABLE = st.dictionaries(st.text(), st.floats() | st.integers() | st.text()) | _JSON
-_RECORD = st.fixed_dictionaries({"plain": _TABLE, "repacked": _TABLE, "verdicts": _JSON, "expires": _JSON})
+_TABLES = dict.fromkeys(("plain", "repacked", "prompt_plain", "prompt_repacked"), _TABLE)
+_RECORD = st.fixed_dictionaries({**_TABLES, "verdicts": _JSON, "expires": _JSON})
 
 
 @given(_JSON | _RECORD)
