@@ -100,16 +100,20 @@ def bench(
 
     grok-local bench -m grok-1-q4_k
     """
+    from dataclasses import replace
+
     from grok_local import views
     from grok_local.commands.running import loaded
     from grok_local.placement_views import bench_table
     from grok_local.runtime.bench import bench as measure
-    from grok_local.runtime.probes import speeds
+    from grok_local.runtime.probes import speeds, with_speeds
 
     with loaded(model, loading) as running:
-        shape = running.placement.plan.model
-        known = speeds(shape.types, threads=running.engine.threads, say=say)
-        report = measure(running, known, prompt=prompt, tokens=tokens, repeats=repeats, say=say)
+        planned, threads = running.placement.plan, running.engine.threads
+        known = speeds(planned.model.types, threads=threads, say=say)
+        devices = with_speeds(planned.machine.devices, planned.model.types, say=say)
+        machine = replace(planned.machine, speeds=known, devices=tuple(devices))
+        report = measure(running, machine, prompt=prompt, tokens=tokens, repeats=repeats, say=say)
     if as_json:
         print_json(report.described())
     else:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grok_local.errors import ModelError
-from grok_local.ggml.devices import buffer_name, buffer_type, cpu_device
+from grok_local.ggml.devices import BackendDevice, DeviceKind, buffer_name, buffer_type, cpu_device
 from grok_local.ggml.library import open_library, prototype
 from grok_local.ggml.packing import bytes_per_row, quantize_rows
 
@@ -46,6 +46,7 @@ _CHECKED_WIDTH, _CHECKED_EXPERTS = 512, 8
 _CHECKED_TOKENS = (1, 5, 32)  # one takes other kernels than many, and many are taken in fours
 
 _TIMED_WIDTH = 6144  # Grok-1's
+_DEVICE_BYTES = 32 << 20  # of an expert on a GPU: a kernel's start must not show
 _PROMPT_ROWS, _PROMPT_TOKENS = 512, 128  # arithmetic is the limit here, so caches may hold it
 _TIMED_BYTES = (16 << 20, 2 << 20)  # of an expert: at least, and for each thread: what else a product costs is little
 _SLICE_SECONDS = 0.005  # what is timed at once takes at least so long, and starting threads is little of it
@@ -83,6 +84,7 @@ def _base() -> ctypes.CDLL:
     prototype(lib, "ggml_backend_tensor_set", None, _P, _P, _SIZE, _SIZE)
     prototype(lib, "ggml_backend_tensor_get", None, _P, _P, _SIZE, _SIZE)
     prototype(lib, "ggml_backend_graph_compute", _INT, _P, _P)
+    prototype(lib, "ggml_backend_dev_init", _P, _P, ctypes.c_char_p)
     prototype(lib, "ggml_backend_free", None, _P)
     return lib
 
@@ -90,7 +92,6 @@ def _base() -> ctypes.CDLL:
 @cache
 def _cpu() -> ctypes.CDLL:
     lib = open_library("ggml-cpu")
-    prototype(lib, "ggml_backend_cpu_init", _P)
     prototype(lib, "ggml_backend_cpu_set_n_threads", None, _P, _INT)
     prototype(lib, "ggml_get_type_traits_cpu", ctypes.POINTER(_CPUTypeTraits), _INT)
     return lib
@@ -233,6 +234,26 @@ def prompt_speed(ggml_type: int, *, threads: int, buffer: int | None = None, sec
         return _timing(made, made.graphs(1), nbytes, seconds=seconds, threads=threads)
 
 
+def device_speed(ggml_type: int, *, device: BackendDevice, size: int, seconds: float = 0.3) -> float | None:
+    """As `decode_speed`, on a device with its weights in the device's own memory: bytes a second, the median.
+
+    None if the device has no kernel for such weights. Raises ModelError.
+    """
+    rows = _DEVICE_BYTES // bytes_per_row(ggml_type, _TIMED_WIDTH) // 64 * 64
+    pair = random_weights(ggml_type, rows=rows, width=_TIMED_WIDTH, experts=_USED)
+    count = -(-size // pair.packed.nbytes)
+    inputs, ids = np.ones((1, _TIMED_WIDTH), np.float32), np.arange(_USED, dtype=np.int32)
+    with _products(pair, count=count, tokens=1, buffer=None, threads=1, device=device) as made:
+        if not made.is_held:
+            return None
+        for product in made.each:
+            product.fill(pair, inputs, ids)
+        whole = made.graphs(count)  # all at once: starting a graph must not show
+        list(_times(made, whole, 0.0))  # compiles kernels, where a backend does that
+        times = list(_times(made, whole, seconds))
+        return count * pair.packed.nbytes / float(np.median(times))
+
+
 def _timing(made: _Products, graphs: Sequence[int], nbytes: int, *, seconds: float, threads: int) -> Timing:
     """The speed in the best moments; by the processor's time, where others leave no such moment.
 
@@ -284,11 +305,12 @@ class _Products:
     each: list[_Product]
     context: int
     backend: int
+    device: int
 
     @property
     def is_held(self) -> bool:
         """Whether the weights' buffer type has a kernel for them, by its own account; llama.cpp asks the same."""
-        return bool(_base().ggml_backend_dev_supports_op(cpu_device().handle, self.each[0].result))
+        return bool(_base().ggml_backend_dev_supports_op(self.device, self.each[0].result))
 
     def graphs(self, group: int) -> list[int]:
         """Graphs of `group` products each; what is left over has none. May be called twice."""
@@ -308,13 +330,16 @@ class _Products:
 
 
 @contextmanager
-def _products(weights: Weights, *, count: int, tokens: int, buffer: int | None, threads: int) -> Iterator[_Products]:
-    """Products of `count` tensors like `weights`, in `buffer`; inputs and results are in plain memory."""
-    plain = buffer_type(cpu_device())
-    with _context(count) as special, _context(count) as rest, _backend(threads) as backend:
+def _products(
+    weights: Weights, *, count: int, tokens: int, buffer: int | None, threads: int, device: BackendDevice | None = None
+) -> Iterator[_Products]:
+    """Products of `count` tensors like `weights`, in `buffer`; inputs and results are in plain memory, the device's."""
+    device = device or cpu_device()
+    plain = buffer_type(device)
+    with _context(count) as special, _context(count) as rest, _backend(threads, device) as backend:
         each = [_new_product(weights, tokens, special=special, rest=rest) for _ in range(count)]
         with _allocated(special, buffer or plain), _allocated(rest, plain):
-            yield _Products(each, rest, backend)
+            yield _Products(each, rest, backend, device.handle)
 
 
 def _new_product(weights: Weights, tokens: int, *, special: int, rest: int) -> _Product:
@@ -343,9 +368,12 @@ def _context(products: int) -> Iterator[int]:
 
 
 @contextmanager
-def _backend(threads: int) -> Iterator[int]:
-    backend: Any = _cpu().ggml_backend_cpu_init()
-    _cpu().ggml_backend_cpu_set_n_threads(backend, threads)
+def _backend(threads: int, device: BackendDevice) -> Iterator[int]:
+    backend: Any = _base().ggml_backend_dev_init(device.handle, None)
+    if not backend:
+        raise ModelError(f"{device.name} does not start")
+    if device.kind is DeviceKind.CPU:
+        _cpu().ggml_backend_cpu_set_n_threads(backend, threads)
     try:
         yield backend
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 
 from grok_local.errors import ContextError
 from grok_local.runtime.forecast import forecast
-from grok_local.runtime.machine import Speeds
+from grok_local.runtime.machine import Machine
 from grok_local.runtime.model import Model
 
 __all__ = ["BenchReport", "Measurement", "bench"]
@@ -62,17 +62,16 @@ class BenchReport:
 
 
 def bench(
-    model: Model, speeds: Speeds, *, prompt: int, tokens: int, repeats: int, say: Callable[[str], None] | None = None
+    model: Model, machine: Machine, *, prompt: int, tokens: int, repeats: int, say: Callable[[str], None] | None = None
 ) -> BenchReport:
     """Random tokens, as llama-bench has them: `prompt` at once from an empty context, then `tokens` one by one from an
-    empty context, each `repeats` times after one run to warm up. `speeds` are this machine's, for the prediction.
+    empty context, each `repeats` times after one run to warm up. `machine` has the speeds that the prediction needs.
 
     Raises ContextError.
     """
     if max(prompt, tokens) > model.context_size:
         raise ContextError(f"{max(prompt, tokens)} tokens do not fit the context of {model.context_size}")
-    plan = model.placement.plan
-    plan = replace(plan, machine=replace(plan.machine, speeds=speeds))
+    plan = replace(model.placement.plan, machine=machine)
     return BenchReport(
         model=plan.model.name,
         nbytes=plan.model.nbytes,
@@ -82,7 +81,7 @@ def bench(
         prompt=_repeated("prompt", lambda: _read(model, prompt), prompt, repeats=repeats, say=say),
         generation=_repeated("generation", lambda: _generate(model, tokens), tokens, repeats=repeats, say=say),
         predicted=forecast(plan).speed,
-        limit=speeds.memory / plan.model.read_per_token,
+        limit=machine.speeds.memory / plan.model.read_per_token,
     )
 
 

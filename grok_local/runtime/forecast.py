@@ -67,12 +67,12 @@ class _Forecaster:
         self._assumptions: dict[str, None] = {}
 
     def forecast(self) -> Forecast:
-        nbytes: dict[str, float] = {}
-        seconds: dict[str, float] = {}
+        nbytes = dict.fromkeys((share.place for share in self._plan.shares), 0.0)
+        seconds = dict(nbytes)
         for weight in self._plan.model.weights:
             place = self._plan.place_of(weight)
-            nbytes[place] = nbytes.get(place, 0) + weight.read
-            seconds[place] = seconds.get(place, 0) + weight.read / self._speed(place, weight)
+            nbytes[place] += weight.read
+            seconds[place] += weight.read / self._speed(place, weight)
         readings = [Reading(place, nbytes[place], seconds[place]) for place in nbytes if nbytes[place]]
         readings += [*self._disk(), self._rest()]
         total = sum(reading.seconds for reading in readings)
@@ -98,7 +98,7 @@ class _Forecaster:
             self._assumptions[f"{device.name}: its speed is not known, taken as this machine's"] = None
             return max([*self._machine.speeds.plain.values(), self._machine.speeds.memory / 2, 1e9])
         speed = ASSUMED_DEVICE_SPEED / 1e9
-        self._assumptions[f"{device.name}: its speed is not known, taken as {speed:.0f} GB/s"] = None
+        self._assumptions[f"speeds of GPUs are not known: taken as {speed:.0f} GB/s"] = None
         return ASSUMED_DEVICE_SPEED
 
     def _disk(self) -> list[Reading]:

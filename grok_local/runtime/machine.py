@@ -113,7 +113,7 @@ def this_machine(
     from grok_local.runtime import probes  # which needs Speeds
 
     (total, available), cores = memory_limits(), core_count()
-    devices = (*local_devices(), *workers)
+    devices = (*probes.with_speeds(local_devices(), tuple(types), say=say), *workers)
     return Machine(
         memory=total,
         available=available,

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -36,9 +36,9 @@ from gguf.constants import GGMLQuantizationType
 from grok_local import folders
 from grok_local.errors import GrokLocalError
 from grok_local.ggml import products
-from grok_local.ggml.devices import cpu_device, extra_buffer_types
+from grok_local.ggml.devices import backend_devices, cpu_device, extra_buffer_types
 from grok_local.ggml.library import library_path
-from grok_local.runtime.machine import REPACK_ROWS, Speeds, cpu_flags, memory_limits
+from grok_local.runtime.machine import REPACK_ROWS, Device, Speeds, cpu_flags, memory_limits
 
 __all__ = ["NOT_HELD", "REPACK", "RIGHT", "Item", "Outcome", "disk_speed", "run_items", "speeds", "verdicts"]
 
@@ -66,12 +66,12 @@ _DISK_BLOCK, _DISK_THREADS = 8 << 20, 4
 _DISK_BELIEVED = 86_400.0  # seconds
 
 
-_WHAT = {"check": "check", "force": "check", "speed": "speed", "prompt": "speed with prompts"}
+_WHAT = {"device": "speed", "check": "check", "force": "check", "speed": "speed", "prompt": "speed with prompts"}
 
 
 class Item(NamedTuple):
-    """Something to try in a child: kind "check", "speed" (of decoding), "prompt" (many tokens at once), or "force", a
-    check that does not first ask ggml.
+    """Something to try in a child: kind "check", "speed" (of decoding), "prompt" (many tokens at once), "device"
+    (decoding on the GPU named as the buffer), or "force", a check that does not first ask ggml.
     """
 
     kind: str
@@ -135,6 +135,23 @@ def speeds(types: Iterable[str], *, threads: int, say: Say | None = None) -> Spe
         all_extra=_is_safe(record, names),
         memory=max([*record.plain.values(), *record.repacked.values()], default=0.0),
     )
+
+
+def with_speeds(devices: Iterable[Device], types: Sequence[str], *, say: Say | None = None) -> list[Device]:
+    """Local GPUs with the speed of their products with the first of `types`, where it can be measured; others as they
+    are. Remembered like the CPU's.
+    """
+    path, name = folders.cache_folder() / "gpus.json", next(iter(_known(types)), "")
+    found = []
+    for device in devices:
+        mark = f"{_mark(1)} {device.name} {device.description} {name}"
+        speed = _read(path).get(mark)
+        if not isinstance(speed, float) and name and device.kind != "worker":
+            item = Item("device", name, device.name)
+            speed = run_items([item], threads=1, say=say)[item].value or 0.0
+            _keep(path, mark, speed)
+        found.append(replace(device, speed=speed) if isinstance(speed, float) and speed > 0 else device)
+    return found
 
 
 def verdicts(types: Iterable[str], *, threads: int, say: Say | None = None) -> dict[tuple[str, str], str]:
@@ -243,7 +260,9 @@ def run_items(
 
 
 def _is_given_up(item: Item, outcomes: Mapping[Item, Outcome]) -> bool:
-    return _is_broken(item.buffer, (done.verdict for tried, done in outcomes.items() if tried.buffer == item.buffer))
+    return item.kind != "device" and _is_broken(
+        item.buffer, (done.verdict for tried, done in outcomes.items() if tried.buffer == item.buffer)
+    )
 
 
 def _from_child(request: dict[str, Any], timeout: float, say: Say | None) -> Iterator[Outcome]:
@@ -329,8 +348,12 @@ def _leave_no_core() -> None:
 
 
 def _try(item: Item, *, threads: int, size: int) -> Outcome:
-    kind, buffer = GGMLQuantizationType[item.type], {"": None, **extra_buffer_types()}[item.buffer]
+    kind = GGMLQuantizationType[item.type]
     try:
+        if item.kind == "device":
+            device = next(device for device in backend_devices() if device.name == item.buffer)
+            return Outcome(products.device_speed(kind, device=device, size=min(size, device.free // 4)))
+        buffer = {"": None, **extra_buffer_types()}[item.buffer]
         if item.kind == "speed":
             timing = products.decode_speed(kind, threads=threads, size=size, buffer=buffer)
             return Outcome(timing.speed, fleeting=timing.share < _UNDISTURBED) if timing else Outcome()

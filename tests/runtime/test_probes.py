@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from grok_local import folders
 from grok_local.ggml.devices import extra_buffer_types
 from grok_local.runtime import probes
-from grok_local.runtime.machine import Speeds
+from grok_local.runtime.machine import Device, Speeds
 from grok_local.runtime.probes import NOT_HELD, REPACK, RIGHT, Item, Outcome
 
 HAS_REPACK = pytest.mark.skipif(REPACK not in extra_buffer_types(), reason="this build rearranges nothing")
@@ -103,6 +103,22 @@ def test_the_first_run_measures_and_the_second_starts_no_child(monkeypatch: pyte
     assert "measuring this machine, once: speed of Q8_0" in said
     monkeypatch.setattr(subprocess, "Popen", None)
     assert probes.speeds(["Q8_0"], threads=1) == first
+
+
+def test_a_device_is_measured_like_any_other_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_working_set", lambda: 1)
+    # The CPU stands in for a GPU: ggml has both behind the same functions.
+    given = [
+        Device("CPU", "stand-in", "gpu", 1, 1),
+        Device("GPU7", "", "gpu", 1, 1),
+        Device("RPC0", "", "worker", 1, 1),
+    ]
+    first = probes.with_speeds(given, ["Q8_0"])
+    assert 1e8 < first[0].speed < 1e13
+    assert [device.speed for device in first[1:]] == [0.0, 0.0]
+    assert first[1:] == given[1:]
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert probes.with_speeds(given, ["Q8_0"]) == first
 
 
 # -- what is made of it ------------------------------------------------------------------------------------------------
