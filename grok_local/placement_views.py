@@ -91,7 +91,7 @@ def _parts(plan: Plan, prediction: Forecast) -> Iterator[RenderableType]:
 
 
 def _places_table(plan: Plan) -> Table:
-    table = Table("place", *(("layers", "dense", "experts of", "experts", "KV cache", "compute", "used", "of")))
+    table = Table("place", "layers", "dense", "experts of", "experts", "KV cache", "compute", "used", "of")
     for column in table.columns[1:]:
         column.justify = "right"
     for share in plan.shares:
@@ -110,7 +110,7 @@ def _bars(plan: Plan) -> RenderableType:
     for share in plan.shares:
         percent = 100 * share.used / share.capacity if share.capacity > 0 else 0
         table.add_row(escape(share.place), _bar(share), f"{percent:.0f} %")
-    legend = Text("  ").join(Text(f"■ {name}", style=colour) for name, colour in _PARTS)
+    legend = Text("  ").join(Text(f"■ {name.replace('kv', 'KV cache')}", style=colour) for name, colour in _PARTS)
     table.add_row("", legend, "")
     return table
 

@@ -35,6 +35,14 @@ def test_plan_before_a_download(run: Run) -> None:
         assert re.search(line, shown.stdout)
 
 
+def test_the_plan_in_the_documents_is_what_is_shown(run: Run) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    example = re.search(r"```\n\$ grok-local (plan .*)\n((?:.*\n)*?)```", page)
+    assert example
+    shown = run(*example[1].split()).stdout
+    assert [line.rstrip() for line in shown.splitlines()] == example[2].splitlines()
+
+
 def test_plan_for_scripts(run: Run) -> None:
     found = json.loads(run("plan", "--like", "Grok-2", *DESCRIBED, "--type", "q4_0", "--json").stdout)
     assert found["model"] == "Grok-2"
