@@ -126,12 +126,16 @@ def this_machine(
 
 
 def local_devices() -> list[Device]:
-    """The GPUs llama.cpp knows, registered workers among them."""
-    return [
+    """The GPUs llama.cpp knows, registered workers among them. An integrated one counts only where there is no other, as
+    llama.cpp has it: it is no faster than the processor whose memory it shares.
+    """
+    found = [
         Device(found.name, found.description, _kind(found), found.total, found.free)
         for found in backend_devices()
         if found.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED)
     ]
+    discrete = any(device.kind == "gpu" for device in found)
+    return [device for device in found if not (discrete and device.kind == "integrated")]
 
 
 def _kind(device: BackendDevice) -> Kind:

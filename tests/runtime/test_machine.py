@@ -206,7 +206,10 @@ def test_devices_are_what_is_no_processor(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(machine, "backend_devices", lambda: found)
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     kinds = [(device.name, device.kind) for device in local_devices()]
-    assert kinds == [("CUDA0", "gpu"), ("Vulkan0", "integrated"), ("RPC0", "worker"), ("MTL0", "integrated")]
+    assert kinds == [("CUDA0", "gpu"), ("RPC0", "worker")]  # integrated ones count where there is no other
+    del found[1]
+    kinds = [(device.name, device.kind) for device in local_devices()]
+    assert kinds == [("Vulkan0", "integrated"), ("RPC0", "worker"), ("MTL0", "integrated")]
 
 
 def test_this_machine_is_put_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
