@@ -126,8 +126,8 @@ def this_machine(
 
 
 def local_devices() -> list[Device]:
-    """The GPUs llama.cpp knows, registered workers among them. An integrated one counts only where there is no other, as
-    llama.cpp has it: it is no faster than the processor whose memory it shares.
+    """The GPUs llama.cpp knows, registered workers among them. An integrated one counts only where there is no other,
+    as llama.cpp has it: it is no faster than the processor whose memory it shares.
     """
     found = [
         Device(found.name, found.description, _kind(found), found.total, found.free)
