@@ -34,10 +34,10 @@ def describe_plan(plan: Plan, prediction: Forecast) -> dict[str, Any]:
         "disk": plan.disk,
         "repacked_tensors": len(plan.repacked),
         "bytes_per_token": plan.model.read_per_token,
-        "tokens_per_second": round(prediction.speed, 3),
-        "tokens_per_second_full_context": round(prediction.full_speed, 3),
+        "tokens_per_second": float(f"{prediction.speed:.6g}"),
+        "tokens_per_second_full_context": float(f"{prediction.full_speed:.6g}"),
         "token": [
-            {"place": reading.place, "bytes": int(reading.nbytes), "seconds": round(reading.seconds, 6)}
+            {"place": reading.place, "bytes": int(reading.nbytes), "seconds": float(f"{reading.seconds:.6g}")}
             for reading in prediction.readings
         ],
         "llama": llama_options(plan),
@@ -85,7 +85,8 @@ def _parts(plan: Plan, prediction: Forecast) -> Iterator[RenderableType]:
     yield Text(f"{printable(model.name)}: {format_bytes(model.nbytes)}, {plan.context} tokens of context", style="bold")
     yield _places_table(plan)
     yield _bars(plan)
-    yield _token_table(plan, prediction)
+    yield Text(_token_line(plan, prediction))
+    yield _token_table(prediction)
     for note in (*plan.notes, *(f"assumed: {text}" for text in prediction.assumptions)):
         yield Text(note, style="dim")
 
@@ -125,11 +126,15 @@ def _bar(share: Share) -> Text:
     return bar.append("░" * (_BAR - filled), style="dim")
 
 
-def _token_table(plan: Plan, prediction: Forecast) -> Table:
-    title = f"a token: {_duration(prediction.seconds)}, {prediction.speed:.3g} tokens a second"
+def _token_line(plan: Plan, prediction: Forecast) -> str:
+    text = f"a token: {_duration(prediction.seconds)}, {_figure(prediction.speed)} tokens a second"
     if prediction.full_speed < 0.98 * prediction.speed:
-        title += f" ({prediction.full_speed:.3g} with {plan.context} tokens in the context)"
-    table = Table("reads from", "bytes", "time", "speed", title=title, title_justify="left")
+        text += f" ({_figure(prediction.full_speed)} with {plan.context} tokens in the context)"
+    return text
+
+
+def _token_table(prediction: Forecast) -> Table:
+    table = Table("reads from", "bytes", "time", "speed")
     for reading in prediction.readings:
         speed = f"{format_bytes(reading.nbytes / reading.seconds)}/s" if reading.nbytes else ""
         size = format_bytes(reading.nbytes) if reading.nbytes else ""
@@ -138,7 +143,15 @@ def _token_table(plan: Plan, prediction: Forecast) -> Table:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= 0.9995 * size:
+            return f"{_figure(seconds / size)} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def _figure(value: float) -> str:
+    """Three figures, without powers of ten."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 0.001 else f"{value:.6f}"
 
 
 def bench_table(report: BenchReport) -> Table:

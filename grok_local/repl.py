@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grok_local import folders, library
-from grok_local.errors import ContextError
+from grok_local.errors import ContextError, WorkerLost
 from grok_local.runtime.model import Model, Reply
 
 __all__ = ["Repl", "interruptible", "stats_line"]
@@ -141,6 +141,11 @@ def interruptible(model: Model) -> Iterator[None]:
     before = signal.signal(signal.SIGINT, lambda *_: model.interrupt())
     try:
         yield
+    except WorkerLost as error:
+        if not model.engine.interrupted:
+            raise
+        _say(f"error: {error}")  # it never answered, and the user gave it up
+        raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 
 def format_bytes(count: float) -> str:
     """Decimal units, three figures: 1.61 GB."""
-    units = ["B", "kB", "MB", "GB", "TB"]
+    units = ["B", "kB", "MB", "GB", "TB", "PB", "EB"]
     while abs(count) >= 999.5 and len(units) > 1:
         count /= 1000
         del units[0]

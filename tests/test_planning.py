@@ -77,6 +77,7 @@ def test_plan_of_a_file_on_this_machine(run: Run, packed: Path) -> None:
         (["--like", "grok-1", *DESCRIBED, "--experts-on", "some"], 2, "cpu, gpu, or a number of layers"),
         (["--like", "grok-1", *DESCRIBED, "--override", "x=GPU9"], 2, "there are RAM, GPU0"),
         (["-m", "nowhere.gguf"], 1, "no such file"),
+        (["--override", "a"], 2, r"for example 'blk\.0\.ffn_.*_exps=RAM'"),
     ],
 )
 def test_plans_that_cannot_be(run: Run, arguments: list[str], code: int, words: str) -> None:

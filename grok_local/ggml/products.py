@@ -7,6 +7,7 @@ sure calls from a child process, as runtime/probes.py does.
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -260,6 +261,7 @@ def _timing(made: _Products, graphs: Sequence[int], nbytes: int, *, seconds: flo
     The latter is too low if threads that wait for each other are busy waiting: set GOMP_SPINCOUNT.
     """
     start, used = time.perf_counter(), time.process_time()
+    threads = min(threads, os.cpu_count() or 1)  # more have no time of their own
     times = list(_times(made, graphs, seconds))
     used, elapsed = time.process_time() - used, time.perf_counter() - start
     best, mean = nbytes / float(np.quantile(times, _QUANTILE)), nbytes * len(times) * threads / used

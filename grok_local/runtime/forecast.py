@@ -81,7 +81,7 @@ class _Forecaster:
     def _speed(self, place: str, weight: Weight) -> float:
         if place == RAM:
             return self._cpu_speed(weight)
-        return self._device_speed(self._devices[place])
+        return self._device_speed(self._devices[place], weight.type)
 
     def _cpu_speed(self, weight: Weight) -> float:
         speeds = self._machine.speeds
@@ -91,12 +91,12 @@ class _Forecaster:
             self._assumptions[f"RAM's speed for {weight.type} is not known: taken as 20 GB/s"] = None
         return known or 20e9
 
-    def _device_speed(self, device: Device) -> float:
+    def _device_speed(self, device: Device, kind: str = "") -> float:
         if device.speed:
             return device.speed
         if device.kind == "worker":
             self._assumptions[f"{device.name}: its speed is not known, taken as this machine's"] = None
-            return max([*self._machine.speeds.plain.values(), self._machine.speeds.memory / 2, 1e9])
+            return self._machine.speeds.plain.get(kind) or self._machine.speeds.memory or 20e9
         speed = ASSUMED_DEVICE_SPEED / 1e9
         self._assumptions[f"speeds of GPUs are not known: taken as {speed:.0f} GB/s"] = None
         return ASSUMED_DEVICE_SPEED

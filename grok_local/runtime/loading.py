@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,25 +153,40 @@ def _tensor_split(counts: Sequence[int]) -> Any:
 
 def _overrides(plan: Plan, handles: dict[str, BackendDevice]) -> Any:
     """The plan's exceptions as llama.cpp takes them: the first that matches holds."""
-    pairs = [] if plan.machine.speeds.all_extra else list(_repacked_patterns(plan))
+    pairs = [] if plan.machine.speeds.all_extra else [(text, "") for text in _patterns(plan.repacked)]
     places = {name: buffer_type(device) for name, device in handles.items()}
     places |= {RAM: buffer_type(cpu_device()), "": extra_buffer_types().get("CPU_REPACK", 0)}
-    pairs += plan.overrides
+    for place, names in _exceptions(plan).items():
+        pairs += [(text, place) for text in _patterns(names)]
     array = (_Override * (len(pairs) + 1))()
     for entry, (pattern, place) in zip(array, pairs, strict=False):
         entry.pattern, entry.buft = pattern.encode(), places[place]
     return array
 
 
-def _repacked_patterns(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Patterns that match the tensors to be repacked, and no other."""
+def _exceptions(plan: Plan) -> dict[str, list[str]]:
+    """By place, the tensors that are not where their layer is.
+
+    The user's expressions are matched here: std::regex means something else by some, and others overflow its stack.
+    """
+    usual = replace(plan, overrides=())
+    found: dict[str, list[str]] = {}
+    for weight in plan.model.weights:
+        place = plan.place_of(weight)
+        if place != usual.place_of(weight):
+            found.setdefault(place, []).append(weight.name)
+    return found
+
+
+def _patterns(names: Iterable[str]) -> Iterator[str]:
+    """Patterns that match these tensors, and no other."""
     groups: dict[str, list[str]] = {}
-    for name in sorted(plan.repacked):
+    for name in sorted(set(names)):
         found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
         groups.setdefault(found[2] if found else name, []).append(found[1] if found else "")
     for rest, layers in groups.items():
         prefix = rf"blk\.({'|'.join(layers)})\." if layers != [""] else ""
-        yield f"^{prefix}{re.escape(rest)}$", ""
+        yield f"^{prefix}{re.escape(rest)}$"
 
 
 def _new_context(model: Any, plan: Plan, *, threads: int, abort: Any) -> Any:

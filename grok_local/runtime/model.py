@@ -240,7 +240,8 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Model:
         return Model(Path(path), Engine(Path(path), threads=threads, wishes=wishes, say=options.get("say")))
     from grok_local.runtime.remote import RemoteEngine
 
-    return Model(Path(path), RemoteEngine(Path(path), workers=tuple(workers), threads=threads, wishes=wishes))
+    remote = RemoteEngine(Path(path), workers=tuple(workers), say=options.get("say"), threads=threads, wishes=wishes)
+    return Model(Path(path), remote)
 
 
 def _as_list(stop: str | Sequence[str]) -> list[str]:

@@ -42,9 +42,7 @@ def wishes_of(options: LoadOptions) -> Wishes:
     unknown = set(options) - set(LoadOptions.__annotations__)
     if unknown:
         raise TypeError(f"load() has no option {', '.join(sorted(unknown))}")
-    for name in ("overrides", "workers"):
-        if isinstance(options.get(name), str):
-            raise OptionError(f"{name} {options.get(name)!r}: a list is wanted")
+    _check_kinds(options)
     memory = options.get("memory")
     alone = _one_of(options, "placement", ("auto", "cpu")) == "cpu"
     wishes = Wishes(
@@ -62,6 +60,17 @@ def wishes_of(options: LoadOptions) -> Wishes:
     return wishes
 
 
+def _check_kinds(options: LoadOptions) -> None:
+    for name in ("context", "threads", "gpu_layers"):
+        value = options.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise OptionError(f"{name} {value!r}: a whole number is wanted")
+    for name in ("overrides", "workers"):
+        given: Any = options.get(name)
+        if isinstance(given, str) or not all(isinstance(text, str) for text in given or ()):
+            raise OptionError(f"{name} {given!r}: a list of texts is wanted")
+
+
 def _one_of(options: LoadOptions, name: str, values: Sequence[str]) -> Any:
     value = options.get(name, values[0])
     if value not in values:
@@ -76,5 +85,5 @@ def _number_or_word(value: Any) -> Any:
 def _override(text: str) -> tuple[str, str]:
     pattern, found, place = text.rpartition("=")
     if not (pattern and found and place):
-        raise OptionError(f"--override {text}: write PATTERN=PLACE, for example 'blk\\\\.0\\\\.ffn_.*_exps={RAM}'")
+        raise OptionError(f"--override {text}: write PATTERN=PLACE, for example 'blk\\.0\\.ffn_.*_exps={RAM}'")
     return pattern, RAM if place.upper() in (RAM, "CPU") else place

@@ -9,6 +9,7 @@ list of exceptions.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ __all__ = ["RAM", "Plan", "Share", "Wishes", "make_plan", "ram_reserve"]
 RAM = "RAM"
 _MARGIN = 512_000_000  # bytes of a device that stay free: its context, fragmentation
 _STEPS = 512  # of the share of each device that is tried
+_LONGEST_PATTERN = 1000  # characters
 _SPARSE_CONTEXT = 256  # tokens: the smallest context anybody is advised
 
 
@@ -393,6 +395,9 @@ class _Planner:
             yield f"{format_bytes(disk)} of the experts do not fit in RAM and are read from the disk when needed"
         if self._devices and self._wishes.gpu_layers is None and not sum(layers):
             yield "no device has room for even one layer beside its compute buffer"
+        for pattern, place in self._wishes.overrides:
+            if not any(re.search(pattern, weight.name) for weight in self._model.weights):
+                yield f"--override {pattern}={place} matches no tensor"
         if self._wishes.repack == "on" and not self._machine.speeds.repacked:
             yield "this build of llama.cpp has no faster layout for these types that works here"
 
@@ -412,12 +417,17 @@ class _Planner:
 
 
 def _check_override(pattern: str, place: str, names: Sequence[str]) -> None:
+    shown = f"--override {pattern[:60]}={place}"
+    if len(pattern) > _LONGEST_PATTERN:
+        raise OptionError(f"{shown}: longer than {_LONGEST_PATTERN} characters")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise OptionError(f"--override {pattern}={place}: no regular expression ({error})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of sets that would mean something else one day
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
+        raise OptionError(f"{shown}: no regular expression that can be used ({error})") from None
     if place not in names:
-        raise OptionError(f"--override {pattern}={place}: no such place; there are {', '.join(names)}")
+        raise OptionError(f"{shown}: no such place; there are {', '.join(names)}")
 
 
 def _balanced(costs: Sequence[int], rooms: Sequence[int]) -> list[int] | None:

@@ -26,6 +26,7 @@ from grok_local.gguf_file import Header
 from grok_local.runtime.child import INTERRUPT, LOAD
 from grok_local.runtime.engine import Engine
 from grok_local.runtime.loading import Placement
+from grok_local.runtime.probes import Say
 from grok_local.runtime.workers import complaints, probe_workers
 
 __all__ = ["AnyEngine", "RemoteEngine"]
@@ -34,6 +35,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _GRACE = 20.0  # seconds that an interrupted call has to return: a worker computes its whole batch first
+_PATIENCE = 30.0  # seconds of silence, after which the user is told
 _LOOK = 50  # milliseconds after which a waiting call looks whether it is interrupted
 _ENDING = 3.0  # seconds
 _DYING = 0.1  # seconds in which a dead process may still accept connections
@@ -79,9 +81,10 @@ class RemoteEngine:
     threads: int
     vocabulary: int
 
-    def __init__(self, path: Path, *, workers: Sequence[str], **options: Any) -> None:
+    def __init__(self, path: Path, *, workers: Sequence[str], say: Say | None = None, **options: Any) -> None:
         # Each one with its port, as llama.cpp wants it.
         self._workers = tuple(dict.fromkeys(device.endpoint for device in probe_workers(workers)))
+        self._say = say
         self._facts: dict[tuple[Any, ...], Any] = {}
         self.interrupted = False
         # "idle"; "talking" while bytes go over the connection; "waiting" for an answer. An exception such as
@@ -166,8 +169,12 @@ class RemoteEngine:
 
     def _wait(self, *, interrupted: bool) -> None:
         deadline = None
+        patience = time.monotonic() + _PATIENCE
         try:
             while not self._answered.poll(_LOOK):
+                if self._say and time.monotonic() > patience:
+                    self._say(f"no answer for {_PATIENCE:g} s: {self._suspects()}; Ctrl-C gives up")
+                    patience += 10 * _PATIENCE
                 if interrupted or self.interrupted:
                     deadline = deadline or time.monotonic() + _GRACE
                     if time.monotonic() > deadline:
@@ -176,6 +183,12 @@ class RemoteEngine:
         except KeyboardInterrupt:
             self._process.send_signal(INTERRUPT)  # nobody wants the answer any more
             raise
+
+    def _suspects(self) -> str:
+        names = ", ".join(self._workers)
+        return (
+            f"the weights are on their way, or a worker is slow or hangs ({names})" if names else "it is slow, or hangs"
+        )
 
     def _lost(self, reason: str = "") -> WorkerLost | ModelError:
         """Close the engine; the error that says what its end was."""

@@ -67,8 +67,10 @@ class ModelShape:
         """Of a GGUF, all parts together. Raises GGUFError where its keys make no sense."""
         try:
             return _Reader(headers[0].metadata).shape([tensor for header in headers for tensor in header.tensors])
-        except (TypeError, ValueError, IndexError) as error:
+        except _NoModel as error:
             raise GGUFError(f"{headers[0].path}: its metadata describes no model ({error})") from None
+        except (TypeError, ValueError, IndexError):
+            raise GGUFError(f"{headers[0].path}: its metadata describes no model (values of the wrong kind)") from None
 
     @cached_property
     def nbytes(self) -> int:
@@ -137,6 +139,10 @@ def _layer_of(tensor: Tensor) -> int:
     return int(found[1]) if found else -1
 
 
+class _NoModel(Exception):  # noqa: N818  # never leaves this module
+    pass
+
+
 class _Reader:
     def __init__(self, metadata: dict[str, Any]) -> None:
         self._metadata = metadata
@@ -145,7 +151,7 @@ class _Reader:
     def shape(self, tensors: Sequence[Tensor]) -> ModelShape:
         layers = self._number("block_count")
         if layers > _MAX_LAYERS or any(_layer_of(tensor) >= layers for tensor in tensors):
-            raise ValueError(f"block_count is {layers}")
+            raise _NoModel(f"{self._architecture}.block_count is {layers}, which its tensors contradict")
         width = self._number("embedding_length")
         experts, used = self._number("expert_count"), self._number("expert_used_count")
         weights = tuple(self._weights(tensors, used / experts if experts else 1.0))

@@ -25,12 +25,13 @@ def imagined(
     """`machine` with what is given in place of its own; sizes as in "128G", several GPUs as in "24G,24G", speeds in
     bytes a second. `ram_speed` is what the products with weights get through. Raises OptionError.
     """
+    workers = tuple(device for device in machine.devices if device.kind == "worker")
     if ram is not None:
         memory = _positive("--ram", ram)
         machine = replace(machine, memory=memory, available=memory, unified=machine.unified and vram is None)
     if vram is not None:
         speed = 0 if vram_speed is None else _positive("--vram-speed", vram_speed)
-        machine = replace(machine, devices=tuple(_gpus(vram, speed)), unified=False)
+        machine = replace(machine, devices=(*_gpus(vram, speed), *workers), unified=False)
     elif vram_speed is not None:
         machine = replace(machine, devices=tuple(_faster(machine.devices, _positive("--vram-speed", vram_speed))))
     if ram_speed is not None:
@@ -42,7 +43,7 @@ def imagined(
 
 
 def _gpus(vram: str, speed: int) -> list[Device]:
-    sizes = [_positive("--vram", size) for size in vram.split(",")] if vram.strip() not in ("", "0") else []
+    sizes = [_positive("--vram", size) for size in vram.split(",") if size.strip() not in ("", "0")]
     return [Device(f"GPU{i}", "described", "gpu", size, size, float(speed)) for i, size in enumerate(sizes)]
 
 

@@ -46,7 +46,7 @@ def worker() -> Iterator[Worker]:
         ({"gpu_layers": 0, "experts_on": "gpu"}, 0, 12),  # and the other way round
         ({}, 13, 12),
         ({"gpu_layers": 5, "experts_on": 3}, 5, 3),
-        ({"overrides": [r"attn_q=RAM", r"blk\.(0|1)\.ffn_.*_exps=RAM"]}, 13, 10),
+        ({"overrides": [r"attn_q=RAM", r"(?<=blk)\.(?P<layer>[01])\.ffn_.*_exps=RAM"]}, 13, 10),  # not for std::regex
         ({"placement": "cpu"}, 0, 0),
     ],
 )
@@ -141,6 +141,12 @@ def test_a_context_that_does_not_fit_is_refused_with_one_that_does(packed: Path)
         {"overrides": ["(=RAM"]},
         {"memory": "much"},
         {"workers": ["host:port"]},
+        {"workers": "127.0.0.1:9"},
+        {"workers": [5]},
+        {"overrides": [None]},
+        {"context": "many"},
+        {"threads": 1.5},
+        {"gpu_layers": "all"},
     ],
 )
 def test_options_that_make_no_sense(packed: Path, options: dict[str, Any]) -> None:

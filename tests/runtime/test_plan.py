@@ -284,6 +284,9 @@ def test_what_does_not_fit_is_refused_with_what_would(wishes: Wishes, vram: tupl
         Wishes(experts_on="tpu"),  # type: ignore[arg-type]
         Wishes(overrides=(("(", RAM),)),
         Wishes(overrides=(("exps", "GPU7"),)),
+        Wishes(overrides=(("a" * 100_000, RAM),)),
+        Wishes(overrides=(("blk{99999999999}", RAM),)),
+        Wishes(overrides=(("[[:alpha:]]+", RAM),)),
     ],
 )
 def test_wishes_that_make_no_sense(wishes: Wishes) -> None:
@@ -295,6 +298,11 @@ def test_the_advised_plans_work() -> None:
     assert plan_with(Wishes(gpu_layers=33), 8).layers == (33,)
     assert plan_with(Wishes(experts_on=4), 24).expert_layers["GPU0"] == 4
     assert plan_with(Wishes(memory=8 * G, context=2048)).disk > 0
+
+
+def test_an_override_without_effect_is_noted() -> None:
+    plan = plan_with(Wishes(overrides=(("zzz", RAM), ("attn_q", RAM))), 24)
+    assert plan.notes == ("--override zzz=RAM matches no tensor",)
 
 
 def test_repacking_is_for_what_fits_and_what_the_self_test_allows() -> None:
