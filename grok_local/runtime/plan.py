@@ -422,7 +422,7 @@ def _check_override(pattern: str, place: str, names: Sequence[str]) -> None:
         raise OptionError(f"{shown}: longer than {_LONGEST_PATTERN} characters")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of sets that would mean something else one day
+            warnings.simplefilter("error", FutureWarning)  # of sets that would mean something else one day
             re.compile(pattern)
     except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         raise OptionError(f"{shown}: no regular expression that can be used ({error})") from None
