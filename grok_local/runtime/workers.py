@@ -41,7 +41,11 @@ T = TypeVar("T")
 
 def parse_endpoint(endpoint: str) -> tuple[str, int]:
     """Host and port of "HOST:PORT", or of "HOST" with the default port. Raises OptionError."""
-    if endpoint.count(":") > 1:
+    if (
+        endpoint.count(":") > 1
+        and re.fullmatch(r"[\[\]0-9a-fA-F:.]+", endpoint)
+        and ("::" in endpoint or "[" in endpoint)
+    ):
         raise OptionError(
             f"{endpoint}: llama.cpp's workers have no IPv6; give HOST:PORT with a name or an IPv4 address"
         )
