@@ -86,6 +86,8 @@ def load(model: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Model
 
     if model == BUILT_IN:
         options["context"] = options.get("context") or _TINY_CONTEXT
+        # Its products are so small that threads wait for each other, and beside other programs for milliseconds.
+        options["threads"] = options.get("threads") or 1
     return load_gguf(resolve_model(os.fspath(model)), **options)
 
 
