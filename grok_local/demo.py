@@ -121,12 +121,11 @@ class Tour:
 def _fit() -> str:
     """Whether Grok-1 fits this machine, from arithmetic alone: its speed would have to be measured first."""
     from grok_local.quantize.outline import outline
-    from grok_local.runtime.machine import Machine, Speeds, core_count, local_devices, memory_limits
+    from grok_local.runtime.machine import Speeds, assembled, local_devices
     from grok_local.runtime.plan import make_plan
     from grok_local.runtime.shape import ModelShape
 
-    total, available = memory_limits()
-    machine = Machine(total, available, core_count(), Speeds(), devices=tuple(local_devices()))
+    machine = assembled(Speeds(), local_devices())
     try:
         plan = make_plan(ModelShape.from_headers([outline("grok-1")]), machine)
     except PlacementError as error:

@@ -16,22 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
+from tests.test_documents import COMMANDS
 
-COMMANDS = (
-    "quantize",
-    "verify",
-    "inspect",
-    "generate",
-    "chat",
-    "plan",
-    "bench",
-    "doctor",
-    "worker",
-    "demo",
-    "pull",
-    "list",
-    "rm",
-)
 # What prompt_toolkit sends when it begins and ends to read a line.
 PROMPT_BEGINS, PROMPT_ENDS = b"\x1b[?2004h", b"\x1b[?2004l"
 DOCS = Path(__file__).parents[1] / "docs"

@@ -16,9 +16,13 @@ __all__ = ["ASSUMED_DEVICE_SPEED", "Forecast", "Reading", "forecast"]
 
 ASSUMED_DEVICE_SPEED = 600e9  # bytes a second, of a GPU nobody measured: two thirds of a 24 GB card's nominal 936e9
 _UNKNOWN_DISK = 2e9  # bytes a second
-_MAPPED_SHARE = 0.25  # of the disk's speed, where pages are read on demand: 0.3 of 1.4 GB/s measured
+_UNKNOWN_RAM = 20e9  # bytes a second
+# Of the disk's speed, where pages are read on demand; derived from 0.53 to 0.61 tokens a second of a 3.7 GB model under
+# a limit of 1.6 GB on a disk of 1.4 GB/s.
+_MAPPED_SHARE = 0.25
 _SECONDS_PER_LAYER = 35e-6  # of what is no matrix product: norms, attention of few tokens, waiting for each other
-_SECONDS_PER_HOP = {"gpu": 30e-6, "integrated": 30e-6, "worker": 300e-6}  # from one place to the next and back
+# From one place to the next and back: of a worker measured on the loopback, of GPUs a guess.
+_SECONDS_PER_HOP = {"gpu": 30e-6, "integrated": 30e-6, "worker": 300e-6}
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,17 @@ class _Forecaster:
         table = speeds.repacked if weight.name in self._plan.repacked else speeds.plain
         known = table.get(weight.type) or speeds.memory
         if not known:
-            self._assumptions[f"RAM's speed for {weight.type} is not known: taken as 20 GB/s"] = None
-        return known or 20e9
+            self._assumptions[f"RAM's speed for {weight.type} is not known: taken as {_UNKNOWN_RAM / 1e9:.0f} GB/s"] = (
+                None
+            )
+        return known or _UNKNOWN_RAM
 
     def _device_speed(self, device: Device, kind: str = "") -> float:
         if device.speed:
             return device.speed
         if device.kind == "worker":
             self._assumptions[f"{device.name}: its speed is not known, taken as this machine's"] = None
-            return self._machine.speeds.plain.get(kind) or self._machine.speeds.memory or 20e9
+            return self._machine.speeds.plain.get(kind) or self._machine.speeds.memory or _UNKNOWN_RAM
         speed = ASSUMED_DEVICE_SPEED / 1e9
         self._assumptions[f"speeds of GPUs are not known: taken as {speed:.0f} GB/s"] = None
         return ASSUMED_DEVICE_SPEED
@@ -109,7 +115,7 @@ class _Forecaster:
         nbytes = routed * plan.disk / (plan.disk + plan.ram.experts)
         if not self._machine.disk_speed:
             self._assumptions["the disk's speed is not known: taken as 2 GB/s"] = None
-        self._assumptions["mapped weights come from the disk at a quarter of its speed, as measured"] = None
+        self._assumptions["mapped weights come from the disk at a quarter of its speed"] = None
         return [Reading("disk", nbytes, nbytes / ((self._machine.disk_speed or _UNKNOWN_DISK) * _MAPPED_SHARE))]
 
     def _rest(self) -> Reading:
@@ -123,14 +129,15 @@ class _Forecaster:
             (w for w in self._plan.model.weights if w.rows > 1 and w.role in (Role.DENSE, Role.EXPERTS)),
             key=lambda w: (w.layer or 0, w.role is Role.EXPERTS),
         ):
-            if self._plan.place_of(weight) != way[-1]:
-                way.append(self._plan.place_of(weight))
+            place = self._plan.place_of(weight)
+            if place != way[-1]:
+                way.append(place)
         return [place for place in way if place != RAM]
 
     def _cache_seconds(self) -> float:
         """Reading a full KV cache, at each place's speed."""
         total = 0.0
         for share in self._plan.shares:
-            speed = self._machine.speeds.memory or 20e9
+            speed = self._machine.speeds.memory or _UNKNOWN_RAM
             total += share.kv / (speed if share.place == RAM else self._device_speed(self._devices[share.place]))
         return total

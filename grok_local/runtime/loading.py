@@ -26,7 +26,7 @@ from grok_local.ggml.devices import (
 )
 from grok_local.gguf_file import Header
 from grok_local.runtime import log
-from grok_local.runtime.machine import Machine, Speeds, core_count, local_devices, memory_limits
+from grok_local.runtime.machine import Machine, Speeds, assembled, local_devices
 from grok_local.runtime.plan import RAM, Plan, Share, Wishes, make_plan
 from grok_local.runtime.probes import Say, speeds
 from grok_local.runtime.shape import ModelShape, Role
@@ -83,12 +83,9 @@ class _OutOfMemory(Exception):  # noqa: N818  # never leaves this module
 
 def machine_for(model: ModelShape, wishes: Wishes, *, threads: int, say: Say | None = None) -> Machine:
     """This machine as far as loading `model` needs to know it; measures, the first time, if weights may be repacked."""
-    total, available = memory_limits()
-    devices = tuple(local_devices())
     wanted = wishes.repack == "on" or (wishes.repack == "auto" and model.nbytes >= _WORTH_REPACKING)
-    known = speeds(model.types, threads=threads, say=say) if wanted else None
-    machine = Machine(total, available, core_count(), known or Speeds(), devices=devices)
-    return replace(machine, unified=any(device.kind == "integrated" for device in devices))
+    known = speeds(model.types, threads=threads, say=say) if wanted else Speeds()
+    return assembled(known, local_devices())
 
 
 def open_planned(

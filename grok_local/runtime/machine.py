@@ -23,6 +23,7 @@ __all__ = [
     "Device",
     "Machine",
     "Speeds",
+    "assembled",
     "core_count",
     "cpu_flags",
     "cpu_quota",
@@ -106,23 +107,24 @@ def this_machine(
     workers: Sequence[Device] = (),
     say: Callable[[str], None] | None = None,
 ) -> Machine:
-    """Everything about this machine; `types` are those whose speed matters, `model` a file on the disk that does.
+    """Everything about this machine; `types` are those whose speed matters (none: nothing is measured), `model` a file
+    on the disk that does.
 
     The first time it measures for some seconds; `say` is told so, and what.
     """
     from grok_local.runtime import probes  # which needs Speeds
 
-    (total, available), cores = memory_limits(), core_count()
-    devices = (*probes.with_speeds(local_devices(), tuple(types), say=say), *workers)
-    return Machine(
-        memory=total,
-        available=available,
-        cores=cores,
-        speeds=probes.speeds(types, threads=threads or cores, say=say),
-        disk_speed=probes.disk_speed(model) if model else 0.0,
-        devices=devices,
-        unified=any(device.kind == "integrated" for device in devices),
-    )
+    names = tuple(types)
+    known = probes.speeds(names, threads=threads or core_count(), say=say) if names else Speeds()
+    devices = probes.with_speeds(local_devices(), names, say=say)
+    return assembled(known, [*devices, *workers], disk_speed=probes.disk_speed(model) if model else 0.0)
+
+
+def assembled(speeds: Speeds, devices: Iterable[Device], *, disk_speed: float = 0.0) -> Machine:
+    """This machine's memory and cores now, with what else is known of it."""
+    (total, available), found = memory_limits(), tuple(devices)
+    unified = any(device.kind == "integrated" for device in found)
+    return Machine(total, available, core_count(), speeds, disk_speed, found, unified)
 
 
 def local_devices() -> list[Device]:

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -79,7 +79,7 @@ class Plan:
     repacked: frozenset[str]  # names of the tensors that RAM holds rearranged
     shares: tuple[Share, ...]  # the devices', then RAM's
     disk: int  # bytes of experts that RAM has no room for
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def gpu_layers(self) -> int:
@@ -93,7 +93,11 @@ class Plan:
 
     def place_of(self, weight: Weight) -> str:
         """The device that holds a tensor, or RAM."""
-        return _Places(self.model, self.machine.devices, self.layers, self.overrides).of(weight)
+        return self._places.of(weight)
+
+    @cached_property
+    def _places(self) -> _Places:
+        return _Places(self.model, self.machine.devices, self.layers, self.overrides)
 
     @cached_property
     def expert_layers(self) -> dict[str, int]:
@@ -160,7 +164,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         layers, overrides, shares = self._best()
-        self._check_devices(shares, layers)
+        self._check_devices(shares)
         disk = self._disk(shares[-1])
         repacked = self._repacked(layers, overrides, disk)
         return Plan(
@@ -334,7 +338,7 @@ class _Planner:
         )
         return Share(name, capacity, dense, sizes[Role.EXPERTS], kv, compute if busy else 0)
 
-    def _check_devices(self, shares: Sequence[Share], layers: Sequence[int]) -> None:
+    def _check_devices(self, shares: Sequence[Share]) -> None:
         over = [share for share in shares[:-1] if share.used > max(share.capacity, 0)]
         if over:
             raise PlacementError(

@@ -15,12 +15,11 @@ import threading
 from contextlib import suppress
 from typing import NoReturn
 
-import psutil
-
 from grok_local.errors import OptionError, WorkerError
 from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices
 from grok_local.ggml.library import on_abort
 from grok_local.ggml.rpc import require_rpc, serve
+from grok_local.runtime.machine import core_count
 from grok_local.runtime.workers import DEFAULT_PORT, parse_endpoint
 from grok_local.units import format_bytes
 
@@ -46,7 +45,7 @@ def serve_worker(listen: str = f"127.0.0.1:{DEFAULT_PORT}", threads: int | None 
     on_abort(_give_up)
     signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    server = threading.Thread(target=_serve, args=(endpoint, threads or _cores(), devices), daemon=True)
+    server = threading.Thread(target=_serve, args=(endpoint, threads or core_count(), devices), daemon=True)
     server.start()
     server.join()
     raise WorkerError(f"the worker at {endpoint} has stopped listening")
@@ -79,10 +78,6 @@ def _devices() -> list[BackendDevice]:
     devices = backend_devices()
     gpus = [device for device in devices if device.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED)]
     return gpus or [device for device in devices if device.kind is DeviceKind.CPU]
-
-
-def _cores() -> int:
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def _announce(endpoint: str, devices: list[BackendDevice]) -> None:

@@ -223,7 +223,7 @@ def test_this_machine_is_put_together(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(machine, "backend_devices", list)
     worker = Device("RPC0", "box:50052", "worker", 2, 1, endpoint="box:50052")
     found = this_machine(["Q4_K"], threads=3, model=tmp_path / "none", workers=[worker])
-    assert asked == [(["Q4_K"], {"threads": 3, "say": None})]
+    assert asked == [(("Q4_K",), {"threads": 3, "say": None})]
     assert found.speeds.memory == 7.0
     assert (found.devices, found.unified, found.disk_speed) == ((worker,), False, 0.0)
     assert found.cores == core_count()
