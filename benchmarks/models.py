@@ -1,4 +1,4 @@
-"""Models of true width and few layers, with random weights, for measuring speed.
+"""Models of true width and few layers, or of true proportions, with random weights, for measuring speed.
 
     uv run python -m benchmarks.models OUT --release grok-1 --type q4_k --layers 3
 
@@ -27,9 +27,11 @@ _ALIGNMENT = 4096
 _ROWS = 256
 
 
-def random_model(path: Path, release: str = "grok-1", *, type: str = "q4_k", layers: int = 1) -> Path:
+def random_model(
+    path: Path, release: str = "grok-1", *, type: str = "q4_k", layers: int = 1, narrower: int = 1
+) -> Path:
     """Write it, unless it is there."""
-    header = outline(release, type=type, layers=layers)
+    header = outline(release, type=type, layers=layers, narrower=narrower)
     if path.exists() and path.stat().st_size > header.size:
         return path
     unfinished = path.with_suffix(".partial")
@@ -76,8 +78,9 @@ def main() -> None:
     parser.add_argument("--release", default="grok-1")
     parser.add_argument("--type", default="q4_k")
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--narrower", type=int, default=1, help="divide every width by this")
     args = parser.parse_args()
-    print(random_model(args.out, args.release, type=args.type, layers=args.layers))
+    print(random_model(args.out, args.release, type=args.type, layers=args.layers, narrower=args.narrower))
 
 
 if __name__ == "__main__":

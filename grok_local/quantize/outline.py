@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gguf.constants import GGML_QUANT_SIZES
 
@@ -18,18 +18,21 @@ from grok_local.quantize.recipe import Recipe, choose_type, recipe_named
 
 __all__ = ["RELEASES", "outline"]
 
+_SCALED = ("width", "expert_width", "dense_width", "kv_width", "heads", "kv_heads", "vocabulary")
+
+_Dims = TypeVar("_Dims", grok1.Dimensions, grok2.Dimensions)
 _Tensors = Iterator[tuple[str, Kind, tuple[int, ...]]]
 
 
-def outline(release: str, *, type: str = "q4_k", layers: int = 64) -> Header:
+def outline(release: str, *, type: str = "q4_k", layers: int = 64, narrower: int = 1) -> Header:
     """The header of `release` ("grok-1", "grok-2") packed as `type`: keys that matter for placement, and all tensors.
 
-    `layers` makes it a shallower one, for benchmarks. Raises OptionError.
+    For benchmarks `layers` makes it shallower, and `narrower` divides every width. Raises OptionError.
     """
     if release not in RELEASES:
         raise OptionError(f"no release {release!r}: choose one of {', '.join(RELEASES)}")
     recipe = recipe_named(type)
-    metadata, tensors = RELEASES[release](layers)
+    metadata, tensors = RELEASES[release](layers, narrower)
     path = Path(f"{release}-{recipe.name}.gguf")
     placed = tuple(_placed(tensors, recipe, path))
     end = placed[-1].offset + placed[-1].nbytes
@@ -46,8 +49,8 @@ def _placed(tensors: _Tensors, recipe: Recipe, path: Path) -> Iterator[Tensor]:
         offset += nbytes
 
 
-def _grok1(layers: int) -> tuple[dict[str, Any], _Tensors]:
-    dims, facts = replace(grok1.RELEASE, layers=layers), grok1.CONSTANTS
+def _grok1(layers: int, narrower: int) -> tuple[dict[str, Any], _Tensors]:
+    dims, facts = _resized(grok1.RELEASE, layers, narrower), grok1.CONSTANTS
     sizes = {"feed_forward_length": dims.expert_width, "expert_used_count": facts.experts_used}
     metadata = _metadata(facts.name, dims, heads=dims.heads, kv_heads=dims.kv_heads, context=facts.context)
     return metadata | {f"grok.{key}": value for key, value in sizes.items()}, _grok1_tensors(dims)
@@ -60,8 +63,8 @@ def _grok1_tensors(dims: grok1.Dimensions) -> _Tensors:
         yield leaf.gguf_name, leaf.kind, shape
 
 
-def _grok2(layers: int) -> tuple[dict[str, Any], _Tensors]:
-    dims = replace(grok2.RELEASE, layers=layers)
+def _grok2(layers: int, narrower: int) -> tuple[dict[str, Any], _Tensors]:
+    dims = _resized(grok2.RELEASE, layers, narrower)
     sizes = {
         "feed_forward_length": dims.dense_width,
         "expert_feed_forward_length": dims.expert_width,
@@ -69,6 +72,11 @@ def _grok2(layers: int) -> tuple[dict[str, Any], _Tensors]:
     }
     metadata = _metadata("Grok-2", dims, heads=dims.heads, kv_heads=dims.kv_heads, context=dims.context)
     return metadata | {f"grok.{key}": value for key, value in sizes.items()}, grok2.tensors(dims)
+
+
+def _resized(dims: _Dims, layers: int, narrower: int) -> _Dims:
+    sizes = {field: getattr(dims, field) // narrower for field in vars(dims) if field in _SCALED}
+    return replace(dims, layers=layers, **sizes)
 
 
 def _metadata(
@@ -89,4 +97,4 @@ def _metadata(
     return {"general.architecture": "grok", "general.name": name, **keys}
 
 
-RELEASES: dict[str, Callable[[int], tuple[dict[str, Any], _Tensors]]] = {"grok-1": _grok1, "grok-2": _grok2}
+RELEASES: dict[str, Callable[[int, int], tuple[dict[str, Any], _Tensors]]] = {"grok-1": _grok1, "grok-2": _grok2}

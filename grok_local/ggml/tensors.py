@@ -1,0 +1,133 @@
+"""Looks into the tensors of a running graph, and changes where one has its data.
+
+`struct ggml_tensor` is public (ggml.h) but not part of an interface that stays: `layout_is_known` must be true before
+`sources` and `move_data` may be used. The other functions use ggml's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from grok_local.ggml.library import open_library, prototype
+
+__all__ = ["data_address", "layout_is_known", "move_data", "read_ints", "size_of", "sources", "tensor_name"]
+
+_P = ctypes.c_void_p
+_DIMS, _SOURCES, _NAME, _PARAMS = 4, 10, 64, 16  # GGML_MAX_DIMS, _SRC, _NAME, _OP_PARAMS / 4 of ggml.h
+_F32, _I32 = 0, 26  # enum ggml_type
+
+
+class _Tensor(ctypes.Structure):
+    """struct ggml_tensor."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", _P),
+        ("ne", ctypes.c_int64 * _DIMS),
+        ("nb", ctypes.c_size_t * _DIMS),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * _PARAMS),
+        ("flags", ctypes.c_int32),
+        ("src", _P * _SOURCES),
+        ("view_src", _P),
+        ("view_offs", ctypes.c_size_t),
+        ("data", _P),
+        ("name", ctypes.c_char * _NAME),
+    ]
+
+
+class _InitParams(ctypes.Structure):
+    """struct ggml_init_params."""
+
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool)]
+
+
+@cache
+def _base() -> ctypes.CDLL:
+    lib = open_library("ggml-base")
+    prototype(lib, "ggml_init", _P, _InitParams)
+    prototype(lib, "ggml_free", None, _P)
+    prototype(lib, "ggml_tensor_overhead", ctypes.c_size_t)
+    prototype(lib, "ggml_new_tensor_2d", _P, _P, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    prototype(lib, "ggml_new_tensor_3d", _P, _P, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    prototype(lib, "ggml_mul_mat_id", _P, _P, _P, _P, _P)
+    prototype(lib, "ggml_set_name", _P, _P, ctypes.c_char_p)
+    prototype(lib, "ggml_get_name", ctypes.c_char_p, _P)
+    prototype(lib, "ggml_get_data", _P, _P)
+    prototype(lib, "ggml_nbytes", ctypes.c_size_t, _P)
+    prototype(lib, "ggml_nelements", ctypes.c_int64, _P)
+    prototype(lib, "ggml_nrows", ctypes.c_int64, _P)
+    prototype(lib, "ggml_backend_tensor_get", None, _P, _P, ctypes.c_size_t, ctypes.c_size_t)
+    return lib
+
+
+def tensor_name(tensor: int) -> bytes:
+    """The name, as llama.cpp's graph or the GGUF has it."""
+    name: bytes = _base().ggml_get_name(tensor)
+    return name
+
+
+def size_of(tensor: int) -> int:
+    """Bytes from its first element to its last."""
+    return int(_base().ggml_nbytes(tensor))
+
+
+def data_address(tensor: int) -> int:
+    """Where its data is, 0 if nowhere yet."""
+    return int(_base().ggml_get_data(tensor) or 0)
+
+
+def read_ints(tensor: int) -> npt.NDArray[np.int32]:
+    """int32 [rows, elements of a row]: a computed tensor of integers, wherever it is; its rows may lie apart."""
+    base = _base()
+    rows, nbytes = base.ggml_nrows(tensor), base.ggml_nbytes(tensor)
+    if not rows:
+        return np.empty((0, 0), np.int32)
+    width = base.ggml_nelements(tensor) // rows
+    data = np.empty(nbytes // 4, np.int32)
+    base.ggml_backend_tensor_get(tensor, data.ctypes.data, 0, nbytes)
+    stride = (len(data) - width) // (rows - 1) if rows > 1 else width
+    return np.lib.stride_tricks.as_strided(data, (rows, width), (4 * stride, 4))
+
+
+def sources(tensor: int) -> Iterator[int]:
+    """What a node of the graph is computed from."""
+    yield from filter(None, _Tensor.from_address(tensor).src)
+
+
+def move_data(tensor: int, address: int) -> None:
+    """From now on the tensor's data is at `address`."""
+    _Tensor.from_address(tensor).data = address
+
+
+@cache
+def layout_is_known() -> bool:
+    """Whether struct ggml_tensor is laid out as it is here: tried on tensors made for this, which nobody computes."""
+    base = _base()
+    context = base.ggml_init(_InitParams(8 * (base.ggml_tensor_overhead() + 64), None, True))
+    try:
+        weights = base.ggml_new_tensor_3d(context, _F32, 32, 5, 3)
+        input = base.ggml_new_tensor_3d(context, _F32, 32, 1, 7)
+        ids = base.ggml_new_tensor_2d(context, _I32, 2, 7)
+        product = base.ggml_mul_mat_id(context, weights, input, ids)
+        base.ggml_set_name(weights, b"layout")
+        return _looks_right(weights, product, [weights, input, ids])
+    finally:
+        base.ggml_free(context)
+
+
+def _looks_right(weights: int, product: int, inputs: list[int]) -> bool:
+    seen = _Tensor.from_address(weights)
+    if _base().ggml_tensor_overhead() < ctypes.sizeof(_Tensor) or (seen.type, list(seen.ne)) != (_F32, [32, 5, 3, 1]):
+        return False
+    if list(seen.nb) != [4, 128, 640, 1920] or seen.name != b"layout" or seen.data is not None:
+        return False
+    if list(sources(product)) != inputs:
+        return False
+    move_data(weights, 4096)
+    return data_address(weights) == 4096

@@ -1,0 +1,204 @@
+"""Reads pieces of files into memory, several at once and past the page cache, and notices when a file changes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from grok_local.errors import ModelError
+from grok_local.runtime.experts.memory import BLOCK, Region
+
+__all__ = ["Reader", "Ticket"]
+
+_CHUNK = 4 << 20  # bytes of one read
+_THREADS = 4  # enough for one NVMe disk
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class Ticket:
+    """A read under way. `error` is set before it is done."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._left = 0
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is done, at the latest after `seconds`."""
+        return self._done.wait(seconds)
+
+    def expect(self, pieces: int) -> None:
+        """So many calls of `finish` are to come."""
+        self._left = pieces
+
+    def finish(self, error: BaseException | None) -> None:
+        """One piece is there, or is not going to be."""
+        with self._lock:
+            self.error = self.error or error
+            self._left -= 1
+            if self._left == 0:
+                self._done.set()
+
+
+class _Piece(NamedTuple):
+    file: int
+    offset: int
+    target: memoryview | None  # none: only into the page cache
+    nbytes: int
+    ticket: Ticket
+
+
+class Reader:
+    """Open `paths`; the files are addressed by their number in it. Raises ModelError."""
+
+    def __init__(self, paths: Sequence[Path], *, threads: int = _THREADS) -> None:
+        self.paths = list(paths)
+        self._files = [_File(path) for path in paths]
+        self._queue: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self, file: int, start: int, end: int, *, region: Region, at: int) -> Ticket:
+        """Bytes `start` to `end` of the file, to `at` in the region; whole blocks, where they are congruent."""
+        first, last = start // BLOCK * BLOCK, -(-end // BLOCK) * BLOCK
+        ticket = Ticket()
+        pieces = [
+            _Piece(file, offset, region.view(offset - start + at, stop - start + at), min(stop, end) - offset, ticket)
+            for offset, stop in _chunks(first, last)
+        ]
+        return self._put(ticket, pieces)
+
+    def read_ahead(self, file: int, start: int, end: int) -> Ticket:
+        """Bytes `start` to `end` of the file, into the page cache."""
+        ticket = Ticket()
+        pieces = [_Piece(file, offset, None, stop - offset, ticket) for offset, stop in _chunks(start, end)]
+        return self._put(ticket, pieces)
+
+    def check(self) -> None:
+        """Raises ModelError if a file is no longer what it was when it was opened."""
+        for file in self._files:
+            file.check()
+
+    def drop_cache(self) -> None:
+        """What the page cache has of the files is not needed."""
+        for file in self._files:
+            file.drop_cache(0, 0)
+
+    def close(self) -> None:
+        """Wait for what is being read, and close the files."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        for file in self._files:
+            file.close()
+
+    def _put(self, ticket: Ticket, pieces: Sequence[_Piece]) -> Ticket:
+        ticket.expect(len(pieces))
+        for piece in pieces:
+            self._queue.put(piece)
+        return ticket
+
+    def _work(self) -> None:
+        while (piece := self._queue.get()) is not None:
+            error: BaseException | None = None
+            try:
+                self._files[piece.file].read(piece)
+            except OSError as caught:
+                error = self._files[piece.file].failed(caught)
+            except BaseException as caught:
+                error = caught
+            piece.ticket.finish(error)
+            del piece  # its view of memory
+
+
+class _File:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._direct = -1
+        try:
+            self._cached = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self.failed(error) from None
+        self._known = _identity(os.fstat(self._cached))
+        if _DIRECT:
+            with suppress(OSError):  # not every file system can
+                self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+
+    def read(self, piece: _Piece) -> None:
+        if piece.target is None:
+            self._read_ahead(piece.offset, piece.nbytes)
+            return
+        done = 0
+        while done < piece.nbytes:
+            done += self._read_some(piece.target[done:], piece.offset + done)
+
+    def _read_some(self, target: memoryview, offset: int) -> int:
+        if self._direct >= 0 and offset % BLOCK == 0:
+            try:
+                return self._something(os.preadv(self._direct, [target], offset))
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct = -1  # larger blocks, or only in some places
+        count = self._something(os.preadv(self._cached, [target], offset))
+        self.drop_cache(offset, count)
+        return count
+
+    def _something(self, count: int) -> int:
+        if not count:
+            raise ModelError(f"{self._path}: has become shorter while it was in use: {_ADVICE}")
+        return count
+
+    def _read_ahead(self, offset: int, nbytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._cached, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        else:
+            os.pread(self._cached, nbytes, offset)
+
+    def drop_cache(self, offset: int, nbytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self._cached, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def check(self) -> None:
+        try:
+            now = os.fstat(self._cached)
+        except OSError as error:
+            raise self.failed(error) from None
+        if not now.st_nlink:
+            raise ModelError(f"{self._path}: was deleted while it was in use: put it back and load the model again")
+        if _identity(now) != self._known:
+            raise ModelError(f"{self._path}: has changed while it was in use: {_ADVICE}")
+
+    def failed(self, error: OSError) -> ModelError:
+        return ModelError(
+            f"{self._path}: cannot be read ({error.strerror or error}): check the disk, then load the model again"
+        )
+
+    def close(self) -> None:
+        for descriptor in {self._cached, self._direct} - {-1}:
+            os.close(descriptor)
+
+
+_ADVICE = "grok-local verify tells whether it is whole; then load the model again"
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _chunks(start: int, end: int) -> list[tuple[int, int]]:
+    return [(offset, min(offset + _CHUNK, end)) for offset in range(start, end, _CHUNK)]

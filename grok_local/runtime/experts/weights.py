@@ -1,0 +1,106 @@
+"""The weights of a model that are in RAM: where the file has them, where memory will, and what llama.cpp knows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from ctypes import CDLL, c_int, c_size_t, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+from grok_local.gguf_file import Header, Tensor
+from grok_local.runtime.experts.memory import HUGE, Region
+from grok_local.runtime.experts.reader import Reader, Ticket
+from grok_local.runtime.shape import EXPERTS
+
+__all__ = ["Mapping", "Weight", "mappings", "weights_of"]
+
+_LAYER = re.compile(rf"blk\.(\d+)\.{EXPERTS}\.weight")
+_HUGE_FROM = 32 * HUGE  # bytes of a slice, from which on what it takes beyond its ends is little
+
+
+@dataclass
+class Weight:
+    """A tensor; of experts, `layer` is theirs and `stride` the bytes of one. `region` is where memory has it."""
+
+    tensor: Tensor
+    file: int
+    layer: int | None
+    stride: int
+    region: Region
+
+    def read(self, reader: Reader, expert: int = 0) -> Ticket:
+        """Have it read, or one expert's slice of it."""
+        at = expert * self.stride
+        start = self.tensor.offset + at
+        return reader.read(self.file, start, start + self.stride, region=self.region, at=at)
+
+    def take_pages(self, expert: int, *, source: Weight, victim: int) -> None:
+        """Have for an expert's slice the memory of a victim's in `source`, where it is as large."""
+        if source.stride != self.stride:
+            source.release(victim)
+            return
+        at = expert * self.stride
+        self.region.take_pages(
+            at, at + self.stride, source=source.region, source_start=victim * self.stride
+        )
+
+    def release(self, expert: int) -> None:
+        """Give an expert's slice of memory back."""
+        self.region.release(expert * self.stride, (expert + 1) * self.stride)
+
+
+def weights_of(headers: Sequence[Header], names: Iterable[str], *, huge: bool) -> Iterator[Weight]:
+    """Those of the tensors that are named, with memory reserved for them. Raises OSError."""
+    wanted = set(names)
+    for file, header in enumerate(headers):
+        for tensor in header.tensors:
+            if tensor.name in wanted:
+                layer, stride = _slices(tensor)
+                large = huge and (stride % HUGE == 0 or stride >= _HUGE_FROM)
+                region = Region(tensor.offset, tensor.nbytes, huge=large)
+                yield Weight(tensor, file, layer, stride, region)
+
+
+def _slices(tensor: Tensor) -> tuple[int | None, int]:
+    found = _LAYER.fullmatch(tensor.name)
+    if found and len(tensor.shape) == 3:
+        return int(found[1]), tensor.nbytes // tensor.shape[0]
+    return None, tensor.nbytes
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A piece of a file that is mapped into this process: its bytes from `offset` on, at `start` to `end`."""
+
+    file: int
+    start: int
+    end: int
+    offset: int
+
+    def address(self, offset: int) -> int | None:
+        """Where a byte of the file is, None if not in this piece."""
+        address = self.start + offset - self.offset
+        return address if self.start <= address < self.end else None
+
+    def give_back(self) -> None:
+        """The mapped pages need not stay in memory; touched again, they come from the file."""
+        libc = CDLL(None, use_errno=True)
+        libc.madvise(c_void_p(self.start), c_size_t(self.end - self.start), c_int(4))  # MADV_DONTNEED
+
+
+def mappings(paths: Sequence[Path]) -> list[Mapping]:
+    """What Linux says is mapped of these files."""
+    numbers = {(status.st_dev, status.st_ino): number for number, status in enumerate(map(os.stat, paths))}
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+            span, _, offset, device, inode = line.split(maxsplit=5)[:5]
+            major, minor = (int(part, 16) for part in device.split(":"))
+            number = numbers.get((os.makedev(major, minor), int(inode)))
+            if number is not None:
+                start, end = (int(part, 16) for part in span.split("-"))
+                found.append(Mapping(number, start, end, int(offset, 16)))
+    return found
