@@ -104,6 +104,13 @@ def load_options(
     repack: Annotated[
         str, typer.Option(help="Weights rearranged in RAM, which is faster.", metavar="auto|on|off")
     ] = "auto",
+    stream: Annotated[
+        str, typer.Option(help="Experts read as they are chosen: where they do not fit.", metavar="auto|on|off")
+    ] = "auto",
+    trace_experts: Annotated[
+        Optional[str],
+        typer.Option(help="Record there which experts each token goes to.", metavar="FILE"),
+    ] = None,
     workers: Annotated[
         Optional[list[str]],
         typer.Option("--worker", help="A machine that runs grok-local worker; may be repeated.", metavar="HOST:PORT"),

@@ -112,22 +112,22 @@ def layout_is_known() -> bool:
     context = base.ggml_init(_InitParams(8 * (base.ggml_tensor_overhead() + 64), None, True))
     try:
         weights = base.ggml_new_tensor_3d(context, _F32, 32, 5, 3)
-        input = base.ggml_new_tensor_3d(context, _F32, 32, 1, 7)
+        inputs = base.ggml_new_tensor_3d(context, _F32, 32, 1, 7)
         ids = base.ggml_new_tensor_2d(context, _I32, 2, 7)
-        product = base.ggml_mul_mat_id(context, weights, input, ids)
+        product = base.ggml_mul_mat_id(context, weights, inputs, ids)
         base.ggml_set_name(weights, b"layout")
-        return _looks_right(weights, product, [weights, input, ids])
+        return _looks_right(weights, product, [weights, inputs, ids])
     finally:
         base.ggml_free(context)
 
 
-def _looks_right(weights: int, product: int, inputs: list[int]) -> bool:
+def _looks_right(weights: int, product: int, used: list[int]) -> bool:
     seen = _Tensor.from_address(weights)
     if _base().ggml_tensor_overhead() < ctypes.sizeof(_Tensor) or (seen.type, list(seen.ne)) != (_F32, [32, 5, 3, 1]):
         return False
     if list(seen.nb) != [4, 128, 640, 1920] or seen.name != b"layout" or seen.data is not None:
         return False
-    if list(sources(product)) != inputs:
+    if list(sources(product)) != used:
         return False
     move_data(weights, 4096)
     return data_address(weights) == 4096

@@ -7,7 +7,7 @@ in it, so that a prompt that begins as the last one did only costs its new token
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ import numpy.typing as npt
 from grok_local import gguf_file
 from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.runtime import log
+from grok_local.runtime.experts import ExpertStats, RouterTap
 from grok_local.runtime.loading import open_planned
 from grok_local.runtime.machine import core_count
 from grok_local.runtime.plan import Wishes
 from grok_local.runtime.probes import Say
+from grok_local.runtime.routing import Row
 from grok_local.runtime.sampling import Sampling, new_chain
 
 __all__ = ["Engine"]
 
 _MAX_CONTEXT = 1 << 24
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS
+_MOST_OUTPUTS = 512  # tokens whose logits llama.cpp keeps at once: of 131072 float32 each
 _ABORTED = 2  # llama_decode's answer when the abort callback said so
 
 
@@ -43,8 +46,10 @@ class Engine:
         self._context: Any = None
         self._batch: Any = None
         self._chain: Any = None
+        self._tap: RouterTap | None = None
         self.interrupted = False
         self.cached: list[int] = []
+        self._lengths: dict[int, int] = {}  # of the sequences in the KV cache but the first
         wishes = wishes or Wishes()
         if wishes.context is not None and not 1 <= wishes.context <= _MAX_CONTEXT:
             raise OptionError(f"context {wishes.context}: must be 1 to {_MAX_CONTEXT}")
@@ -62,12 +67,21 @@ class Engine:
         log.listen()
         llama_cpp.llama_backend_init()
         self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
-        opened = open_planned(path, self.headers, wishes=wishes, threads=self.threads, abort=self._abort, say=say)
+        opened = open_planned(
+            path,
+            self.headers,
+            wishes=wishes,
+            threads=self.threads,
+            interrupted=lambda: self.interrupted,
+            abort=self._abort,
+            say=say,
+        )
         self._model, self._context, self.placement = opened.model, opened.context, opened.placement
+        self._tap = opened.tap
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.context_size = min(self.placement.plan.context, int(llama_cpp.llama_n_ctx(self._context)))
-        self._batch_size = min(wishes.batch, int(llama_cpp.llama_n_batch(self._context)))
+        self._batch_size = min(self.placement.plan.batch, int(llama_cpp.llama_n_batch(self._context)))
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(self._batch_size, 0, 1)
 
@@ -80,6 +94,9 @@ class Engine:
             llama_cpp.llama_free(self._context)
         if self._model:
             llama_cpp.llama_model_free(self._model)
+        if self._tap:
+            self._tap.close()
+        self._tap = None
         self._batch = self._context = self._model = None
 
     @property
@@ -182,13 +199,53 @@ class Engine:
             raise ContextError(f"{len(ids)} tokens do not fit the context of {self.context_size}: give a larger one")
         out = np.empty((len(ids), self.vocabulary), np.float32)
         self._truncate(0)
-        for start in range(0, len(ids), self._batch_size):
-            chunk = ids[start : start + self._batch_size]
+        width = min(self._batch_size, _MOST_OUTPUTS)
+        for start in range(0, len(ids), width):
+            chunk = ids[start : start + width]
             if not self._decode(chunk, logits="all"):
                 raise ModelError("interrupted")
             computed = llama_cpp.llama_get_logits(self._context)
             out[start : start + len(chunk)] = np.ctypeslib.as_array(computed, (len(chunk), self.vocabulary))
         return out
+
+    def evaluate_together(self, pieces: Mapping[int, Sequence[int]]) -> npt.NDArray[np.float32]:
+        """Evaluate tokens of several sequences at once, each after those its sequence has; `pieces` by its number.
+
+        float32 [pieces, vocabulary]: the logits after the last of each. Needs Wishes.sequences. Sequence 0 is the one
+        of the other methods. Raises ModelError if interrupted, ContextError, OptionError.
+        """
+        self._check_open()
+        rows = [row for number, ids in pieces.items() for row in self._rows_of(number, ids)]
+        used = len(self.cached) + sum(self._lengths.values()) + len(rows)
+        if used > self.context_size or len(rows) > self._batch_size:
+            raise ContextError(
+                f"{len(rows)} tokens at once, {used} in all: at most {self._batch_size} and {self.context_size} fit"
+            )
+        if not self._evaluate(rows):
+            for number in pieces:
+                llama_cpp.llama_memory_seq_rm(self._memory, number, self._length(number), -1)
+            raise ModelError("interrupted")
+        for number, ids in pieces.items():
+            if number == 0:
+                self.cached += ids
+            else:
+                self._lengths[number] = self._length(number) + len(ids)
+        computed = llama_cpp.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(computed, (len(pieces), self.vocabulary)).copy()
+
+    def _rows_of(self, sequence: int, ids: Sequence[int]) -> Iterator[Row]:
+        self._check_ids(ids)
+        if not (ids and 0 <= sequence < self.placement.plan.wishes.sequences):
+            raise OptionError(f"sequence {sequence} with {len(ids)} tokens: needs tokens, and a place in the context")
+        start = self._length(sequence)
+        return (Row(token, start + i, sequence, i == len(ids) - 1) for i, token in enumerate(ids))
+
+    def _length(self, sequence: int) -> int:
+        return self._lengths.get(sequence, 0) if sequence else len(self.cached)
+
+    def expert_stats(self) -> ExpertStats | None:
+        """What was read and waited for so far; None where no experts are streamed."""
+        return self._tap.stats.copy() if self._tap and self.placement.plan.streamed else None
 
     def begin_sampling(self, options: Sampling, recent: Sequence[int]) -> None:
         """From now on choose tokens by `options`; `recent` are the last tokens so far, for the repetition penalty."""
@@ -212,7 +269,7 @@ class Engine:
 
     def _should_abort(self, _: Any) -> bool:
         # Called for every node of the graph; Python handles pending signals on the way.
-        return self.interrupted
+        return self.interrupted or (self._tap is not None and self._tap.should_abort())
 
     def _truncate(self, length: int) -> None:
         if length < len(self.cached):
@@ -224,23 +281,35 @@ class Engine:
 
     def _decode(self, ids: Sequence[int], *, logits: str) -> bool:
         """Evaluate `ids` after the cached ones. False if interrupted."""
-        batch, start = self._batch, len(self.cached)
-        batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            batch.token[i] = token
-            batch.pos[i] = start + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = logits == "all" or i == len(ids) - 1
-        log.clear()
-        status = llama_cpp.llama_decode(self._context, batch)
-        if status == 0:
-            self.cached += ids
-            return True
-        llama_cpp.llama_memory_seq_rm(self._memory, 0, start, -1)
-        if status == _ABORTED:
+        start, last = len(self.cached), len(ids) - 1
+        rows = [Row(token, start + i, 0, logits == "all" or i == last) for i, token in enumerate(ids)]
+        if not self._evaluate(rows):
+            llama_cpp.llama_memory_seq_rm(self._memory, 0, start, -1)
             return False
-        raise ModelError(f"llama.cpp failed to evaluate {len(ids)} tokens (status {status}): {log.reason()}")
+        self.cached += ids
+        return True
+
+    def _evaluate(self, rows: Sequence[Row]) -> bool:
+        """Have llama.cpp compute them. False if interrupted."""
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, row in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = row.token, row.position, row.output
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row.sequence
+        log.clear()
+        try:
+            if self._tap:
+                self._tap.begin(rows)
+            status = llama_cpp.llama_decode(self._context, batch)
+            if self._tap:
+                self._tap.finish(complete=status == 0)
+        except BaseException:
+            for row in rows:
+                llama_cpp.llama_memory_seq_rm(self._memory, row.sequence, row.position, -1)
+            raise
+        if status in (0, _ABORTED):
+            return bool(status == 0)
+        raise ModelError(f"llama.cpp failed to evaluate {len(rows)} tokens (status {status}): {log.reason()}")
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         bad = [token for token in ids if not 0 <= token < self.vocabulary]

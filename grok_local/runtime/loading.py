@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from grok_local.ggml.devices import (
 )
 from grok_local.gguf_file import Header
 from grok_local.runtime import log
+from grok_local.runtime.experts import RouterTap, new_tap
 from grok_local.runtime.machine import Machine, Speeds, assembled, local_devices
 from grok_local.runtime.plan import RAM, Plan, Share, Wishes, make_plan
 from grok_local.runtime.probes import Say, speeds
@@ -73,6 +74,7 @@ class Opened:
     model: Any
     context: Any
     placement: Placement
+    tap: RouterTap | None = None
 
 
 class _OutOfMemory(Exception):  # noqa: N818  # never leaves this module
@@ -89,35 +91,47 @@ def machine_for(model: ModelShape, wishes: Wishes, *, threads: int, say: Say | N
 
 
 def open_planned(
-    path: Path, headers: Sequence[Header], *, wishes: Wishes, threads: int, abort: Any, say: Say | None = None
+    path: Path,
+    headers: Sequence[Header],
+    *,
+    wishes: Wishes,
+    threads: int,
+    interrupted: Callable[[], bool],
+    abort: Any,
+    say: Say | None = None,
 ) -> Opened:
-    """Raises PlacementError, ModelError, GGUFError, OptionError."""
+    """`abort` is llama.cpp's callback. Raises PlacementError, ModelError, GGUFError, OptionError, OutputError."""
     shape = ModelShape.from_headers(headers)
     plan = make_plan(shape, machine_for(shape, wishes, threads=threads, say=say), wishes)
     notes = list(plan.notes)
     for step in range(_MOST_STEPS):
         try:
-            return _open(path, plan, threads=threads, abort=abort, notes=notes)
+            tap, told = new_tap(plan, headers, interrupted=interrupted)
+            return _open(path, plan, threads=threads, abort=abort, tap=tap, notes=[*notes, *told])
         except _OutOfMemory as error:
             plan, note = _step_down(plan, error, units=2**step)
             notes.append(note)
     raise ModelError(f"{path}: {notes[-1]}, and less does not fit either")
 
 
-def _open(path: Path, plan: Plan, *, threads: int, abort: Any, notes: list[str]) -> Opened:
+def _open(path: Path, plan: Plan, *, threads: int, abort: Any, tap: RouterTap | None, notes: Sequence[str]) -> Opened:
     log.clear()
     model = context = None
     try:
         model = _load_model(path, plan)
-        context = _new_context(model, plan, threads=threads, abort=abort)
+        if tap:
+            tap.attach()
+        context = _new_context(model, plan, threads=threads, abort=abort, tap=tap)
         held = tuple(_held(plan))
     except BaseException:
         if context:
             llama_cpp.llama_free(context)
         if model:
             llama_cpp.llama_model_free(model)
+        if tap:
+            tap.close()
         raise
-    return Opened(model, context, Placement(plan, held, (*notes, *_differences(plan, held))))
+    return Opened(model, context, Placement(plan, held, (*notes, *_differences(plan, held))), tap)
 
 
 def _load_model(path: Path, plan: Plan) -> Any:
@@ -186,13 +200,19 @@ def _patterns(names: Iterable[str]) -> Iterator[str]:
         yield f"^{prefix}{re.escape(rest)}$"
 
 
-def _new_context(model: Any, plan: Plan, *, threads: int, abort: Any) -> Any:
+def _new_context(model: Any, plan: Plan, *, threads: int, abort: Any, tap: RouterTap | None) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = plan.context
-    params.n_batch = params.n_ubatch = plan.wishes.batch
+    params.n_batch = params.n_ubatch = plan.batch
+    params.n_seq_max = plan.wishes.sequences
+    params.kv_unified = plan.wishes.sequences > 1
     params.n_threads = params.n_threads_batch = threads
     params.type_k = params.type_v = _KV_TYPES[plan.wishes.kv_type]
     params.abort_callback = abort
+    if tap:
+        params.cb_eval = tap.callback
+    # A GPU would be given copies of experts before we know which are wanted.
+    params.op_offload = not plan.streamed
     params.no_perf = True
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:

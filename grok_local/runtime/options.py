@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from grok_local.errors import OptionError
@@ -20,8 +22,10 @@ class LoadOptions(TypedDict, total=False):
     `placement`: "auto" plans for the GPUs there are, "cpu" leaves them alone. `gpu_layers`: so many of the last layers
     go to devices, the output counting as one. `experts_on`: "cpu", "gpu", or of how many layers the experts go to
     devices. `overrides`: "PATTERN=PLACE", a regular expression for tensor names, and RAM or a device. `repack`: "auto",
-    "on" or "off": weights rearranged in RAM for llama.cpp's faster products. `workers`: "HOST:PORT" each. `say` is told
-    what takes long: measuring this machine, the first time.
+    "on" or "off": weights rearranged in RAM for llama.cpp's faster products. `stream`: "auto", "on" or "off": experts
+    read as they are chosen, into at most what `memory` leaves them; "auto" does so where they do not fit.
+    `trace_experts`: a file that shall record which experts each token is routed to. `workers`: "HOST:PORT" each. `say`
+    is told what takes long: measuring this machine, the first time.
     """
 
     context: int | None
@@ -33,6 +37,8 @@ class LoadOptions(TypedDict, total=False):
     experts_on: Literal["cpu", "gpu"] | int | None
     overrides: Sequence[str] | None
     repack: Literal["auto", "on", "off"]
+    stream: Literal["auto", "on", "off"]
+    trace_experts: str | os.PathLike[str] | None
     workers: Sequence[str] | None
     say: Callable[[str], None] | None
 
@@ -43,7 +49,7 @@ def wishes_of(options: LoadOptions) -> Wishes:
     if unknown:
         raise TypeError(f"load() has no option {', '.join(sorted(unknown))}")
     _check_kinds(options)
-    memory = options.get("memory")
+    memory, trace = options.get("memory"), options.get("trace_experts")
     alone = _one_of(options, "placement", ("auto", "cpu")) == "cpu"
     wishes = Wishes(
         context=options.get("context"),
@@ -52,6 +58,8 @@ def wishes_of(options: LoadOptions) -> Wishes:
         experts_on="cpu" if alone else _number_or_word(options.get("experts_on")),
         overrides=tuple(map(_override, options.get("overrides") or ())),
         repack=_one_of(options, "repack", ("auto", "on", "off")),
+        stream=_one_of(options, "stream", ("auto", "on", "off")),
+        trace_experts=Path(trace) if trace else None,
         memory=None if memory is None else parse_size(memory),
     )
     for name, value in (("gpu_layers", wishes.gpu_layers), ("experts_on", wishes.experts_on)):

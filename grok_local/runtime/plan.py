@@ -9,41 +9,25 @@ list of exceptions.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
-from grok_local.errors import OptionError, PlacementError
+from grok_local.errors import PlacementError
 from grok_local.runtime.machine import Device, Machine
-from grok_local.runtime.shape import EXPERTS, KV_WIDTHS, ModelShape, Role, Weight
+from grok_local.runtime.shape import EXPERTS, ModelShape, Role, Weight
+from grok_local.runtime.wishes import RAM, Wishes, check_wishes
 from grok_local.units import format_bytes
 
 __all__ = ["RAM", "Plan", "Share", "Wishes", "make_plan", "ram_reserve"]
 
-RAM = "RAM"
 _MARGIN = 512_000_000  # bytes of a device that stay free: its context, fragmentation
+_BATCH = 512  # llama.cpp's own
+_BATCHES = (4096, 2048, 1024)  # wider ones gain nothing: each expert has work enough
+_MOST_COMPUTE = 0.25  # of the room that compute buffers and experts share
 _STEPS = 512  # of the share of each device that is tried
-_LONGEST_PATTERN = 1000  # characters
 _SPARSE_CONTEXT = 256  # tokens: the smallest context anybody is advised
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the user asks for; None leaves it to the plan. `experts_on`: "cpu", "gpu", or of how many layers the
-    experts go to devices. `overrides`: (regular expression for tensor names, place). `memory`: bytes of RAM.
-    """
-
-    context: int | None = None
-    kv_type: str = "f16"
-    batch: int = 512
-    gpu_layers: int | None = None
-    experts_on: Literal["cpu", "gpu"] | int | None = None
-    overrides: tuple[tuple[str, str], ...] = ()
-    repack: Literal["auto", "on", "off"] = "auto"
-    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +63,8 @@ class Plan:
     repacked: frozenset[str]  # names of the tensors that RAM holds rearranged
     shares: tuple[Share, ...]  # the devices', then RAM's
     disk: int  # bytes of experts that RAM has no room for
+    batch: int  # tokens evaluated at once
+    streamed: bool  # experts are read by us as they are chosen, RAM's share of them being what is held
     notes: tuple[str, ...] = ()
 
     @property
@@ -158,7 +144,8 @@ class _Planner:
         self._model, self._machine, self._wishes, self._advise = model, machine, wishes, advise
         self._context = wishes.context or max(min(8192, model.trained_context or 8192), 1)
         self._devices = machine.devices
-        self._check_wishes()
+        self._batch = self._wishes.batch or _BATCH
+        check_wishes(self._wishes, [device.name for device in self._devices])
         self._budget = self._ram_budget()
         self._rooms = [0] * len(self._devices)
 
@@ -166,7 +153,11 @@ class _Planner:
         layers, overrides, shares = self._best()
         self._check_devices(shares)
         disk = self._disk(shares[-1])
-        repacked = self._repacked(layers, overrides, disk)
+        streamed = self._is_streamed(disk, shares[-1])
+        if streamed:
+            layers, overrides, shares = self._widest(sum(layers), disk)
+            disk = self._disk(shares[-1])
+        repacked = self._repacked(layers, overrides, disk=disk, streamed=streamed)
         return Plan(
             self._model,
             self._machine,
@@ -177,7 +168,9 @@ class _Planner:
             repacked,
             (*shares[:-1], replace(shares[-1], experts=shares[-1].experts - disk)),
             disk,
-            tuple(self._notes(disk, layers)),
+            self._batch,
+            streamed,
+            tuple(self._notes(disk, layers, held=shares[-1].experts - disk, streamed=streamed)),
         )
 
     def _best(self) -> tuple[list[int], tuple[tuple[str, str], ...], list[Share]]:
@@ -208,7 +201,7 @@ class _Planner:
         return room if device.most is None else min(room, max(device.most, 0))
 
     def _compute(self, *, attention: bool, experts: bool, output: bool) -> int:
-        batch = min(self._wishes.batch, self._context)
+        batch = min(self._batch, self._context)
         return self._model.compute_bytes(
             context=self._context, batch=batch, attention=attention, experts=experts, output=output
         )
@@ -222,6 +215,48 @@ class _Planner:
                 )
             return self._wishes.memory
         return machine.available - ram_reserve(machine.memory)
+
+    # -- streaming -----------------------------------------------------------------------------------------------------
+
+    def _is_streamed(self, disk: int, ram: Share) -> bool:
+        wished = self._wishes.stream
+        return ram.experts > 0 and wished != "off" and (disk > 0 or wished == "on")
+
+    def _widest(self, device_layers: int, disk: int) -> tuple[list[int], tuple[tuple[str, str], ...], list[Share]]:
+        """Placed for as many tokens at once as may be, since a prompt reads all experts once for each such batch.
+
+        It must cost no layer on a device, and little of the room for experts. Raises PlacementError.
+        """
+        wider = [min(width, self._context) for width in _BATCHES] if disk and not self._wishes.batch else []
+        usual = self._batch
+        for self._batch in filter(lambda width: width > usual, wider):
+            with suppress(PlacementError):
+                placed = self._best()
+                if sum(placed[0]) == device_layers and self._is_balanced(placed[2][-1]):
+                    return placed
+        self._batch = usual
+        placed = self._best()
+        self._require_floor(placed[2][-1])
+        return placed
+
+    def _is_balanced(self, ram: Share) -> bool:
+        """Whether compute buffers leave most of the room beside dense tensors and KV cache to experts."""
+        return ram.compute <= (ram.capacity - ram.dense - ram.kv) * _MOST_COMPUTE
+
+    def _require_floor(self, ram: Share) -> None:
+        """One token's experts of one layer have to be in RAM together. Raises PlacementError."""
+        model = self._model
+        short = model.experts_used * self._largest_expert() - (ram.experts - self._disk(ram))
+        if short > 0:
+            raise PlacementError(
+                f"{model.name} needs {format_bytes(ram.capacity + short)} of RAM to stream its experts, with "
+                f"{self._context} tokens of context; {format_bytes(max(ram.capacity, 0))} can be used"
+            )
+
+    def _largest_expert(self) -> int:
+        """Bytes of one expert, in the layer where they are largest."""
+        layers = [self._model.layer_bytes(layer, Role.EXPERTS) for layer in range(self._model.layers)]
+        return max(layers, default=0) // max(self._model.experts, 1)
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
@@ -368,10 +403,14 @@ class _Planner:
             smaller //= 2
         return f"{text}, and no smaller context fits either"
 
-    def _repacked(self, layers: Sequence[int], overrides: Sequence[tuple[str, str]], disk: int) -> frozenset[str]:
+    def _repacked(
+        self, layers: Sequence[int], overrides: Sequence[tuple[str, str]], *, disk: int, streamed: bool
+    ) -> frozenset[str]:
         """What RAM holds rearranged: copies of what llama.cpp has a faster layout for, if everything fits."""
         if self._wishes.repack == "off":
             return frozenset()
+        if streamed and not disk and self._wishes.repack == "on":
+            raise PlacementError("--repack on: streamed experts stay as they are in the file: leave out one of the two")
         places = _Places(self._model, self._devices, layers, overrides)
         able = frozenset(
             weight.name
@@ -387,16 +426,21 @@ class _Planner:
                 f"--repack on: rearranged weights are copies in RAM, and {format_bytes(disk)} of the experts do not "
                 "fit there: leave it out"
             )
-        return frozenset() if disk else able
+        return frozenset() if disk or streamed else able
 
     def _may_repack(self, weight: Weight) -> bool:
         speeds = self._machine.speeds
         gains = speeds.gains(weight.type, experts=weight.role is Role.EXPERTS)
         return speeds.can_repack(weight.type, weight.rows) and (gains or self._wishes.repack == "on")
 
-    def _notes(self, disk: int, layers: Sequence[int]) -> Iterator[str]:
-        if disk:
-            yield f"{format_bytes(disk)} of the experts do not fit in RAM and are read from the disk when needed"
+    def _notes(self, disk: int, layers: Sequence[int], *, held: int, streamed: bool) -> Iterator[str]:
+        if disk and streamed:
+            yield f"{format_bytes(disk)} of the experts do not fit in RAM: they are streamed, read as they are chosen"
+            over = self._model.experts * self._largest_expert() - held
+            if over > 0:
+                yield f"a prompt needs all experts of a layer at once, {format_bytes(over)} more than it may take"
+        elif disk:
+            yield f"{format_bytes(disk)} of the experts do not fit in RAM and are mapped: the system reads them"
         if self._devices and self._wishes.gpu_layers is None and not sum(layers):
             yield "no device has room for even one layer beside its compute buffer"
         for pattern, place in self._wishes.overrides:
@@ -404,34 +448,6 @@ class _Planner:
                 yield f"--override {pattern}={place} matches no tensor"
         if self._wishes.repack == "on" and not self._machine.speeds.repacked:
             yield "this build of llama.cpp has no faster layout for these types that works here"
-
-    # -- wishes --------------------------------------------------------------------------------------------------------
-
-    def _check_wishes(self) -> None:
-        wishes = self._wishes
-        if wishes.kv_type not in KV_WIDTHS:
-            raise OptionError(f"KV cache type {wishes.kv_type!r}: choose one of {', '.join(KV_WIDTHS)}")
-        if isinstance(wishes.experts_on, str) and wishes.experts_on not in ("cpu", "gpu"):
-            raise OptionError(f"--experts-on {wishes.experts_on}: cpu, gpu, or a number of layers")
-        names = [RAM, *(device.name for device in self._devices)]
-        for pattern, place in wishes.overrides:
-            _check_override(pattern, place, names)
-        if not self._devices and (wishes.gpu_layers or wishes.experts_on not in (None, "cpu", 0)):
-            raise PlacementError("there is no GPU that llama.cpp knows, and no worker: grok-local doctor tells why")
-
-
-def _check_override(pattern: str, place: str, names: Sequence[str]) -> None:
-    shown = f"--override {pattern[:60]}={place}"
-    if len(pattern) > _LONGEST_PATTERN:
-        raise OptionError(f"{shown}: longer than {_LONGEST_PATTERN} characters")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", FutureWarning)  # of sets that would mean something else one day
-            re.compile(pattern)
-    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
-        raise OptionError(f"{shown}: no regular expression that can be used ({error})") from None
-    if place not in names:
-        raise OptionError(f"{shown}: no such place; there are {', '.join(names)}")
 
 
 def _balanced(costs: Sequence[int], rooms: Sequence[int]) -> list[int] | None:

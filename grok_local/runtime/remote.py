@@ -110,6 +110,8 @@ class RemoteEngine:
     evaluate = _forwarded(Engine.evaluate)
     extend = _forwarded(Engine.extend)
     logits = _forwarded(Engine.logits)
+    evaluate_together = _forwarded(Engine.evaluate_together)
+    expert_stats = _forwarded(Engine.expert_stats)
     begin_sampling = _forwarded(Engine.begin_sampling)
     sample = _forwarded(Engine.sample)
 

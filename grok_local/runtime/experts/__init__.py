@@ -1,1 +1,40 @@
 """Experts larger than memory: which are held, how they are read, and how llama.cpp is made to wait for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from grok_local.errors import ModelError
+from grok_local.ggml.tensors import layout_is_known
+from grok_local.gguf_file import Header
+from grok_local.runtime.experts.ahead import ReadAhead
+from grok_local.runtime.experts.memory import can_reserve
+from grok_local.runtime.experts.streamer import ExpertStreamer
+from grok_local.runtime.experts.tap import ExpertStats, RouterTap
+from grok_local.runtime.plan import RAM, Plan
+from grok_local.runtime.routing import Recorder
+
+__all__ = ["ExpertStats", "RouterTap", "new_tap"]
+
+
+def new_tap(
+    plan: Plan, headers: Sequence[Header], *, interrupted: Callable[[], bool]
+) -> tuple[RouterTap | None, list[str]]:
+    """What looks on while the plan is computed, None where nobody has to, and what to tell the user about it.
+
+    Raises ModelError, OutputError.
+    """
+    trace = plan.wishes.trace_experts
+    if not (plan.streamed or trace):
+        return None, []
+    recorder = Recorder(trace, plan.model) if trace else None
+    if not plan.streamed:
+        return RouterTap(interrupted=interrupted, recorder=recorder), []
+    names = [weight.name for weight in plan.model.weights if plan.place_of(weight) == RAM]
+    if not (can_reserve() and layout_is_known()):
+        note = "experts cannot have memory of their own here: they are read ahead into the system's file cache"
+        return ReadAhead(headers, names, interrupted=interrupted, recorder=recorder), [note]
+    try:
+        return ExpertStreamer(headers, names, budget=plan.ram.experts, interrupted=interrupted, recorder=recorder), []
+    except OSError as error:
+        raise ModelError(f"no memory can be reserved for the experts ({error.strerror or error})") from None

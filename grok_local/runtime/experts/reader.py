@@ -64,6 +64,7 @@ class Reader:
 
     def __init__(self, paths: Sequence[Path], *, threads: int = _THREADS) -> None:
         self.paths = list(paths)
+        self._closing = False
         self._files = [_File(path) for path in paths]
         self._queue: SimpleQueue[_Piece | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
@@ -97,7 +98,8 @@ class Reader:
             file.drop_cache(0, 0)
 
     def close(self) -> None:
-        """Wait for what is being read, and close the files."""
+        """Wait for what is being read, drop the rest, and close the files."""
+        self._closing = True
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -115,6 +117,8 @@ class Reader:
         while (piece := self._queue.get()) is not None:
             error: BaseException | None = None
             try:
+                if self._closing:
+                    raise ModelError("the model is closed")
                 self._files[piece.file].read(piece)
             except OSError as caught:
                 error = self._files[piece.file].failed(caught)

@@ -28,7 +28,6 @@ class Residency:
         self.used = 0
         self.shares = _shares(self.sizes, experts=experts, budget=budget)
         self._held: list[list[int]] = [[] for _ in sizes]  # least recently used first
-        self._last = 0
 
     def holds(self, layer: int, expert: int) -> bool:
         """Whether it is in memory."""
@@ -40,18 +39,16 @@ class Residency:
 
     def request(self, layer: int, chosen: Sequence[int]) -> tuple[list[Expert], list[int]]:
         """Make room for the layer's `chosen` experts, the most wanted last. Returns what has to go, and which of them
-        have to be read. Raises ValueError if they do not fit alone.
+        have to be read. Where not even these fit, they alone are held until the next request.
         """
-        held = self._held[layer]
+        held, size = self._held[layer], self.sizes[layer]
         missing = [expert for expert in chosen if expert not in held]
-        if len(chosen) * self.sizes[layer] > self.budget:
-            raise ValueError(f"{len(chosen)} experts of layer {layer} do not fit into {self.budget} bytes")
+        limit = max(self.budget, len(chosen) * size)
         victims = []
-        while self.used + len(missing) * self.sizes[layer] > self.budget:
+        while self.used + len(missing) * size > limit:
             victims.append(self._evict(self._victims_layer(layer, chosen, len(missing)), chosen, layer))
         held[:] = [expert for expert in held if expert not in chosen] + list(chosen)
-        self.used += len(missing) * self.sizes[layer]
-        self._last = layer
+        self.used += len(missing) * size
         return victims, missing
 
     def forget(self, layer: int, expert: int) -> None:

@@ -1,21 +1,17 @@
 """Reads the chosen experts while llama.cpp computes, and makes it wait for those that are not there yet.
 
-llama.cpp asks before each node of its graph whether we want to see it. The router's choice (`ffn_moe_topk`) is one we
-do: as soon as it is computed, the experts it names are looked for, and those that are missing are read, in the order
-in which the products need them. Then each product waits for its own slices only, so that the disk reads for the next
-one meanwhile. (What llama.cpp calls a node's name ends in its layer; llama-graph.cpp, build_moe_ffn.)
+As soon as a router's choice is computed, the experts it names are looked for, and those that are missing are read, in
+the order in which the products need them. Then each product waits for its own slices only, so that the disk reads for
+the next one meanwhile.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
@@ -24,52 +20,34 @@ from grok_local.ggml import tensors as ggml_tensors
 from grok_local.gguf_file import Header
 from grok_local.runtime.experts.reader import Reader, Ticket
 from grok_local.runtime.experts.residency import Expert, Residency
+from grok_local.runtime.experts.tap import RouterTap
 from grok_local.runtime.experts.weights import Mapping, Weight, mappings, weights_of
+from grok_local.runtime.routing import Row
 
-__all__ = ["ExpertStats", "ExpertStreamer", "Watcher"]
+__all__ = ["ExpertStreamer"]
 
-Watcher = Callable[[int, npt.NDArray[np.int32]], None]  # layer; int32 [tokens, experts used]
-
-_TOPK = b"ffn_moe_topk-"
 _LOOK = 0.05  # seconds after which a waiting thread looks whether it is interrupted
 _CAPTURES = 4  # evaluations after which every weight that is ever used has been seen
 
 
-@dataclass
-class ExpertStats:
-    """Counted since loading. A hit is an expert, chosen in a layer for one or more tokens, that was in memory."""
-
-    bytes_read: int = 0
-    hits: int = 0
-    misses: int = 0
-    wait_seconds: float = 0.0  # in which nothing was computed, because an expert was being read
-    seconds: float = 0.0  # evaluating, waiting included
-    budget: int = 0  # bytes that experts may take
-    held: int = 0  # bytes they take
-
-
-class ExpertStreamer:
+class ExpertStreamer(RouterTap):
     """The experts of a model, in at most `budget` bytes of memory.
 
-    `names` are the tensors that RAM holds; dense ones are read at once and stay. `interrupted` is asked while waiting.
+    `names` are the tensors that RAM holds; dense ones are read at once and stay. Raises ModelError, OSError.
     """
 
     def __init__(
-        self, headers: Sequence[Header], names: Sequence[str], *, budget: int, huge: bool, interrupted: Callable[[], bool]
+        self, headers: Sequence[Header], names: Sequence[str], *, budget: int, huge: bool = True, **tap: Any
     ) -> None:
-        self.stats = ExpertStats(budget=budget)
-        self.watcher: Watcher | None = None
-        self.error: BaseException | None = None
-        self._interrupted = interrupted
-        self._reader = Reader([header.path for header in headers])
+        super().__init__(**tap)
         found = list(weights_of(headers, names, huge=huge))
         self._weights = {weight.tensor.name.encode(): weight for weight in found}
         self._layers = _by_layer(found)
-        self._experts = max((weight.tensor.shape[0] for weight in found if weight.layer is not None), default=0)
         self._order = list(self._layers)
         self._numbers = {layer: number for number, layer in enumerate(self._order)}
+        self._experts = max((weight.tensor.shape[0] for weight in found if weight.layer is not None), default=0)
         sizes = [sum(weight.stride for weight in parts) for parts in self._layers.values()]
-        self._residency = Residency(sizes, experts=self._experts, budget=budget)
+        self.residency = Residency(sizes, experts=self._experts, budget=budget)
         self._tickets: dict[tuple[str, int], Ticket] = {}
         self._mappings: list[Mapping] = []
         self._unseen = dict(self._weights)
@@ -77,7 +55,7 @@ class ExpertStreamer:
         self._products: dict[bytes, Weight] = {}
         self._chosen: dict[int, list[int]] = {}
         self._waiting: dict[str, Weight] = {}
-        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
+        self._reader = Reader([header.path for header in headers])
 
     def attach(self) -> None:
         """After llama.cpp has loaded the model: read the dense tensors, and give back what was mapped."""
@@ -85,80 +63,61 @@ class ExpertStreamer:
         for mapping in self._mappings:
             mapping.give_back()
         self._reader.drop_cache()
-        dense = [weight.read(self._reader) for weight in self._weights.values() if weight.layer is None]
-        for ticket in dense:
+        for ticket in [weight.read(self._reader) for weight in self._weights.values() if weight.layer is None]:
             self._wait(ticket)
 
     def close(self) -> None:
         """Only when llama.cpp's model is freed."""
         self._reader.close()
+        super().close()
 
-    def should_abort(self) -> bool:
-        """Whether what is being computed is of no use."""
-        return self.error is not None
-
-    def begin(self) -> None:
-        """Before an evaluation. Raises ModelError if the file is no longer what it was."""
-        self.error = None
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Raises ModelError if the file is no longer what it was."""
         self._waiting.clear()
+        self._forget_failed()
         self._reader.check()
-        self._started = time.monotonic()
+        super().begin(rows)
 
-    def finish(self) -> None:
-        """After it. Raises what went wrong meanwhile."""
-        self.stats.seconds += time.monotonic() - self._started
-        self.stats.held = self._residency.used
+    def finish(self, *, complete: bool) -> None:
+        """Raises what went wrong meanwhile."""
         self._captures += 1
         if self._captures == _CAPTURES:
             self._unseen.clear()
-        if self.error is None and self._waiting and not self._interrupted():
+        if self.error is None and self._waiting and complete:
             self.error = _not_understood(self._waiting)
-        if self.error is not None:
-            raise self.error
+        super().finish(complete=complete)
+
+    def _forget_failed(self) -> None:
+        """What an evaluation that was broken off has left: reads that failed are tried again."""
+        for (name, expert), ticket in list(self._tickets.items()):
+            if ticket.done:
+                del self._tickets[name, expert]
+            layer = self._weights[name.encode()].layer
+            if ticket.error is not None and layer is not None:
+                self.residency.forget(self._numbers[layer], expert)
+                for weight in self._layers[layer]:
+                    self._finish(self._tickets.pop((weight.tensor.name, expert), None))
+                    weight.release(expert)
 
     # -- llama.cpp asks ------------------------------------------------------------------------------------------------
 
-    def _on_node(self, node: int, ask: bool, _: Any) -> bool:
-        # An exception would get lost in C, and wrong numbers come out.
-        try:
-            return self._asked(node) if ask else self._computed(node)
-        except BaseException as error:
-            self.error = self.error or error
-            return ask
-
-    def _asked(self, node: int) -> bool:
-        """Whether to stop after this node, before which everything it needs is waited for."""
-        if self.error is not None:
-            return True
+    def _asked(self, node: int, name: bytes) -> bool:
         if self._unseen:
-            self._capture(node)
-        name = ggml_tensors.tensor_name(node)
-        if name.startswith(_TOPK):
-            return self._is_of_interest(int(name[len(_TOPK) :]))
+            self._capture(node, name)
         weight = self._products.get(name)
         if weight is None:
-            return False
+            return super()._asked(node, name)
         self._wait_for(weight)
         # Computed alone while the next product's slices are read; in one go with it where they are there.
-        return any(not ticket.done for ticket in self._open_tickets())
+        return not all(ticket.done for ticket in self._tickets.values())
 
-    def _is_of_interest(self, layer: int) -> bool:
+    def _wants(self, layer: int) -> bool:
         if layer not in self._numbers:
-            return self.watcher is not None
-        complete = self._residency.is_complete(self._numbers[layer], experts=self._experts)
-        return self.watcher is not None or not complete or bool(self._unseen)
+            return super()._wants(layer)
+        complete = self.residency.is_complete(self._numbers[layer], experts=self._experts)
+        return not complete or bool(self._unseen) or bool(self._tickets) or super()._wants(layer)
 
-    def _computed(self, node: int) -> bool:
-        name = ggml_tensors.tensor_name(node)
-        if name.startswith(_TOPK) and self.error is None:
-            layer, ids = int(name[len(_TOPK) :]), ggml_tensors.read_ints(node)
-            if self.watcher is not None:
-                self.watcher(layer, ids)
-            if layer in self._numbers:
-                self._fetch(layer, ids)
-        return self.error is None and not self._interrupted()
-
-    def _capture(self, node: int) -> None:
+    def _capture(self, node: int, name: bytes) -> None:
         """Have llama.cpp read the weights this node uses from our memory from now on."""
         for source in ggml_tensors.sources(node):
             weight = self._unseen.get(ggml_tensors.tensor_name(source))
@@ -166,7 +125,7 @@ class ExpertStreamer:
                 continue
             ggml_tensors.move_data(source, weight.region.address)
             if weight.layer is not None:
-                self._products[ggml_tensors.tensor_name(node)] = weight
+                self._products[name] = weight
             del self._unseen[weight.tensor.name.encode()]
 
     def _is_mapped(self, tensor: int, weight: Weight) -> bool:
@@ -177,14 +136,16 @@ class ExpertStreamer:
 
     # -- experts -------------------------------------------------------------------------------------------------------
 
-    def _fetch(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
+    def _choose(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
         """Have the chosen experts read that are not there."""
+        if layer not in self._numbers:
+            return
         if self._waiting:
             raise _not_understood(self._waiting)
-        number, parts = self._numbers[layer], self._layers[layer]
+        parts = self._layers[layer]
         found, counts = np.unique(ids, return_counts=True)
         chosen = [int(expert) for expert in found[np.argsort(counts, kind="stable")]]
-        victims, missing = self._residency.request(number, chosen)
+        victims, missing = self.residency.request(self._numbers[layer], chosen)
         for victim, expert in zip_longest(victims, missing[: len(victims)]):
             self._replace(victim, parts, expert)
         self.stats.hits += len(chosen) - len(missing)
@@ -200,27 +161,28 @@ class ExpertStreamer:
         """A victim's memory goes to an expert that is about to be read, if there is one."""
         old = self._layers[self._order[victim.layer]]
         for number, weight in enumerate(old):
-            ticket = self._tickets.pop((weight.tensor.name, victim.expert), None)
-            if ticket:
-                self._wait(ticket)
+            self._finish(self._tickets.pop((weight.tensor.name, victim.expert), None))
             if expert is not None and number < len(parts):
                 parts[number].take_pages(expert, source=weight, victim=victim.expert)
             else:
                 weight.release(victim.expert)
 
+    def _finish(self, ticket: Ticket | None) -> None:
+        """Whatever happens, memory into which a read is under way stays where it is."""
+        while ticket is not None and not ticket.wait(_LOOK):
+            pass
+
     def _wait_for(self, weight: Weight) -> None:
         """Until the chosen experts' slices of this tensor are there."""
-        if self._waiting.pop(weight.tensor.name, None) is None:
+        if self._waiting.pop(weight.tensor.name, None) is None or weight.layer is None:
             return
-        assert weight.layer is not None
         for expert in self._chosen[weight.layer]:
-            ticket = self._tickets.pop((weight.tensor.name, expert), None)
+            ticket = self._tickets.get((weight.tensor.name, expert))
             if ticket is not None:
                 self._wait(ticket)
+                if ticket.done:
+                    del self._tickets[weight.tensor.name, expert]
         self._reader.check()
-
-    def _open_tickets(self) -> Iterator[Ticket]:
-        yield from self._tickets.values()
 
     def _wait(self, ticket: Ticket) -> None:
         if not ticket.done:

@@ -15,13 +15,22 @@ from grok_local.runtime.experts.memory import HUGE, Region
 from grok_local.runtime.experts.reader import Reader, Ticket
 from grok_local.runtime.shape import EXPERTS
 
-__all__ = ["Mapping", "Weight", "mappings", "weights_of"]
+__all__ = ["Mapping", "Slices", "Weight", "expert_slices", "mappings", "weights_of"]
 
 _LAYER = re.compile(rf"blk\.(\d+)\.{EXPERTS}\.weight")
 _HUGE_FROM = 32 * HUGE  # bytes of a slice, from which on what it takes beyond its ends is little
 
 
-@dataclass
+@dataclass(frozen=True)
+class Slices:
+    """Where a file has a tensor of experts, one after the other every `stride` bytes."""
+
+    file: int
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True)
 class Weight:
     """A tensor; of experts, `layer` is theirs and `stride` the bytes of one. `region` is where memory has it."""
 
@@ -43,9 +52,7 @@ class Weight:
             source.release(victim)
             return
         at = expert * self.stride
-        self.region.take_pages(
-            at, at + self.stride, source=source.region, source_start=victim * self.stride
-        )
+        self.region.take_pages(at, at + self.stride, source=source.region, source_start=victim * self.stride)
 
     def release(self, expert: int) -> None:
         """Give an expert's slice of memory back."""
@@ -54,14 +61,26 @@ class Weight:
 
 def weights_of(headers: Sequence[Header], names: Iterable[str], *, huge: bool) -> Iterator[Weight]:
     """Those of the tensors that are named, with memory reserved for them. Raises OSError."""
+    for file, tensor in _named(headers, names):
+        layer, stride = _slices(tensor)
+        large = huge and (stride % HUGE == 0 or stride >= _HUGE_FROM)
+        yield Weight(tensor, file, layer, stride, Region(tensor.offset, tensor.nbytes, huge=large))
+
+
+def expert_slices(headers: Sequence[Header], names: Iterable[str]) -> dict[int, list[Slices]]:
+    """By layer, those of the tensors that are experts."""
+    found: dict[int, list[Slices]] = {}
+    for file, tensor in _named(headers, names):
+        layer, stride = _slices(tensor)
+        if layer is not None:
+            found.setdefault(layer, []).append(Slices(file, tensor.offset, stride))
+    return found
+
+
+def _named(headers: Sequence[Header], names: Iterable[str]) -> Iterator[tuple[int, Tensor]]:
     wanted = set(names)
     for file, header in enumerate(headers):
-        for tensor in header.tensors:
-            if tensor.name in wanted:
-                layer, stride = _slices(tensor)
-                large = huge and (stride % HUGE == 0 or stride >= _HUGE_FROM)
-                region = Region(tensor.offset, tensor.nbytes, huge=large)
-                yield Weight(tensor, file, layer, stride, region)
+        yield from ((file, tensor) for tensor in header.tensors if tensor.name in wanted)
 
 
 def _slices(tensor: Tensor) -> tuple[int | None, int]:

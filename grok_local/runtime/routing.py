@@ -1,0 +1,156 @@
+"""A record of which experts each token was routed to, in a file of JSON lines, and what it says.
+
+The first line describes the model; each of the others is a token that was evaluated: its id, position and sequence, and
+for each layer the experts, the likeliest first. Of a prompt, llama.cpp computes the last layer's experts only for the
+last token: there it is null.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from grok_local.errors import OptionError, OutputError
+from grok_local.runtime.shape import ModelShape
+
+__all__ = ["Recorder", "Routing", "Row", "read_routing"]
+
+_MOST = 1 << 16  # layers or experts
+
+
+class Row(NamedTuple):
+    """A token in an evaluation; `output`: its logits are wanted."""
+
+    token: int
+    position: int
+    sequence: int
+    output: bool
+
+
+class Recorder:
+    """Writes to `path` as tokens are evaluated. Raises OutputError if it exists, or cannot be written."""
+
+    def __init__(self, path: Path, model: ModelShape) -> None:
+        self._path = path
+        self._layers = model.layers
+        self._rows: Sequence[Row] = ()
+        self._chosen: dict[int, npt.NDArray[np.int32]] = {}
+        try:
+            self._file = path.open("x", encoding="utf-8")
+        except FileExistsError:
+            raise OutputError(f"{path}: is there already: name another file for the record") from None
+        except OSError as error:
+            raise self._failed(error) from None
+        facts = {"layers": model.layers, "experts": model.experts, "experts_used": model.experts_used}
+        self._write([{"model": model.name, **facts}])
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """An evaluation of these tokens."""
+        self._rows = rows
+        self._chosen.clear()
+
+    def choose(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
+        """int32 [tokens, experts used]: what a layer's router chose; in the last layer, for those with an output."""
+        self._chosen[layer] = ids
+
+    def commit(self) -> None:
+        """The evaluation is complete. Raises OutputError."""
+        experts: list[list[list[int] | None]] = [[None] * self._layers for _ in self._rows]
+        outputs = [number for number, row in enumerate(self._rows) if row.output]
+        for layer, ids in self._chosen.items():
+            numbers = range(len(self._rows)) if len(ids) == len(self._rows) else outputs
+            for number, chosen in zip(numbers, ids.tolist(), strict=False):
+                experts[number][layer] = chosen
+        self._write(
+            {"token": row.token, "position": row.position, "sequence": row.sequence, "experts": chosen}
+            for row, chosen in zip(self._rows, experts, strict=True)
+        )
+
+    def close(self) -> None:
+        """What was recorded stays."""
+        self._file.close()
+
+    def _write(self, lines: Any) -> None:
+        try:
+            self._file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+            self._file.flush()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(f"{self._path}: the record of experts cannot be written ({error.strerror or error})")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A record, read back. `experts` is int16 [tokens, layers, experts used], -1 where nothing was computed."""
+
+    model: str
+    count: int  # experts of a layer
+    experts: npt.NDArray[np.int16]
+
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """float64 [layers, experts]: of a layer's choices, those that fell on each expert."""
+        counts = np.stack([(self.experts == expert).sum((0, 2)) for expert in range(self.count)], 1)
+        shares: npt.NDArray[np.float64] = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        return shares
+
+    @property
+    def repeats(self) -> float:
+        """Of the experts chosen for a token, those that the token before had chosen in the same layer."""
+        now, before = self.experts[1:], self.experts[:-1]
+        known = (now >= 0) & (before[..., :1] >= 0)
+        again = (now[..., :, None] == before[..., None, :]).any(-1) & known
+        return float(again.sum() / max(known.sum(), 1))
+
+    def hit_rate(self, held: int, *, pinned: int = 0) -> float:
+        """Of the choices, those that would be in memory if each layer held so many experts: the most recently used,
+        but for `pinned` of them, which are those the record has most often.
+        """
+        hits = chosen = 0
+        order = np.argsort(-self.shares, 1, kind="stable")
+        for layer in range(self.experts.shape[1]):
+            fixed = set(order[layer, :pinned].tolist())
+            recent: list[int] = []
+            for experts in self.experts[:, layer].tolist():
+                wanted = [expert for expert in experts if expert >= 0]
+                chosen += len(wanted)
+                hits += sum(expert in fixed or expert in recent for expert in wanted)
+                recent = [e for e in recent if e not in wanted] + [e for e in wanted if e not in fixed]
+                recent = recent[max(len(recent) - (held - pinned), 0) :]
+        return hits / chosen if chosen else 0.0
+
+
+def read_routing(path: Path) -> Routing:
+    """Read a record. Raises OptionError if it is none."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            facts = json.loads(file.readline())
+            layers, count, used = (_number(facts[key]) for key in ("layers", "experts", "experts_used"))
+            rows = [_experts(json.loads(line)["experts"], layers, count, used) for line in file]
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise OptionError(f"{path}: is no record of experts, which --trace-experts writes") from None
+    experts = np.array(rows, np.int16).reshape(len(rows), layers, used)
+    return Routing(str(facts.get("model", "")), count, experts)
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int) or not 1 <= value < _MOST:
+        raise ValueError(value)
+    return value
+
+
+def _experts(value: Any, layers: int, count: int, used: int) -> list[list[int]]:
+    rows = [[-1] * used if row is None else [int(expert) for expert in row] for row in value]
+    if len(rows) != layers or any(len(row) != used or not all(-1 <= e < count for e in row) for row in rows):
+        raise ValueError(value)
+    return rows

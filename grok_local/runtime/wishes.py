@@ -1,0 +1,64 @@
+"""What a user asks of the plan."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from grok_local.errors import OptionError, PlacementError
+from grok_local.runtime.shape import KV_WIDTHS
+
+__all__ = ["RAM", "Wishes", "check_wishes"]
+
+RAM = "RAM"
+_LONGEST_PATTERN = 1000  # characters
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asks for; None leaves it to the plan. `experts_on`: "cpu", "gpu", or of how many layers the
+    experts go to devices. `overrides`: (regular expression for tensor names, place). `memory`: bytes of RAM.
+    `batch`: tokens evaluated at once. `sequences` share the context. `trace_experts`: where a record of them is kept.
+    """
+
+    context: int | None = None
+    kv_type: str = "f16"
+    batch: int | None = None
+    sequences: int = 1
+    gpu_layers: int | None = None
+    experts_on: Literal["cpu", "gpu"] | int | None = None
+    overrides: tuple[tuple[str, str], ...] = ()
+    repack: Literal["auto", "on", "off"] = "auto"
+    stream: Literal["auto", "on", "off"] = "auto"
+    memory: int | None = None
+    trace_experts: Path | None = None
+
+
+def check_wishes(wishes: Wishes, devices: Sequence[str]) -> None:
+    """Raises OptionError for what nobody can have, PlacementError for what this machine has not."""
+    if wishes.kv_type not in KV_WIDTHS:
+        raise OptionError(f"KV cache type {wishes.kv_type!r}: choose one of {', '.join(KV_WIDTHS)}")
+    if isinstance(wishes.experts_on, str) and wishes.experts_on not in ("cpu", "gpu"):
+        raise OptionError(f"--experts-on {wishes.experts_on}: cpu, gpu, or a number of layers")
+    for pattern, place in wishes.overrides:
+        _check_override(pattern, place, [RAM, *devices])
+    if not devices and (wishes.gpu_layers or wishes.experts_on not in (None, "cpu", 0)):
+        raise PlacementError("there is no GPU that llama.cpp knows, and no worker: grok-local doctor tells why")
+
+
+def _check_override(pattern: str, place: str, names: Sequence[str]) -> None:
+    shown = f"--override {pattern[:60]}={place}"
+    if len(pattern) > _LONGEST_PATTERN:
+        raise OptionError(f"{shown}: longer than {_LONGEST_PATTERN} characters")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # of sets that would mean something else one day
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
+        raise OptionError(f"{shown}: no regular expression that can be used ({error})") from None
+    if place not in names:
+        raise OptionError(f"{shown}: no such place; there are {', '.join(names)}")
