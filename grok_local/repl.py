@@ -7,13 +7,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grok_local import folders, library
 from grok_local.errors import ContextError, WorkerLost
-from grok_local.runtime.model import Model, Reply
+from grok_local.runtime.model import Model, Reply, Stats
+from grok_local.units import format_bytes
 
-__all__ = ["Repl", "interruptible", "stats_line"]
+if TYPE_CHECKING:
+    from grok_local.runtime.experts import ExpertStats
+
+__all__ = ["Repl", "experts_line", "interruptible", "stats_line"]
 
 _HELP = """/help           this list
 /reset          forget the conversation
@@ -120,6 +124,17 @@ class Repl:
         used = len(self.model.engine.cached)
         _say(f"({len(stats)} answers: {evaluated} prompt tokens evaluated, {generated} generated{speed}; ")
         _say(f" {used} of {self.model.context_size} tokens of context in use)")
+        self._show_experts()
+
+    def _show_experts(self) -> None:
+        stats = [reply.stats for reply in self._replies]
+        for what, parts, tokens in (
+            ("prompts", [s.prompt_experts for s in stats], sum(s.evaluated_tokens for s in stats)),
+            ("generating", [s.generation_experts for s in stats], sum(s.generated_tokens for s in stats)),
+        ):
+            found = [part for part in parts if part]
+            if found and tokens:
+                _say(f"({what}: {experts_line(sum(found[1:], found[0]), tokens)})")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -150,6 +165,15 @@ def interruptible(model: Model) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def experts_line(experts: ExpertStats, tokens: int) -> str:
+    """What streaming took, in words."""
+    return (
+        f"{format_bytes(experts.bytes_read)} of experts read, {format_bytes(round(experts.bytes_read / tokens))} a "
+        f"token; {experts.hit_rate:.0%} were in memory; {experts.wait_seconds:.1f} s waiting for the disk, "
+        f"{experts.compute_seconds:.1f} s computing"
+    )
+
+
 def stats_line(reply: Reply) -> str:
     """Tokens and speed of one answer."""
     stats = reply.stats
@@ -161,8 +185,16 @@ def stats_line(reply: Reply) -> str:
     }
     return (
         f"[{stats.generated_tokens} tokens, {stats.generation_speed:.2f} tok/s; prompt {stats.evaluated_tokens} new"
-        f" + {stats.cached_tokens} cached, {stats.prompt_seconds:.2f} s{reason[reply.finish_reason or 'interrupted']}]"
+        f" + {stats.cached_tokens} cached, {stats.prompt_seconds:.2f} s{_streamed(stats)}"
+        f"{reason[reply.finish_reason or 'interrupted']}]"
     )
+
+
+def _streamed(stats: Stats) -> str:
+    experts, tokens = stats.generation_experts, stats.generated_tokens
+    if not (experts and tokens):
+        return ""
+    return f"; {format_bytes(round(experts.bytes_read / tokens))} read a token, {experts.hit_rate:.0%} hits"
 
 
 def _edited_lines(greeting: str) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Annotated, Any, Optional
 
 import typer
@@ -52,7 +51,7 @@ def generate(
                 if not as_json:
                     print(piece, end="", flush=True)
     if as_json:
-        print_json({"text": reply.text, "finish_reason": reply.finish_reason, **asdict(reply.stats)})
+        print_json({"text": reply.text, "finish_reason": reply.finish_reason, **reply.stats.described()})
     else:
         print()
         print(repl.stats_line(reply), file=sys.stderr)

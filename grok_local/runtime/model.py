@@ -16,6 +16,7 @@ import numpy.typing as npt
 from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.runtime.chat import Conversation, Message
 from grok_local.runtime.engine import Engine
+from grok_local.runtime.experts import ExpertStats
 from grok_local.runtime.loading import Placement
 from grok_local.runtime.options import LoadOptions, wishes_of
 from grok_local.runtime.sampling import PENALTY_WINDOW, Sampling
@@ -33,7 +34,9 @@ FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 @dataclass
 class Stats:
-    """What an answer took. Prompt tokens that were in the KV cache already are `cached_tokens`."""
+    """What an answer took. Prompt tokens that were in the KV cache already are `cached_tokens`. The experts are those
+    that were streamed, None where none are.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -41,6 +44,8 @@ class Stats:
     generated_tokens: int = 0
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
+    prompt_experts: ExpertStats | None = None
+    generation_experts: ExpertStats | None = None
 
     @property
     def prompt_speed(self) -> float:
@@ -51,6 +56,16 @@ class Stats:
     def generation_speed(self) -> float:
         """Tokens generated per second."""
         return self.generated_tokens / self.generation_seconds if self.generation_seconds else 0.0
+
+    def described(self) -> dict[str, Any]:
+        """For JSON; `experts` has what streaming read and waited for, for the prompt and for the generated tokens."""
+        counts = {name: value for name, value in vars(self).items() if not name.endswith("_experts")}
+        if not (self.prompt_experts and self.generation_experts):
+            return counts
+        prompt = self.prompt_experts.described(self.evaluated_tokens)
+        return counts | {
+            "experts": {"prompt": prompt, "generation": self.generation_experts.described(self.generated_tokens)}
+        }
 
 
 class Reply(Iterator[str]):
@@ -83,22 +98,29 @@ class Reply(Iterator[str]):
         if not self._evaluate_prompt():
             self.finish_reason = "interrupted"
             return
-        started = time.monotonic()
+        started, before = time.monotonic(), self._engine.expert_stats()
         self._engine.begin_sampling(sampling, self.prompt[-PENALTY_WINDOW:])
         while self.finish_reason is None:
             text = self._next_piece()
             self.stats.generation_seconds = time.monotonic() - started
+            if self.finish_reason:
+                self.stats.generation_experts = self._streamed_since(before)
             if text:
                 self.text += text
                 yield text
 
     def _evaluate_prompt(self) -> bool:
-        started = time.monotonic()
+        started, before = time.monotonic(), self._engine.expert_stats()
         self._engine.interrupted = False
         self.stats.evaluated_tokens = self._engine.evaluate(self.prompt)
         self.stats.prompt_seconds = time.monotonic() - started
+        self.stats.prompt_experts = self._streamed_since(before)
         self.stats.cached_tokens = len(self._engine.cached) - self.stats.evaluated_tokens
         return not self._engine.interrupted
+
+    def _streamed_since(self, before: ExpertStats | None) -> ExpertStats | None:
+        now = self._engine.expert_stats()
+        return now.since(before) if now and before else None
 
     def _next_piece(self) -> str:
         """Sample a token and return the text that may be shown; sets `finish_reason` at the end."""

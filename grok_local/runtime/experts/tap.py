@@ -48,6 +48,19 @@ class ExpertStats:
         """What came after `before` was counted."""
         return ExpertStats(**{name: value - getattr(before, name) for name, value in vars(self).items()})
 
+    def described(self, tokens: int) -> dict[str, float]:
+        """For people and programs: of so many tokens."""
+        return {
+            "bytes_read": self.bytes_read,
+            "bytes_read_per_token": round(self.bytes_read / max(tokens, 1)),
+            "hit_rate": round(self.hit_rate, 4),
+            "wait_seconds": round(self.wait_seconds, 6),
+            "compute_seconds": round(self.compute_seconds, 6),
+        }
+
+    def __add__(self, other: ExpertStats) -> ExpertStats:
+        return ExpertStats(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
     def copy(self) -> ExpertStats:
         """As it is now."""
         return replace(self)
