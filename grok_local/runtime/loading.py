@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from grok_local.ggml.devices import (
     cpu_device,
     extra_buffer_types,
 )
+from grok_local.ggml.mapping import unread_mappings
 from grok_local.gguf_file import Header
 from grok_local.runtime import log
 from grok_local.runtime.experts import RouterTap, new_tap
@@ -146,7 +148,9 @@ def _load_model(path: Path, plan: Plan) -> Any:
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
     params.use_extra_bufts = bool(plan.repacked) and plan.machine.speeds.all_extra
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    # What goes to devices is read through the mapping, and would be a page at a time.
+    with unread_mappings() if plan.streamed and not used else nullcontext():
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         _raise_if_out_of_memory(plan)
         raise ModelError(f"{path}: llama.cpp cannot load it: {log.reason()}")

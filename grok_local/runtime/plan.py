@@ -8,6 +8,7 @@ list of exceptions.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,8 +25,8 @@ __all__ = ["RAM", "Plan", "Share", "Wishes", "make_plan", "ram_reserve"]
 
 _MARGIN = 512_000_000  # bytes of a device that stay free: its context, fragmentation
 _BATCH = 512  # llama.cpp's own
-_BATCHES = (4096, 2048, 1024)  # wider ones gain nothing: each expert has work enough
-_MOST_COMPUTE = 0.25  # of the room that compute buffers and experts share
+_BATCHES = (1024, 2048, 4096)
+_ANSWER = 64  # tokens
 _STEPS = 512  # of the share of each device that is tried
 _SPARSE_CONTEXT = 256  # tokens: the smallest context anybody is advised
 
@@ -145,6 +146,7 @@ class _Planner:
         self._context = wishes.context or max(min(8192, model.trained_context or 8192), 1)
         self._devices = machine.devices
         self._batch = self._wishes.batch or _BATCH
+        self._streamed = False
         check_wishes(self._wishes, [device.name for device in self._devices])
         self._budget = self._ram_budget()
         self._rooms = [0] * len(self._devices)
@@ -153,11 +155,11 @@ class _Planner:
         layers, overrides, shares = self._best()
         self._check_devices(shares)
         disk = self._disk(shares[-1])
-        streamed = self._is_streamed(disk, shares[-1])
-        if streamed:
-            layers, overrides, shares = self._widest(sum(layers), disk)
+        self._streamed = self._is_streamed(disk, shares[-1])
+        if self._streamed:
+            layers, overrides, shares = self._widened(sum(layers), disk)
             disk = self._disk(shares[-1])
-        repacked = self._repacked(layers, overrides, disk=disk, streamed=streamed)
+        repacked = self._repacked(layers, overrides, disk=disk)
         return Plan(
             self._model,
             self._machine,
@@ -169,15 +171,15 @@ class _Planner:
             (*shares[:-1], replace(shares[-1], experts=shares[-1].experts - disk)),
             disk,
             self._batch,
-            streamed,
-            tuple(self._notes(disk, layers, held=shares[-1].experts - disk, streamed=streamed)),
+            self._streamed,
+            tuple(self._notes(disk, layers, held=shares[-1].experts - disk)),
         )
 
     def _best(self) -> tuple[list[int], tuple[tuple[str, str], ...], list[Share]]:
-        """Copies of experts need no room on the devices where none stay in RAM."""
+        """Copies of experts need no room on the devices where none stay in RAM, or those there are streamed."""
         with suppress(PlacementError):
             found = self._placed(copies=False)
-            if not (self._devices and found[2][-1].experts):
+            if self._streamed or not (self._devices and found[2][-1].experts):
                 return found
         return self._placed(copies=True)
 
@@ -222,26 +224,29 @@ class _Planner:
         wished = self._wishes.stream
         return ram.experts > 0 and wished != "off" and (disk > 0 or wished == "on")
 
-    def _widest(self, device_layers: int, disk: int) -> tuple[list[int], tuple[tuple[str, str], ...], list[Share]]:
-        """Placed for as many tokens at once as may be, since a prompt reads all experts once for each such batch.
-
-        It must cost no layer on a device, and little of the room for experts. Raises PlacementError.
+    def _widened(self, device_layers: int, disk: int) -> tuple[list[int], tuple[tuple[str, str], ...], list[Share]]:
+        """Placed for as many tokens at once as pay off: each such batch of a prompt reads all experts once, but its
+        compute buffers take room from them. It must cost no layer on a device. Raises PlacementError.
         """
-        wider = [min(width, self._context) for width in _BATCHES] if disk and not self._wishes.batch else []
-        usual = self._batch
-        for self._batch in filter(lambda width: width > usual, wider):
+        usual = best = self._batch
+        wider = [width for width in _BATCHES if usual < width <= self._context and disk and not self._wishes.batch]
+        fewest = math.inf
+        for self._batch in (usual, *wider):
             with suppress(PlacementError):
-                placed = self._best()
-                if sum(placed[0]) == device_layers and self._is_balanced(placed[2][-1]):
-                    return placed
-        self._batch = usual
+                layers, _, shares = self._best()
+                nbytes = self._bytes_streamed(self._disk(shares[-1]))
+                if sum(layers) >= device_layers and nbytes < fewest:
+                    best, fewest = self._batch, nbytes
+        self._batch = best
         placed = self._best()
         self._require_floor(placed[2][-1])
         return placed
 
-    def _is_balanced(self, ram: Share) -> bool:
-        """Whether compute buffers leave most of the room beside dense tensors and KV cache to experts."""
-        return ram.compute <= (ram.capacity - ram.dense - ram.kv) * _MOST_COMPUTE
+    def _bytes_streamed(self, disk: int) -> float:
+        """Bytes read for a prompt that fills the context, and for an answer."""
+        model = self._model
+        sweeps = -(-self._context // self._batch) + _ANSWER * model.experts_used / max(model.experts, 1)
+        return sweeps * disk
 
     def _require_floor(self, ram: Share) -> None:
         """One token's experts of one layer have to be in RAM together. Raises PlacementError."""
@@ -403,13 +408,11 @@ class _Planner:
             smaller //= 2
         return f"{text}, and no smaller context fits either"
 
-    def _repacked(
-        self, layers: Sequence[int], overrides: Sequence[tuple[str, str]], *, disk: int, streamed: bool
-    ) -> frozenset[str]:
+    def _repacked(self, layers: Sequence[int], overrides: Sequence[tuple[str, str]], *, disk: int) -> frozenset[str]:
         """What RAM holds rearranged: copies of what llama.cpp has a faster layout for, if everything fits."""
         if self._wishes.repack == "off":
             return frozenset()
-        if streamed and not disk and self._wishes.repack == "on":
+        if self._streamed and not disk and self._wishes.repack == "on":
             raise PlacementError("--repack on: streamed experts stay as they are in the file: leave out one of the two")
         places = _Places(self._model, self._devices, layers, overrides)
         able = frozenset(
@@ -426,15 +429,15 @@ class _Planner:
                 f"--repack on: rearranged weights are copies in RAM, and {format_bytes(disk)} of the experts do not "
                 "fit there: leave it out"
             )
-        return frozenset() if disk or streamed else able
+        return frozenset() if disk or self._streamed else able
 
     def _may_repack(self, weight: Weight) -> bool:
         speeds = self._machine.speeds
         gains = speeds.gains(weight.type, experts=weight.role is Role.EXPERTS)
         return speeds.can_repack(weight.type, weight.rows) and (gains or self._wishes.repack == "on")
 
-    def _notes(self, disk: int, layers: Sequence[int], *, held: int, streamed: bool) -> Iterator[str]:
-        if disk and streamed:
+    def _notes(self, disk: int, layers: Sequence[int], *, held: int) -> Iterator[str]:
+        if disk and self._streamed:
             yield f"{format_bytes(disk)} of the experts do not fit in RAM: they are streamed, read as they are chosen"
             over = self._model.experts * self._largest_expert() - held
             if over > 0:

@@ -73,7 +73,7 @@ def test_the_shape_is_what_the_releases_say(name: str) -> None:
 
 
 # Each line: GB of RAM and of the GPUs; layers on each GPU (the output is one more); how many layers' experts each GPU
-# holds; GB in RAM, GB left on the disk; tokens a second.
+# holds; GB in RAM, GB left on the disk; tokens a second; tokens evaluated at once.
 MACHINES = {
     "64 GB + 8 GB": machine(64, 8),
     "64 GB + 24 GB": machine(64, 24),
@@ -85,22 +85,22 @@ MACHINES = {
     "Mac, 192 GB unified": machine(192, 155, unified=True, speed=400e9),
 }
 GOLDEN = """
-grok-1 | 64 GB + 8 GB         | 33    | 0     | 60.8  | 118.8 | 0.0563
-grok-1 | 64 GB + 24 GB        | 65    | 4     | 60.8  | 103.5 | 0.0646
-grok-1 | 128 GB + 24 GB       | 65    | 4     | 121.6 | 42.7  | 0.147
-grok-1 | 192 GB, no GPU       | -     | -     | 183.7 | 0.0   | 1.19
-grok-1 | 256 GB + 2 x 24 GB   | 35 30 | 5 6   | 145.2 | 0.0   | 1.59
-grok-1 | 512 GB + 2 x 48 GB   | 35 30 | 14 14 | 99.0  | 0.0   | 2.2
-grok-1 | laptop, 32 GB + 8 GB | 33    | 0     | 30.0  | 149.6 | 0.0451
-grok-1 | Mac, 192 GB unified  | 65    | 53    | 30.2  | 0.9   | 4.6
-grok-2 | 64 GB + 8 GB         | 7     | 0     | 60.8  | 94.8  | 0.0683
-grok-2 | 64 GB + 24 GB        | 32    | 0     | 60.8  | 78.6  | 0.0827
-grok-2 | 128 GB + 24 GB       | 32    | 0     | 121.6 | 17.8  | 0.294
-grok-2 | 192 GB, no GPU       | -     | -     | 160.4 | 0.0   | 0.866
-grok-2 | 256 GB + 2 x 24 GB   | 32 32 | 0 0   | 118.7 | 0.0   | 1.77
-grok-2 | 512 GB + 2 x 48 GB   | 33 32 | 13 13 | 70.2  | 0.0   | 2.65
+grok-1 | 64 GB + 8 GB         | 40    | 0     | 60.8  | 118.8 | 0.22  | 1024
+grok-1 | 64 GB + 24 GB        | 65    | 2     | 60.8  | 112.4 | 0.234 | 4096
+grok-1 | 128 GB + 24 GB       | 65    | 4     | 121.6 | 44.2  | 0.548 | 2048
+grok-1 | 192 GB, no GPU       | -     | -     | 183.7 | 0.0   | 1.19  | 512
+grok-1 | 256 GB + 2 x 24 GB   | 35 30 | 5 6   | 145.2 | 0.0   | 1.59  | 512
+grok-1 | 512 GB + 2 x 48 GB   | 35 30 | 14 14 | 99.0  | 0.0   | 2.2   | 512
+grok-1 | laptop, 32 GB + 8 GB | 40    | 0     | 30.0  | 149.6 | 0.177 | 1024
+grok-1 | Mac, 192 GB unified  | 65    | 53    | 30.2  | 0.9   | 8.99  | 512
+grok-2 | 64 GB + 8 GB         | 7     | 0     | 60.8  | 96.0  | 0.238 | 1024
+grok-2 | 64 GB + 24 GB        | 32    | 0     | 60.8  | 79.8  | 0.295 | 1024
+grok-2 | 128 GB + 24 GB       | 32    | 0     | 121.6 | 19.0  | 0.823 | 1024
+grok-2 | 192 GB, no GPU       | -     | -     | 160.4 | 0.0   | 0.866 | 512
+grok-2 | 256 GB + 2 x 24 GB   | 32 32 | 0 0   | 118.7 | 0.0   | 1.77  | 512
+grok-2 | 512 GB + 2 x 48 GB   | 33 32 | 13 13 | 70.2  | 0.0   | 2.65  | 512
 grok-2 | laptop, 32 GB + 8 GB | 39.7 GB of RAM beside its experts, and no smaller context fits either
-grok-2 | Mac, 192 GB unified  | 65    | 61    | 6.7   | 0.0   | 8.42
+grok-2 | Mac, 192 GB unified  | 65    | 61    | 6.7   | 0.0   | 8.42  | 512
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in GOLDEN.strip().splitlines()]
 
@@ -110,7 +110,8 @@ def row(name: str, title: str) -> list[str]:
     layers = " ".join(map(str, plan.layers)) or "-"
     experts = " ".join(str(plan.expert_layers[device.name]) for device in plan.machine.devices) or "-"
     speed = f"{forecast(plan).speed:.3g}"
-    return [name, title, layers, experts, f"{plan.ram.used / G:.1f}", f"{plan.disk / G:.1f}", speed]
+    sizes = [f"{plan.ram.used / G:.1f}", f"{plan.disk / G:.1f}"]
+    return [name, title, layers, experts, *sizes, speed, str(plan.batch)]
 
 
 @pytest.mark.parametrize("expected", ROWS, ids=lambda cells: ", ".join(cells[:2]))
@@ -124,12 +125,12 @@ def test_plans_of_described_machines(expected: list[str]) -> None:
         assert row(name, title) == expected
 
 
-def room_by_hand(name: str, vram: float, *, copies: bool = True) -> int:
+def room_by_hand(name: str, vram: float, *, copies: bool = True, batch: int = 512) -> int:
     """Of a GPU: less what stays free, the compute buffer, and two tensors of experts that are copied there to work on
-    prompts. The compute buffer: scores, masks of 512 x 8192, seven activations of 512 tokens, 16 MiB.
+    prompts, unless they are streamed. The compute buffer: scores, masks of batch x 8192, seven activations, 16 MiB.
     """
     width = {"grok-1": 6144, "grok-2": 8192}[name]
-    compute = SCORES[name] + 4 * 512 * 8192 + 7 * 4 * 512 * width + 2**24
+    compute = SCORES[name] * batch // 512 + 4 * batch * 8192 + 7 * 4 * batch * width + 2**24
     return int(vram * G) - MARGIN - compute - copies * 2 * EXPERTS[name] // 3
 
 
@@ -137,7 +138,7 @@ def room_by_hand(name: str, vram: float, *, copies: bool = True) -> int:
 @pytest.mark.parametrize(("ram", "vram"), [(64, 8), (64, 24), (128, 24), (256, 48), (512, 80), (512, 12)])
 def test_one_gpu_by_hand(name: str, ram: int, vram: int) -> None:
     plan = make_plan(release(name), machine(ram, vram))
-    room = room_by_hand(name, vram)
+    room = room_by_hand(name, vram, copies=not plan.streamed, batch=plan.batch)
     whole = 64 * (DENSE[name] + KV) + OUTPUT[name]
     if whole <= room:
         # All layers and the output fit; what is left takes whole layers of experts.
@@ -178,6 +179,49 @@ def test_everything_on_gpus_needs_no_room_for_copies() -> None:
     assert plan.disk == 0
     rooms = [room_by_hand("grok-1", size, copies=False) for size in (80, 80, 48)]
     assert all(s.weights + s.kv <= room for s, room in zip(plan.shares[:-1], rooms, strict=True))
+
+
+def test_streaming_speed_by_hand() -> None:
+    # 64 GB: 60.8 for all; dense 6 669 million, KV cache 2 147, 4096 tokens at once: scores 6 442, and for the rest of the
+    # compute buffer 134 + 705 + 17. Of 173 946 million of experts 44.67 stay; a token chooses a quarter of the others.
+    plan = make_plan(release("grok-1"), machine(64))
+    assert (plan.streamed, plan.batch) == (True, 4096)
+    held = 60.8e9 - 6_669e6 - 2_147e6 - 6_442.5e6 - 134.2e6 - 704.6e6 - 16.8e6
+    assert plan.ram.experts == pytest.approx(held, rel=1e-3)
+    read = (173_946e6 - held) / 4
+    # The disk's 7 GB/s; behind two of three products (43.49 GB at 60 GB/s) it reads for the next one.
+    disk = forecast(plan).readings[-2]
+    assert disk.nbytes == pytest.approx(read, rel=1e-3)
+    assert disk.seconds == pytest.approx(read / 7e9 - 2 / 3 * 43_487e6 / 60e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(("ram", "batch"), [(24, 512), (64, 4096), (128, 4096), (180, 1024)])
+def test_prompts_are_as_wide_as_pays_off(ram: int, batch: int) -> None:
+    plan = make_plan(release("grok-1"), machine(ram))
+    assert plan.batch == batch
+    sweeps = {width: 8192 // width + 16 for width in (512, 1024, 2048, 4096)}
+    for width in sweeps:
+        with suppress(PlacementError):
+            other = make_plan(release("grok-1"), machine(ram), Wishes(batch=width))
+            assert other.batch == width
+            assert sweeps[plan.batch] * plan.disk <= sweeps[width] * other.disk
+
+
+def test_streaming_needs_one_tokens_experts_of_a_layer() -> None:
+    fixed = 6_669_000_000 + 2_147_483_648 + 960_000_000
+    with pytest.raises(PlacementError, match=r"needs 10\.\d+ GB of RAM to stream its experts"):
+        plan_with(Wishes(memory=fixed + 600_000_000))
+    plan = plan_with(Wishes(memory=fixed + 800_000_000))
+    assert any("all experts of a layer at once" in note for note in plan.notes)
+
+
+def test_streaming_is_as_wished() -> None:
+    assert not plan_with(Wishes(memory=64 * G, stream="off")).streamed
+    assert plan_with(Wishes(stream="on")).streamed
+    assert not plan_with(Wishes()).streamed
+    assert plan_with(Wishes(stream="on")).batch == 512
+    with pytest.raises(PlacementError, match="--repack on"):
+        plan_with(Wishes(stream="on", repack="on"))
 
 
 def test_decode_speed_by_hand() -> None:
@@ -266,7 +310,7 @@ def test_overrides_come_first() -> None:
         (Wishes(gpu_layers=5), (), "no GPU that llama.cpp knows"),
         (Wishes(overrides=(("exps", "GPU0"),)), (24,), "GPU0 would hold .* and has room for 23.5 GB"),
         (Wishes(memory=10**12), (), "there are 256 GB of RAM"),
-        (Wishes(memory=8 * G), (), "--context 2048 would fit"),
+        (Wishes(memory=8 * G), (), "--context 512 would fit"),
         (Wishes(memory=4 * G), (), "no smaller context fits either"),
         (Wishes(memory=100 * G, repack="on"), (), "copies in RAM"),
     ],
@@ -297,7 +341,7 @@ def test_wishes_that_make_no_sense(wishes: Wishes) -> None:
 def test_the_advised_plans_work() -> None:
     assert plan_with(Wishes(gpu_layers=33), 8).layers == (33,)
     assert plan_with(Wishes(experts_on=4), 24).expert_layers["GPU0"] == 4
-    assert plan_with(Wishes(memory=8 * G, context=2048)).disk > 0
+    assert plan_with(Wishes(memory=8 * G, context=512)).disk > 0
 
 
 def test_an_override_without_effect_is_noted() -> None:
