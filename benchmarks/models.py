@@ -49,7 +49,9 @@ def random_model(
 
 def _write_tensor(file: BinaryIO, tensor: Tensor, rng: np.random.Generator) -> None:
     if "norm" in tensor.name:
-        file.write(np.ones(tensor.shape, np.float32).tobytes())
+        # Attention to random keys is the context's mean: strong, it would have all tokens choose the same experts.
+        gain = 0.1 if "attn_output_norm" in tensor.name else 1.0
+        file.write(np.full(tensor.shape, gain, np.float32).tobytes())
     elif "ffn_gate_inp" in tensor.name:
         file.write(rng.standard_normal(tensor.shape, dtype=np.float32).tobytes())
     else:

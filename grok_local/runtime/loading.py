@@ -32,6 +32,7 @@ from grok_local.runtime.experts import RouterTap, new_tap
 from grok_local.runtime.machine import Machine, Speeds, assembled, local_devices
 from grok_local.runtime.plan import RAM, Plan, Share, Wishes, make_plan
 from grok_local.runtime.probes import Say, speeds
+from grok_local.runtime.routing import Row
 from grok_local.runtime.shape import ModelShape, Role
 from grok_local.units import format_bytes
 
@@ -123,7 +124,8 @@ def _open(path: Path, plan: Plan, *, threads: int, abort: Any, tap: RouterTap | 
         model = _load_model(path, plan)
         if tap:
             tap.attach()
-        context = _new_context(model, plan, threads=threads, abort=abort, tap=tap)
+        watched = tap and not (tap.is_whole and _shown_once(model, plan, tap, threads=threads))
+        context = _new_context(model, plan, threads=threads, abort=abort, tap=tap if watched else None)
         held = tuple(_held(plan))
     except BaseException:
         if context:
@@ -225,6 +227,21 @@ def _new_context(model: Any, plan: Plan, *, threads: int, abort: Any, tap: Route
             f"llama.cpp cannot make a context of {plan.context} tokens: {log.reason()}; try a smaller --context"
         )
     return context
+
+
+def _shown_once(model: Any, plan: Plan, tap: RouterTap, *, threads: int) -> bool:
+    """Have a token evaluated in a context of its own, for `tap` to see: what looks on costs a few percent."""
+    small, seen = replace(plan, context=min(plan.context, 256), batch=plan.wishes.sequences), log.buffer_count()
+    context = _new_context(model, small, threads=threads, abort=llama_cpp.ggml_abort_callback(), tap=tap)
+    token = (llama_cpp.llama_token * 1)(0)
+    try:
+        tap.begin([Row(0, 0, 0, True)])
+        status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1))
+        tap.finish(complete=status == 0)
+        return bool(status == 0)
+    finally:
+        llama_cpp.llama_free(context)
+        log.forget_buffers(seen)
 
 
 # -- out of memory -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 
-__all__ = ["Buffer", "buffers", "clear", "errors", "listen", "reason"]
+__all__ = ["Buffer", "buffer_count", "buffers", "clear", "errors", "forget_buffers", "listen", "reason"]
 
 _INFO, _ERROR = 2, 4  # enum ggml_log_level of ggml.h
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
@@ -58,6 +58,16 @@ def errors() -> list[str]:
 def reason() -> str:
     """Why the last call failed: the first error is the cause, the others follow from it."""
     return _errors[0] if _errors else "it gives no reason"
+
+
+def buffer_count() -> int:
+    """How many buffers were allocated since `clear`."""
+    return len(_buffers)
+
+
+def forget_buffers(count: int) -> None:
+    """All but the first `count` are freed again."""
+    del _buffers[count:]
 
 
 def buffers() -> Iterator[Buffer]:

@@ -37,16 +37,22 @@ class Residency:
         """Whether all of a layer's are."""
         return len(self._held[layer]) == experts
 
-    def request(self, layer: int, chosen: Sequence[int]) -> tuple[list[Expert], list[int]]:
+    def fits_beside(self, layer: int, *, experts: int, busy: int) -> bool:
+        """Whether all of a layer's experts can be held while those of `busy` are in use."""
+        return experts * self.sizes[layer] + len(self._held[busy]) * self.sizes[busy] <= self.budget
+
+    def request(self, layer: int, chosen: Sequence[int], *, busy: int = -1) -> tuple[list[Expert], list[int]]:
         """Make room for the layer's `chosen` experts, the most wanted last. Returns what has to go, and which of them
         have to be read. Where not even these fit, they alone are held until the next request.
+
+        With `busy`, a layer whose experts are in use and stay, it must be known that they fit.
         """
         held, size = self._held[layer], self.sizes[layer]
         missing = [expert for expert in chosen if expert not in held]
         limit = max(self.budget, len(chosen) * size)
         victims = []
         while self.used + len(missing) * size > limit:
-            victims.append(self._evict(self._victims_layer(layer, chosen, len(missing)), chosen, layer))
+            victims.append(self._evict(self._victims_layer(layer, chosen, len(missing), busy), chosen, layer))
         held[:] = [expert for expert in held if expert not in chosen] + list(chosen)
         self.used += len(missing) * size
         return victims, missing
@@ -57,13 +63,13 @@ class Residency:
             self._held[layer].remove(expert)
             self.used -= self.sizes[layer]
 
-    def _victims_layer(self, layer: int, chosen: Sequence[int], coming: int) -> int:
+    def _victims_layer(self, layer: int, chosen: Sequence[int], coming: int, busy: int) -> int:
         """Its own, when it has its share; else one above its share; else the one that comes again last."""
         spare = [expert for expert in self._held[layer] if expert not in chosen]
         if spare and len(self._held[layer]) + coming > self.shares[layer]:
             return layer
         others = [(layer - back) % len(self.sizes) for back in range(1, len(self.sizes))]
-        having = [other for other in others if self._held[other]]
+        having = [other for other in others if self._held[other] and other != busy]
         above = (other for other in having if len(self._held[other]) > self.shares[other])
         return next(above, having[0] if having else layer)
 

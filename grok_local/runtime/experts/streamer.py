@@ -27,6 +27,7 @@ from grok_local.runtime.routing import Row
 __all__ = ["ExpertStreamer"]
 
 _LOOK = 0.05  # seconds after which a waiting thread looks whether it is interrupted
+_UNLIKELY = 0.05  # chance of an expert to be chosen by no token of a batch
 _CAPTURES = 4  # evaluations after which every weight that is ever used has been seen
 
 
@@ -40,7 +41,7 @@ class ExpertStreamer(RouterTap):
         self, headers: Sequence[Header], names: Sequence[str], *, budget: int, huge: bool = True, **tap: Any
     ) -> None:
         super().__init__(**tap)
-        found = list(weights_of(headers, names, huge=huge))
+        found = list(weights_of(headers, names, huge=huge, budget=budget))
         self._weights = {weight.tensor.name.encode(): weight for weight in found}
         self._layers = _by_layer(found)
         self._order = list(self._layers)
@@ -54,6 +55,7 @@ class ExpertStreamer(RouterTap):
         self._captures = 0
         self._products: dict[bytes, Weight] = {}
         self._chosen: dict[int, list[int]] = {}
+        self._ahead: dict[int, set[int]] = {}  # experts read before they were chosen
         self._waiting: dict[str, Weight] = {}
         self._reader = Reader([header.path for header in headers])
 
@@ -63,8 +65,18 @@ class ExpertStreamer(RouterTap):
         for mapping in self._mappings:
             mapping.give_back()
         self._reader.drop_cache()
-        for ticket in [weight.read(self._reader) for weight in self._weights.values() if weight.layer is None]:
+        tickets = [weight.read(self._reader) for weight in self._weights.values() if weight.layer is None]
+        if self.is_whole:
+            for layer in self._layers:
+                self._fetch(layer, range(self._experts))
+        for ticket in [*tickets, *self._tickets.values()]:
             self._wait(ticket)
+        self._tickets.clear()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all experts fit: then they are read at once, and after one evaluation nobody needs to look on."""
+        return self._recorder is None and sum(self.residency.sizes) * self._experts <= self.residency.budget
 
     def close(self) -> None:
         """Only when llama.cpp's model is freed."""
@@ -75,7 +87,8 @@ class ExpertStreamer(RouterTap):
         """Raises ModelError if the file is no longer what it was."""
         self._waiting.clear()
         self._forget_failed()
-        self._reader.check()
+        if not self.is_whole:
+            self._reader.check()
         super().begin(rows)
 
     def finish(self, *, complete: bool) -> None:
@@ -109,7 +122,12 @@ class ExpertStreamer(RouterTap):
             return super()._asked(node, name)
         self._wait_for(weight)
         # Computed alone while the next product's slices are read; in one go with it where they are there.
-        return not all(ticket.done for ticket in self._tickets.values())
+        return any(self._is_awaited(other) for other in self._waiting.values())
+
+    def _is_awaited(self, weight: Weight) -> bool:
+        assert weight.layer is not None
+        tickets = (self._tickets.get((weight.tensor.name, expert)) for expert in self._chosen[weight.layer])
+        return any(ticket is not None and not ticket.done for ticket in tickets)
 
     def _wants(self, layer: int) -> bool:
         if layer not in self._numbers:
@@ -142,20 +160,37 @@ class ExpertStreamer(RouterTap):
             return
         if self._waiting:
             raise _not_understood(self._waiting)
-        parts = self._layers[layer]
         found, counts = np.unique(ids, return_counts=True)
         chosen = [int(expert) for expert in found[np.argsort(counts, kind="stable")]]
-        victims, missing = self.residency.request(self._numbers[layer], chosen)
+        missing = self._fetch(layer, chosen)
+        late = len({*missing, *(self._ahead.pop(layer, set()) & set(chosen))})
+        self.stats.hits += len(chosen) - late
+        self.stats.misses += late
+        self._chosen[layer] = chosen
+        self._waiting = {weight.tensor.name: weight for weight in self._layers[layer]}
+        if (1 - ids.shape[1] / self._experts) ** len(ids) < _UNLIKELY:
+            self._fetch_ahead(layer)
+
+    def _fetch(self, layer: int, chosen: Sequence[int], *, busy: int = -1) -> list[int]:
+        """Have those experts read that are not there. Returns which."""
+        parts = self._layers[layer]
+        victims, missing = self.residency.request(self._numbers[layer], chosen, busy=busy)
         for victim, expert in zip_longest(victims, missing[: len(victims)]):
             self._replace(victim, parts, expert)
-        self.stats.hits += len(chosen) - len(missing)
-        self.stats.misses += len(missing)
         for weight in parts:
             for expert in missing:
                 self._tickets[weight.tensor.name, expert] = weight.read(self._reader, expert)
                 self.stats.bytes_read += weight.stride
-        self._chosen[layer] = chosen
-        self._waiting = {weight.tensor.name: weight for weight in parts}
+        return missing
+
+    def _fetch_ahead(self, layer: int) -> None:
+        """So many tokens will choose all the experts of the next layer: the disk need not wait to be told."""
+        number = self._numbers[layer]
+        if number + 1 < len(self._order):
+            following = self._order[number + 1]
+            if self.residency.fits_beside(number + 1, experts=self._experts, busy=number):
+                missing = self._fetch(following, range(self._experts), busy=number)
+                self._ahead[following] = set(missing)
 
     def _replace(self, victim: Expert, parts: Sequence[Weight], expert: int | None) -> None:
         """A victim's memory goes to an expert that is about to be read, if there is one."""

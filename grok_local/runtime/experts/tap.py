@@ -81,6 +81,11 @@ class RouterTap:
         self._started = 0.0
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether one evaluation is all that it has to look on at."""
+        return False
+
     def attach(self) -> None:
         """Get ready for the first evaluation."""
 

@@ -59,11 +59,16 @@ class Weight:
         self.region.release(expert * self.stride, (expert + 1) * self.stride)
 
 
-def weights_of(headers: Sequence[Header], names: Iterable[str], *, huge: bool) -> Iterator[Weight]:
-    """Those of the tensors that are named, with memory reserved for them. Raises OSError."""
-    for file, tensor in _named(headers, names):
+def weights_of(headers: Sequence[Header], names: Iterable[str], *, budget: int, huge: bool) -> Iterator[Weight]:
+    """Those of the tensors that are named, with memory reserved for them. Raises OSError.
+
+    Huge pages, if at all, where they take no more than small ones: a part of a tensor might have a page for its ends.
+    """
+    named = list(_named(headers, names))
+    whole = sum(tensor.nbytes for _, tensor in named if _slices(tensor)[0] is not None) <= budget
+    for file, tensor in named:
         layer, stride = _slices(tensor)
-        large = huge and (stride % HUGE == 0 or stride >= _HUGE_FROM)
+        large = huge and (whole or layer is None or stride % HUGE == 0 or stride >= _HUGE_FROM)
         yield Weight(tensor, file, layer, stride, Region(tensor.offset, tensor.nbytes, huge=large))
 
 

@@ -1,0 +1,251 @@
+"""Models larger than memory: streaming their experts against mapping them, under a memory limit.
+
+    uv run python -m benchmarks.stream --folder FOLDER [--only shares fits together budget prompt]
+
+A model of Grok-1's proportions with random weights (every width a quarter, 22 layers, 3.9 GB) is written to FOLDER.
+Each run is a process of its own in a control group (version 1 or 2, where we may make one) whose memory is limited; it
+evaluates random tokens one by one, so that each chooses its experts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from benchmarks.models import random_model
+
+_LAYERS, _NARROWER = 22, 4
+_PROCESS = 150_000_000  # bytes that Python and its libraries take beside the budget
+
+
+# -- control groups ----------------------------------------------------------------------------------------------------
+
+
+class Group:
+    """A control group of our own with limited memory; `limit` in bytes, None to count only."""
+
+    def __init__(self, limit: int | None) -> None:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        parts = [line.split(":", 2) for line in lines]
+        first = next((path for _, names, path in parts if "memory" in names.split(",")), None)
+        self._old = first is not None
+        root = Path("/sys/fs/cgroup/memory" if self._old else "/sys/fs/cgroup")
+        self.folder = root / (first or next(path for _, names, path in parts if not names)).strip("/") / "grok-local"
+        self.folder.mkdir(exist_ok=True)
+        if limit is not None:
+            (self.folder / ("memory.limit_in_bytes" if self._old else "memory.max")).write_text(str(limit))
+
+    def enter(self) -> None:
+        """Put this process into it."""
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    def used(self) -> int:
+        """Bytes charged: anonymous memory and page cache."""
+        return int((self.folder / ("memory.usage_in_bytes" if self._old else "memory.current")).read_text())
+
+    def remove(self) -> None:
+        """When its processes have ended."""
+        for _ in range(100):
+            with suppress(OSError):
+                self.folder.rmdir()
+                return
+            time.sleep(0.05)
+
+
+@contextmanager
+def group(limit: int | None) -> Iterator[Group]:
+    made = Group(limit)
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+# -- what a child does -------------------------------------------------------------------------------------------------
+
+
+def child(model: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Load the model, evaluate tokens, and say how long each evaluation took."""
+    from grok_local.runtime.engine import Engine
+    from grok_local.runtime.plan import Wishes
+
+    rng = random.Random(1)
+    count, sequences = options.pop("tokens"), options.get("sequences", 1)
+    prompt = options.pop("prompt", 0)
+    wishes = Wishes(repack="off", **options)
+    started = time.perf_counter()
+    engine = Engine(model, threads=2, wishes=wishes)
+    loaded = time.perf_counter() - started
+    steps: list[Callable[[], object]]
+    if prompt:
+        ids = [rng.randrange(engine.vocabulary) for _ in range(prompt)]
+        steps = [lambda: engine.evaluate(ids)]
+    else:
+        texts = [[rng.randrange(engine.vocabulary) for _ in range(sequences)] for _ in range(count)]
+        steps = [_step(engine, tokens) for tokens in texts]
+    seconds, read = [], []
+    for step in steps:
+        before, start = _bytes(engine), time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+        read.append(_bytes(engine) - before)
+    plan = engine.placement.plan
+    engine.close()
+    return {"loaded": loaded, "seconds": seconds, "read": read, "batch": plan.batch, "held": plan.ram.experts}
+
+
+def _step(engine: Any, tokens: Sequence[int]) -> Callable[[], object]:
+    return lambda: engine.evaluate_together({number: [token] for number, token in enumerate(tokens)})
+
+
+def _bytes(engine: Any) -> int:
+    stats = engine.expert_stats()
+    return int(stats.bytes_read) if stats else 0
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def measure(model: Path, *, limit: int | None, tokens: int, **options: Any) -> dict[str, Any]:
+    """Run a child under a limit, and watch what is charged to it."""
+    with group(limit) as own:
+        command = [sys.executable, "-m", "benchmarks.stream", "--child", str(model)]
+        request = json.dumps({"tokens": tokens, "context": 1024, **options})
+        process = subprocess.Popen([*command, request], stdout=subprocess.PIPE, preexec_fn=own.enter)  # noqa: PLW1509
+        most = 0
+        while process.poll() is None:
+            most = max(most, own.used())
+            time.sleep(0.02)
+        found: dict[str, Any] = json.loads(process.communicate()[0])
+    usual = found["seconds"][len(found["seconds"]) // 4 :]  # the first ones fill the memory
+    found["median"] = statistics.median(usual)
+    found["read_median"] = statistics.median(found["read"][len(found["read"]) // 4 :])
+    return found | {"most": most}
+
+
+def disk_speed(model: Path) -> float:
+    """Bytes a second, read as streaming reads, whole file."""
+    from grok_local.runtime.experts.memory import Region
+    from grok_local.runtime.experts.reader import Reader
+
+    size = model.stat().st_size
+    reader, region = Reader([model]), Region(0, 64 << 20)
+    region.view(0, 64 << 20)[:] = bytes(64 << 20)
+    start = time.perf_counter()
+    for at in range(0, size - (64 << 20), 64 << 20):
+        reader.read(0, at, at + (64 << 20), region=region, at=0).wait(60)
+    speed = (size // (64 << 20)) * (64 << 20) / (time.perf_counter() - start)
+    reader.close()
+    return speed
+
+
+def resident(model: Path, tokens: int) -> dict[str, Any]:
+    return measure(model, limit=None, tokens=tokens, stream="off")
+
+
+def shares(model: Path, tokens: int, rounds: int) -> None:
+    """Under limits of 20, 40, 60 and 80 % of the file, in turn with mapping; medians of the rounds' medians."""
+    size = model.stat().st_size
+    whole = statistics.median(resident(model, tokens)["median"] for _ in range(rounds))
+    print(f"resident: {1 / whole:.2f} tok/s\n")
+    names = "limit | mapped | streamed | ratio | read a token | disk GB/s | bound | of the bound"
+    print(f"| {names} |\n" + "|---" * 8 + "|")
+    for percent in (20, 40, 60, 80):
+        limit, rows = size * percent // 100, []
+        for _ in range(rounds):
+            mapped = measure(model, limit=limit, tokens=max(tokens // 2, 40), stream="off")
+            before = disk_speed(model)
+            streamed = measure(model, limit=limit, tokens=2 * tokens, stream="on", memory=limit - _PROCESS)
+            speed = (before + disk_speed(model)) / 2
+            bound = max(streamed["read_median"] / speed, whole)
+            rows.append((mapped["median"], streamed["median"], streamed["read_median"], speed, bound))
+        mapped_s, streamed_s, read, speed, _ = (statistics.median(column) for column in zip(*rows, strict=True))
+        ratio = statistics.median(row[0] / row[1] for row in rows)
+        share = statistics.median(row[4] / row[1] for row in rows)
+        figures = f"{1 / mapped_s:.2f} | {1 / streamed_s:.2f} | {ratio:.2f} | {read / 1e6:.0f} MB | {speed / 1e9:.2f}"
+        print(f"| {percent} % | {figures} | {streamed_s * share:.3f} s | {share:.2f} |", flush=True)
+
+
+def fits(model: Path, tokens: int, rounds: int) -> None:
+    """Everything in memory: streamed against mapped, in turn."""
+    pairs = []
+    for _ in range(rounds):
+        mapped = measure(model, limit=None, tokens=tokens, stream="off")
+        streamed = measure(model, limit=None, tokens=tokens, stream="on")
+        pairs.append((mapped["median"], streamed["median"]))
+    ratio = statistics.median(a / b for a, b in pairs)
+    plain, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print(f"{model.stem}, everything fits: mapped {1 / plain:.2f} tok/s, streamed {1 / ours:.2f}, ratio {ratio:.3f}")
+
+
+def together(model: Path, tokens: int, rounds: int) -> None:
+    """Sixteen sequences at once, under the 40 % limit, against one."""
+    limit = model.stat().st_size * 40 // 100
+    one, many = [], []
+    for _ in range(rounds):
+        common: dict[str, Any] = {"limit": limit, "stream": "on", "memory": limit - _PROCESS, "batch": 64}
+        one.append(measure(model, tokens=2 * tokens, **common)["median"])
+        many.append(measure(model, tokens=tokens, sequences=16, **common)["median"])
+    ratio = statistics.median(16 * a / b for a, b in zip(one, many, strict=True))
+    total = 16 / statistics.median(many)
+    print(f"16 sequences: {total:.2f} tok/s in all, one {1 / statistics.median(one):.2f}: {ratio:.2f} times")
+
+
+def budget(model: Path, tokens: int) -> None:
+    """What is charged without any limit, from the start of the process to its end."""
+    for share in (20, 40, 80):
+        memory = model.stat().st_size * share // 100 - _PROCESS
+        most = measure(model, limit=None, tokens=tokens, stream="on", memory=memory)["most"]
+        print(f"--memory {memory / 1e6:.0f} MB: at most {most / 1e6:.0f} MB charged, {(most - memory) / 1e6:.0f} more")
+
+
+def prompt(model: Path, length: int) -> None:
+    """A long prompt under the 40 % limit: mapped, streamed 512 tokens at once, and as wide as the plan has it."""
+    limit = model.stat().st_size * 40 // 100
+    common: dict[str, Any] = {"limit": limit, "tokens": 1, "context": length, "prompt": length}
+    mapped = measure(model, stream="off", **common)
+    narrow = measure(model, stream="on", memory=limit - _PROCESS, batch=512, **common)
+    wide = measure(model, stream="on", memory=limit - _PROCESS, **common)
+    for name, found in (("mapped", mapped), ("streamed", narrow), ("streamed", wide)):
+        seconds = found["seconds"][0]
+        read = f"{sum(found['read']) / 1e9:.1f} GB read" if sum(found["read"]) else "not counted"
+        print(
+            f"| {length} tokens, {name}, {found['batch']} at once | {seconds:.1f} s | {length / seconds:.1f} | {read} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "grok-local-benchmark")
+    parser.add_argument("--only", nargs="*", default=["shares", "fits", "together", "budget", "prompt"])
+    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", nargs=2, metavar=("MODEL", "JSON"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(Path(args.child[0]), json.loads(args.child[1]))))
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    model = random_model(args.folder / "grok-1-quarter.gguf", layers=_LAYERS, narrower=_NARROWER)
+    for name in args.only:
+        if name in ("shares", "fits", "together"):
+            {"shares": shares, "fits": fits, "together": together}[name](model, args.tokens, args.rounds)
+        elif name == "budget":
+            budget(model, args.tokens)
+        else:
+            prompt(model, 4096)
+
+
+if __name__ == "__main__":
+    main()
