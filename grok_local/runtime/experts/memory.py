@@ -62,6 +62,13 @@ class Region:
         moved = length > 0 and _move_pages(source._base + other, self._base + first, length)
         source.release(source_start + (length if moved else 0), source_start + end - start)
 
+    def close(self) -> None:
+        """Give everything back; nobody may use it any more."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+        self._view.release()
+        with suppress(BufferError):  # someone still holds a view
+            self._map.close()
+
     def _pages(self, start: int, end: int) -> tuple[int, int]:
         """First and last of the whole pages, as positions in the map."""
         return -(-(self._start + start) // BLOCK) * BLOCK, (self._start + end) // BLOCK * BLOCK

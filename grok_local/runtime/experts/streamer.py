@@ -81,6 +81,8 @@ class ExpertStreamer(RouterTap):
     def close(self) -> None:
         """Only when llama.cpp's model is freed."""
         self._reader.close()
+        for weight in self._weights.values():
+            weight.region.close()
         super().close()
 
     def begin(self, rows: Sequence[Row]) -> None:
@@ -104,7 +106,7 @@ class ExpertStreamer(RouterTap):
         """What an evaluation that was broken off has left: reads that failed are tried again."""
         for (name, expert), ticket in list(self._tickets.items()):
             if ticket.done:
-                del self._tickets[name, expert]
+                self._tickets.pop((name, expert), None)
             layer = self._weights[name.encode()].layer
             if ticket.error is not None and layer is not None:
                 self.residency.forget(self._numbers[layer], expert)
@@ -168,7 +170,7 @@ class ExpertStreamer(RouterTap):
         self.stats.misses += late
         self._chosen[layer] = chosen
         self._waiting = {weight.tensor.name: weight for weight in self._layers[layer]}
-        if (1 - ids.shape[1] / self._experts) ** len(ids) < _UNLIKELY:
+        if len(chosen) >= self._experts - 1 and (1 - ids.shape[1] / self._experts) ** len(ids) < _UNLIKELY:
             self._fetch_ahead(layer)
 
     def _fetch(self, layer: int, chosen: Sequence[int], *, busy: int = -1) -> list[int]:

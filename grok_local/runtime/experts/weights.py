@@ -18,7 +18,7 @@ from grok_local.runtime.shape import EXPERTS
 __all__ = ["Mapping", "Slices", "Weight", "expert_slices", "mappings", "weights_of"]
 
 _LAYER = re.compile(rf"blk\.(\d+)\.{EXPERTS}\.weight")
-_HUGE_FROM = 32 * HUGE  # bytes of a slice, from which on what it takes beyond its ends is little
+_HUGE_FROM = 32 * HUGE  # bytes, from which on what huge pages take beyond their ends is little
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def weights_of(headers: Sequence[Header], names: Iterable[str], *, budget: int, 
     whole = sum(tensor.nbytes for _, tensor in named if _slices(tensor)[0] is not None) <= budget
     for file, tensor in named:
         layer, stride = _slices(tensor)
-        large = huge and (whole or layer is None or stride % HUGE == 0 or stride >= _HUGE_FROM)
+        piece = tensor.nbytes if whole else stride
+        large = huge and (piece >= _HUGE_FROM or (layer is not None and piece % HUGE == 0))
         yield Weight(tensor, file, layer, stride, Region(tensor.offset, tensor.nbytes, huge=large))
 
 
