@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks.models import random_model
 
 _LAYERS, _NARROWER = 22, 4
+_BLOCK = 64 << 20  # bytes
 _PROCESS = 150_000_000  # bytes that Python and its libraries take beside the budget
 
 
@@ -135,33 +136,36 @@ def measure(model: Path, *, limit: int | None, tokens: int, **options: Any) -> d
 
 
 def disk_speed(model: Path) -> float:
-    """Bytes a second, read as streaming reads, whole file."""
+    """Bytes a second: the whole file read directly into memory that is there, four or eight at a time."""
     from grok_local.runtime.experts.memory import Region
     from grok_local.runtime.experts.reader import Reader
 
-    size = model.stat().st_size
-    reader, region = Reader([model]), Region(0, 64 << 20)
-    region.view(0, 64 << 20)[:] = bytes(64 << 20)
-    start = time.perf_counter()
-    for at in range(0, size - (64 << 20), 64 << 20):
-        reader.read(0, at, at + (64 << 20), region=region, at=0).wait(60)
-    speed = (size // (64 << 20)) * (64 << 20) / (time.perf_counter() - start)
-    reader.close()
-    return speed
+    region, speeds = Region(0, _BLOCK), []
+    region.view(0, _BLOCK)[:] = bytes(_BLOCK)
+    starts = range(0, model.stat().st_size - _BLOCK, _BLOCK)
+    for threads in (4, 8):
+        reader = Reader([model], threads=threads)
+        begun = time.perf_counter()
+        for ticket in [reader.read(0, at, at + _BLOCK, region=region, at=0) for at in starts]:
+            ticket.wait(600)
+        speeds.append(len(starts) * _BLOCK / (time.perf_counter() - begun))
+        reader.close()
+    region.close()
+    return max(speeds)
 
 
 def resident(model: Path, tokens: int) -> dict[str, Any]:
     return measure(model, limit=None, tokens=tokens, stream="off")
 
 
-def shares(model: Path, tokens: int, rounds: int) -> None:
-    """Under limits of 20, 40, 60 and 80 % of the file, in turn with mapping; medians of the rounds' medians."""
+def shares(model: Path, limits: Sequence[int], *, tokens: int, rounds: int) -> None:
+    """Under limits of so many percent of the file, in turn with mapping; medians of the rounds' medians."""
     size = model.stat().st_size
     whole = statistics.median(resident(model, tokens)["median"] for _ in range(rounds))
     print(f"resident: {1 / whole:.2f} tok/s\n")
     names = "limit | mapped | streamed | ratio | read a token | disk GB/s | bound | of the bound"
     print(f"| {names} |\n" + "|---" * 8 + "|")
-    for percent in (20, 40, 60, 80):
+    for percent in limits:
         limit, rows = size * percent // 100, []
         for _ in range(rounds):
             mapped = measure(model, limit=limit, tokens=max(tokens // 2, 40), stream="off")
@@ -229,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "grok-local-benchmark")
     parser.add_argument("--only", nargs="*", default=["shares", "fits", "together", "budget", "prompt"])
+    parser.add_argument("--limits", type=int, nargs="*", default=[20, 40, 60, 80], help="percent of the file")
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "JSON"), help=argparse.SUPPRESS)
@@ -239,8 +244,10 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     model = random_model(args.folder / "grok-1-quarter.gguf", layers=_LAYERS, narrower=_NARROWER)
     for name in args.only:
-        if name in ("shares", "fits", "together"):
-            {"shares": shares, "fits": fits, "together": together}[name](model, args.tokens, args.rounds)
+        if name == "shares":
+            shares(model, args.limits, tokens=args.tokens, rounds=args.rounds)
+        elif name in ("fits", "together"):
+            {"fits": fits, "together": together}[name](model, args.tokens, args.rounds)
         elif name == "budget":
             budget(model, args.tokens)
         else:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["bench_table", "describe_plan", "findings_table", "llama_options", "print_plan"]
 
 _BAR = 48
+_USUAL_BATCH = 512  # llama.cpp's
 _PARTS = (("dense", "cyan"), ("experts", "green"), ("kv", "yellow"), ("compute", "magenta"))
 
 
@@ -32,6 +33,8 @@ def describe_plan(plan: Plan, prediction: Forecast) -> dict[str, Any]:
         "context": plan.context,
         "places": [_described(plan, share) for share in plan.shares],
         "disk": plan.disk,
+        "streamed": plan.streamed,
+        "batch": plan.batch,
         "repacked_tensors": len(plan.repacked),
         "bytes_per_token": plan.model.read_per_token,
         "tokens_per_second": float(f"{prediction.speed:.6g}"),
@@ -69,6 +72,8 @@ def llama_options(plan: Plan) -> list[str]:
         options += ["-ts", ",".join(map(str, plan.layers))]
     for pattern, place in plan.overrides:
         options += ["-ot", f"{pattern}={'CPU' if place == 'RAM' else place}"]
+    if plan.batch != _USUAL_BATCH:
+        options += ["-b", str(plan.batch), "-ub", str(plan.batch)]
     return options
 
 
@@ -165,6 +170,9 @@ def bench_table(report: BenchReport) -> Table:
     table.add_row("predicted generation", "", f"{report.predicted:.2f}{_ratio(report, report.predicted)}")
     if report.limit:
         table.add_row("the memory's limit", "", f"{report.limit:.2f}{_ratio(report, report.limit)}")
+    if report.experts:
+        read = format_bytes(int(report.experts["bytes_read_per_token"]))
+        table.add_row("experts read a token", "", f"{read}, {report.experts['hit_rate']:.0%} were in memory")
     return table
 
 

@@ -14,6 +14,7 @@ COMMANDS = (
     "inspect",
     "generate",
     "chat",
+    "routing",
     "plan",
     "bench",
     "doctor",

@@ -106,13 +106,14 @@ def bench(
     from grok_local.commands.running import loaded
     from grok_local.placement_views import bench_table
     from grok_local.runtime.bench import bench as measure
-    from grok_local.runtime.probes import speeds, with_speeds
+    from grok_local.runtime.probes import disk_speed, speeds, with_speeds
 
     with loaded(model, loading) as running:
         planned, threads = running.placement.plan, running.engine.threads
         known = speeds(planned.model.types, threads=threads, say=say)
         devices = with_speeds(planned.machine.devices, planned.model.types, say=say)
-        machine = replace(planned.machine, speeds=known, devices=tuple(devices))
+        disk = disk_speed(running.path) if planned.disk else 0.0
+        machine = replace(planned.machine, speeds=known, devices=tuple(devices), disk_speed=disk)
         report = measure(running, machine, prompt=prompt, tokens=tokens, repeats=repeats, say=say)
     if as_json:
         print_json(report.described())

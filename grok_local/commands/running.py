@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -21,7 +22,7 @@ from grok_local.commands.options import (
 )
 from grok_local.errors import OptionError
 
-__all__ = ["chat", "generate", "loaded"]
+__all__ = ["chat", "generate", "loaded", "routing"]
 
 MaxTokens = Annotated[Optional[int], typer.Option(help="At most this many tokens an answer.", min=1, max=1 << 30)]
 Stop = Annotated[Optional[list[str]], typer.Option(help="End where this text would come; may be repeated.")]
@@ -77,6 +78,29 @@ def chat(
     options = {**_sampling(sampling, model), "max_tokens": max_tokens, "stop": stop or ()}
     with loaded(model, loading) as running:
         Repl(running, name=model, system=system, options=options).run()
+
+
+def routing(
+    record: Annotated[Path, typer.Argument(help="What --trace-experts wrote.", metavar="FILE")],
+    output: Annotated[
+        Optional[Path], typer.Option("-o", "--output", help="Draw it there: a PNG, SVG or PDF.", metavar="PICTURE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which experts tokens were routed to: a heat map, and how many would be found in memory.
+
+    grok-local generate -m grok-1-q4_k --trace-experts FILE "Once upon a time"; grok-local routing FILE
+    """
+    from grok_local import routing_views
+    from grok_local.runtime.routing import read_routing
+
+    found = read_routing(record)
+    if output:
+        routing_views.draw_routing(found, output)
+    elif as_json:
+        print_json(routing_views.describe_routing(found))
+    else:
+        routing_views.print_routing(found)
 
 
 @contextmanager

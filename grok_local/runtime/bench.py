@@ -52,6 +52,7 @@ class BenchReport:
     generation: Measurement
     predicted: float
     limit: float
+    experts: dict[str, float] | None = None  # while generating: what streaming read and waited for
 
     def described(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -72,16 +73,21 @@ def bench(
     if max(prompt, tokens) > model.context_size:
         raise ContextError(f"{max(prompt, tokens)} tokens do not fit the context of {model.context_size}")
     plan = replace(model.placement.plan, machine=machine)
+    read = _repeated("prompt", lambda: _read(model, prompt), prompt, repeats=repeats, say=say)
+    before = model.engine.expert_stats()
+    generated = _repeated("generation", lambda: _generate(model, tokens), tokens, repeats=repeats, say=say)
+    after = model.engine.expert_stats()
     return BenchReport(
         model=plan.model.name,
         nbytes=plan.model.nbytes,
         bytes_per_token=plan.model.read_per_token,
         threads=model.engine.threads,
         repacked_tensors=len(plan.repacked),
-        prompt=_repeated("prompt", lambda: _read(model, prompt), prompt, repeats=repeats, say=say),
-        generation=_repeated("generation", lambda: _generate(model, tokens), tokens, repeats=repeats, say=say),
+        prompt=read,
+        generation=generated,
         predicted=forecast(plan).speed,
         limit=machine.speeds.memory / plan.model.read_per_token,
+        experts=after.since(before).described(tokens * (repeats + 1)) if before and after else None,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from grok_local.gguf_file import Header
 from grok_local.runtime.experts.reader import Reader
 from grok_local.runtime.experts.tap import RouterTap
-from grok_local.runtime.experts.weights import expert_slices
+from grok_local.runtime.experts.weights import dense_tensors, expert_slices
 from grok_local.runtime.routing import Row
 
 __all__ = ["ReadAhead"]
@@ -28,7 +27,13 @@ class ReadAhead(RouterTap):
     def __init__(self, headers: Sequence[Header], names: Sequence[str], **tap: Any) -> None:
         super().__init__(**tap)
         self._slices = expert_slices(headers, names)
+        self._dense = dense_tensors(headers, names)
         self._reader = Reader([header.path for header in headers])
+
+    def attach(self) -> None:
+        """Have the dense tensors read, which every token needs."""
+        for ticket in [self._reader.read_ahead(file, t.offset, t.offset + t.nbytes) for file, t in self._dense]:
+            self._wait(ticket)
 
     def close(self) -> None:
         """Close the files."""
@@ -50,15 +55,11 @@ class ReadAhead(RouterTap):
         return layer in self._slices or super()._wants(layer)
 
     def _choose(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
-        started, tickets = time.monotonic(), []
+        tickets = []
         for expert in map(int, np.unique(ids)):
             for part in self._slices.get(layer, ()):
                 start = part.offset + expert * part.stride
                 tickets.append(self._reader.read_ahead(part.file, start, start + part.stride))
                 self.stats.bytes_read += part.stride
         for ticket in tickets:
-            while not ticket.wait(0.05) and not self._interrupted():
-                pass
-            if ticket.error is not None:
-                raise ticket.error
-        self.stats.wait_seconds += time.monotonic() - started
+            self._wait(ticket)

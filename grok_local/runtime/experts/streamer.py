@@ -7,7 +7,6 @@ the next one meanwhile.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -26,7 +25,6 @@ from grok_local.runtime.routing import Row
 
 __all__ = ["ExpertStreamer"]
 
-_LOOK = 0.05  # seconds after which a waiting thread looks whether it is interrupted
 _UNLIKELY = 0.05  # chance of an expert to be chosen by no token of a batch
 _CAPTURES = 4  # evaluations after which every weight that is ever used has been seen
 
@@ -206,7 +204,7 @@ class ExpertStreamer(RouterTap):
 
     def _finish(self, ticket: Ticket | None) -> None:
         """Whatever happens, memory into which a read is under way stays where it is."""
-        while ticket is not None and not ticket.wait(_LOOK):
+        while ticket is not None and not ticket.wait(1):
             pass
 
     def _wait_for(self, weight: Weight) -> None:
@@ -217,18 +215,8 @@ class ExpertStreamer(RouterTap):
             ticket = self._tickets.get((weight.tensor.name, expert))
             if ticket is not None:
                 self._wait(ticket)
-                if ticket.done:
-                    del self._tickets[weight.tensor.name, expert]
+                del self._tickets[weight.tensor.name, expert]
         self._reader.check()
-
-    def _wait(self, ticket: Ticket) -> None:
-        if not ticket.done:
-            started = time.monotonic()
-            while not ticket.wait(_LOOK) and not self._interrupted():
-                pass
-            self.stats.wait_seconds += time.monotonic() - started
-        if ticket.error is not None:
-            raise ticket.error
 
 
 def _by_layer(weights: Sequence[Weight]) -> dict[int, list[Weight]]:

@@ -15,12 +15,15 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from grok_local.errors import ModelError
 from grok_local.ggml import tensors as ggml_tensors
+from grok_local.runtime.experts.reader import Ticket
 from grok_local.runtime.routing import Recorder, Row
 
-__all__ = ["ExpertStats", "RouterTap"]
+__all__ = ["ExpertStats", "Interrupted", "RouterTap"]
 
 _TOPK = b"ffn_moe_topk-"
+_LOOK = 0.05  # seconds after which a waiting thread looks whether it is interrupted
 
 
 @dataclass
@@ -66,6 +69,10 @@ class ExpertStats:
         return replace(self)
 
 
+class Interrupted(ModelError):  # noqa: N818  # nothing went wrong
+    """Something was waited for when the user had enough: nothing is wrong, but what was computed is worth nothing."""
+
+
 class RouterTap:
     """Has a record kept, if that is wished, of what the routers choose; ExpertStreamer does more.
 
@@ -108,7 +115,7 @@ class RouterTap:
     def finish(self, *, complete: bool) -> None:
         """After it; not complete if it was interrupted. Raises what went wrong meanwhile."""
         self.stats.seconds += time.monotonic() - self._started
-        if self.error is not None:
+        if self.error is not None and (complete or not isinstance(self.error, Interrupted)):
             raise self.error
         if self._recorder is not None and complete:
             self._recorder.commit()
@@ -128,13 +135,25 @@ class RouterTap:
         return name.startswith(_TOPK) and self._wants(int(name[len(_TOPK) :]))
 
     def _computed(self, node: int, name: bytes) -> bool:
-        """Whether to go on."""
+        """Whether to go on. Interrupts are left to llama.cpp's own callback: it takes what ends here for complete."""
         if name.startswith(_TOPK):
             layer, ids = int(name[len(_TOPK) :]), ggml_tensors.read_ints(node)
             if self._recorder is not None:
                 self._recorder.choose(layer, ids)
             self._choose(layer, ids)
-        return not self._interrupted()
+        return True
+
+    def _wait(self, ticket: Ticket) -> None:
+        """Until it is done; the time counts as waiting. Raises what went wrong, and Interrupted."""
+        if not ticket.done:
+            started = time.monotonic()
+            while not (ticket.wait(_LOOK) or self._interrupted()):
+                pass
+            self.stats.wait_seconds += time.monotonic() - started
+        if ticket.error is not None:
+            raise ticket.error
+        if not ticket.done:
+            raise Interrupted("interrupted")
 
     def _wants(self, layer: int) -> bool:
         """Whether the layer's choice is of interest."""

@@ -15,7 +15,7 @@ from grok_local.runtime.experts.memory import HUGE, Region
 from grok_local.runtime.experts.reader import Reader, Ticket
 from grok_local.runtime.shape import EXPERTS
 
-__all__ = ["Mapping", "Slices", "Weight", "expert_slices", "mappings", "weights_of"]
+__all__ = ["Mapping", "Slices", "Weight", "dense_tensors", "expert_slices", "mappings", "weights_of"]
 
 _LAYER = re.compile(rf"blk\.(\d+)\.{EXPERTS}\.weight")
 _HUGE_FROM = 32 * HUGE  # bytes, from which on what huge pages take beyond their ends is little
@@ -83,6 +83,11 @@ def expert_slices(headers: Sequence[Header], names: Iterable[str]) -> dict[int, 
     return found
 
 
+def dense_tensors(headers: Sequence[Header], names: Iterable[str]) -> list[tuple[int, Tensor]]:
+    """Those of the tensors that are not, each with its file's number."""
+    return [(file, tensor) for file, tensor in _named(headers, names) if _slices(tensor)[0] is None]
+
+
 def _named(headers: Sequence[Header], names: Iterable[str]) -> Iterator[tuple[int, Tensor]]:
     wanted = set(names)
     for file, header in enumerate(headers):
@@ -118,13 +123,15 @@ class Mapping:
 
 def mappings(paths: Sequence[Path]) -> list[Mapping]:
     """What Linux says is mapped of these files."""
-    numbers = {(status.st_dev, status.st_ino): number for number, status in enumerate(map(os.stat, paths))}
+    # Some file systems show other device numbers there than stat does.
+    names = {os.path.realpath(path): number for number, path in enumerate(paths)}
+    inodes = {(status.st_dev, status.st_ino): number for number, status in enumerate(map(os.stat, paths))}
     found = []
     with suppress(OSError):
-        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-            span, _, offset, device, inode = line.split(maxsplit=5)[:5]
+        for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+            span, _, offset, device, inode, *rest = line.split(maxsplit=5)
             major, minor = (int(part, 16) for part in device.split(":"))
-            number = numbers.get((os.makedev(major, minor), int(inode)))
+            number = inodes.get((os.makedev(major, minor), int(inode)), names.get("".join(rest)))
             if number is not None:
                 start, end = (int(part, 16) for part in span.split("-"))
                 found.append(Mapping(number, start, end, int(offset, 16)))

@@ -1,0 +1,107 @@
+"""How a record of routing is shown: a heat map in the terminal, or as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from grok_local.errors import OptionError, OutputError
+from grok_local.units import printable
+
+if TYPE_CHECKING:
+    from grok_local.runtime.routing import Routing
+
+__all__ = ["describe_routing", "draw_routing", "print_routing"]
+
+_SHADES = (17, 18, 19, 25, 31, 37, 72, 107, 142, 178, 214, 208, 202)  # of xterm's 256 colours, cold to hot
+
+
+def describe_routing(routing: Routing) -> dict[str, Any]:
+    """What `routing --json` prints: shares by layer and expert, and what they mean for memory."""
+    return {
+        "model": routing.model,
+        "tokens": len(routing.experts),
+        "shares": [[round(float(share), 6) for share in layer] for layer in routing.shares],
+        "repeats": round(routing.repeats, 4),
+        "hit_rates": [
+            {"held": held, "recent": round(routing.hit_rate(held), 4), "pinned": round(_pinned(routing, held), 4)}
+            for held in range(1, routing.count)
+        ],
+    }
+
+
+def _pinned(routing: Routing, held: int) -> float:
+    """With the hottest experts held for good, but for one place."""
+    return routing.hit_rate(held, pinned=held - 1)
+
+
+def print_routing(routing: Routing) -> None:
+    """On stdout; in colour where that is a terminal."""
+    console = Console()
+    for part in _parts(routing):
+        console.print(part)
+
+
+def _parts(routing: Routing) -> Iterator[RenderableType]:
+    tokens, layers, used = routing.experts.shape
+    even = 1 / routing.count
+    yield Text(f"{printable(routing.model)}: {tokens} tokens through {layers} layers", style="bold")
+    yield f"each chooses {used} of {routing.count} experts; how often each was chosen, by layer, in percent:"
+    table = Table.grid(padding=(0, 0))
+    table.add_row("layer", *(Text(f"{expert:>5} ") for expert in range(routing.count)))
+    for layer, shares in enumerate(routing.shares):
+        table.add_row(f"{layer:>5} ", *(_cell(share, even) for share in shares.tolist()))
+    yield table
+    yield f"of a token's experts, {routing.repeats:.0%} are those of the token before ({used * even:.0%} if by chance)"
+    yield _memory_table(routing)
+
+
+def _cell(share: float, even: float) -> Text:
+    shade = _SHADES[min(int(share / even / 2 * len(_SHADES)), len(_SHADES) - 1)]
+    return Text(
+        f"{100 * share:5.1f} ", style=f"color(231) on color({shade})" if shade < 100 else f"black on color({shade})"
+    )
+
+
+def _memory_table(routing: Routing) -> RenderableType:
+    table = Table("experts held of each layer", "found there", "with the hottest pinned")
+    for column in table.columns:
+        column.justify = "right"
+    for row in describe_routing(routing)["hit_rates"]:
+        table.add_row(str(row["held"]), f"{row['recent']:.0%}", f"{row['pinned']:.0%}")
+    return table
+
+
+def draw_routing(routing: Routing, path: Path) -> None:
+    """Write the heat map as PNG, SVG or PDF, by the name's ending. Raises OptionError, OutputError."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise OptionError(f"{path}: a picture's name ends in .png, .svg or .pdf")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OptionError("pictures need matplotlib: pip install 'grok-local[pictures]'") from None
+    tokens, layers, used = routing.experts.shape
+    figure = Figure(figsize=(2.5 + 0.55 * routing.count, 1.8 + 0.16 * layers), layout="constrained", dpi=160)
+    axes = figure.subplots()
+    even = 100 / routing.count
+    image = axes.imshow(100 * routing.shares, aspect="auto", cmap="inferno", vmin=0, vmax=max(2 * even, 1))
+    axes.set(xlabel="expert", ylabel="layer", xticks=range(routing.count))
+    axes.set_title(f"{printable(routing.model)}\n{tokens} tokens, {used} of {routing.count} experts", fontsize=10)
+    figure.colorbar(image, ax=axes, label=f"percent of a layer's choices (evenly: {even:.3g})")
+    axes.text(
+        0.5,
+        -0.02,
+        f"{routing.repeats:.0%} repeat the token before",
+        transform=figure.transFigure,
+        ha="center",
+        va="top",
+    )
+    try:
+        figure.savefig(path, bbox_inches="tight")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
