@@ -93,7 +93,7 @@ class ExpertStreamer(RouterTap):
 
     def finish(self, *, complete: bool) -> None:
         """Raises what went wrong meanwhile."""
-        self._captures += 1
+        self._captures += complete
         if self._captures == _CAPTURES:
             self._unseen.clear()
         if self.error is None and self._waiting and complete:

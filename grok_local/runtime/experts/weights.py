@@ -18,7 +18,8 @@ from grok_local.runtime.shape import EXPERTS
 __all__ = ["Mapping", "Slices", "Weight", "dense_tensors", "expert_slices", "mappings", "weights_of"]
 
 _LAYER = re.compile(rf"blk\.(\d+)\.{EXPERTS}\.weight")
-_HUGE_FROM = 32 * HUGE  # bytes, from which on what huge pages take beyond their ends is little
+# Bytes from which on what huge pages take beyond the end of a tensor, or beyond both ends of a slice, is little.
+_LARGE_TENSOR, _LARGE_SLICE = 8 * HUGE, 32 * HUGE
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,14 @@ def weights_of(headers: Sequence[Header], names: Iterable[str], *, budget: int, 
     whole = sum(tensor.nbytes for _, tensor in named if _slices(tensor)[0] is not None) <= budget
     for file, tensor in named:
         layer, stride = _slices(tensor)
-        piece = tensor.nbytes if whole else stride
-        large = huge and (piece >= _HUGE_FROM or (layer is not None and piece % HUGE == 0))
+        large = huge and _deserves_huge_pages(tensor, stride, whole=whole)
         yield Weight(tensor, file, layer, stride, Region(tensor.offset, tensor.nbytes, huge=large))
+
+
+def _deserves_huge_pages(tensor: Tensor, stride: int, *, whole: bool) -> bool:
+    if whole or stride == tensor.nbytes:
+        return tensor.nbytes >= _LARGE_TENSOR
+    return stride % HUGE == 0 or stride >= _LARGE_SLICE
 
 
 def expert_slices(headers: Sequence[Header], names: Iterable[str]) -> dict[int, list[Slices]]:
