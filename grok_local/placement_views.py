@@ -148,6 +148,8 @@ def _token_table(prediction: Forecast) -> Table:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 0:
+        return f"-{_duration(-seconds)}"
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if seconds >= 0.9995 * size:
             return f"{_figure(seconds / size)} {unit}"

@@ -83,6 +83,7 @@ def draw_routing(routing: Routing, path: Path) -> None:
         raise OptionError(f"{path}: a picture's name ends in .png, .svg or .pdf")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise OptionError("pictures need matplotlib: pip install 'grok-local[pictures]'") from None
     tokens, layers, used = routing.experts.shape
@@ -93,14 +94,8 @@ def draw_routing(routing: Routing, path: Path) -> None:
     axes.set(xlabel="expert", ylabel="layer", xticks=range(routing.count))
     axes.set_title(f"{printable(routing.model)}\n{tokens} tokens, {used} of {routing.count} experts", fontsize=10)
     figure.colorbar(image, ax=axes, label=f"percent of a layer's choices (evenly: {even:.3g})")
-    axes.text(
-        0.5,
-        -0.02,
-        f"{routing.repeats:.0%} repeat the token before",
-        transform=figure.transFigure,
-        ha="center",
-        va="top",
-    )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.supxlabel(f"{routing.repeats:.0%} of the choices repeat the token before", fontsize=8)
     try:
         figure.savefig(path, bbox_inches="tight")
     except OSError as error:

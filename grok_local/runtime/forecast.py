@@ -122,7 +122,7 @@ class _Forecaster:
         seconds = nbytes / (self._machine.disk_speed or _UNKNOWN_DISK)
         if plan.streamed:
             self._assumptions["tokens choose their experts evenly"] = None
-            return [Reading("disk", nbytes, seconds - _HIDDEN * min(seconds, computing))]
+            return [Reading("disk", nbytes, seconds), Reading("overlap", 0, -_HIDDEN * min(seconds, computing))]
         self._assumptions["mapped weights come from the disk at a quarter of its speed"] = None
         return [Reading("disk", nbytes, seconds / _MAPPED_SHARE)]
 

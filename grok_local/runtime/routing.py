@@ -98,9 +98,7 @@ class Routing:
     @property
     def shares(self) -> npt.NDArray[np.float64]:
         """float64 [layers, experts]: of a layer's choices, those that fell on each expert."""
-        counts = np.stack([(self.experts == expert).sum((0, 2)) for expert in range(self.count)], 1)
-        shares: npt.NDArray[np.float64] = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        return shares
+        return _shares(self.experts, self.count)
 
     @property
     def repeats(self) -> float:
@@ -111,21 +109,32 @@ class Routing:
         return float(again.sum() / max(known.sum(), 1))
 
     def hit_rate(self, held: int, *, pinned: int = 0) -> float:
-        """Of the choices, those that would be in memory if each layer held so many experts: the most recently used,
-        but for `pinned` of them, which are those the record has most often.
+        """Of the choices in the record's second half, those that would be in memory if each layer held so many experts:
+        the most recently used, but for `pinned` of them, which are those the first half has most often.
         """
-        hits = chosen = 0
-        order = np.argsort(-self.shares, 1, kind="stable")
-        for layer in range(self.experts.shape[1]):
-            fixed = set(order[layer, :pinned].tolist())
-            recent: list[int] = []
-            for experts in self.experts[:, layer].tolist():
-                wanted = [expert for expert in experts if expert >= 0]
-                chosen += len(wanted)
-                hits += sum(expert in fixed or expert in recent for expert in wanted)
-                recent = [e for e in recent if e not in wanted] + [e for e in wanted if e not in fixed]
-                recent = recent[max(len(recent) - (held - pinned), 0) :]
-        return hits / chosen if chosen else 0.0
+        half = len(self.experts) // 2
+        order = np.argsort(-_shares(self.experts[:half], self.count), 1, kind="stable")
+        layers = range(self.experts.shape[1])
+        found = [_hits(self.experts[:, layer], set(order[layer, :pinned].tolist()), held - pinned) for layer in layers]
+        hits, chosen = np.sum([counts[half:].sum(0) for counts in found], 0)
+        return float(hits / chosen) if chosen else 0.0
+
+
+def _shares(experts: npt.NDArray[np.int16], count: int) -> npt.NDArray[np.float64]:
+    counts = np.stack([(experts == expert).sum((0, 2)) for expert in range(count)], 1)
+    shares: npt.NDArray[np.float64] = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return shares
+
+
+def _hits(experts: npt.NDArray[np.int16], pinned: set[int], places: int) -> npt.NDArray[np.int64]:
+    """int64 [tokens, 2]: of one layer's choices those that are held, and all; `places` beside what is pinned."""
+    counts, recent = np.zeros((len(experts), 2), np.int64), list[int]()
+    for number, chosen in enumerate(experts.tolist()):
+        wanted = [expert for expert in chosen if expert >= 0]
+        counts[number] = sum(expert in pinned or expert in recent for expert in wanted), len(wanted)
+        recent = [e for e in recent if e not in wanted] + [e for e in wanted if e not in pinned]
+        recent = recent[max(len(recent) - places, 0) :]
+    return counts
 
 
 def read_routing(path: Path) -> Routing:
