@@ -29,15 +29,14 @@ def describe_routing(routing: Routing) -> dict[str, Any]:
         "shares": [[round(float(share), 6) for share in layer] for layer in routing.shares],
         "repeats": round(routing.repeats, 4),
         "hit_rates": [
-            {"held": held, "recent": round(routing.hit_rate(held), 4), "pinned": round(_pinned(routing, held), 4)}
+            {
+                "held": held,
+                "streaming": round(routing.hit_rate(held), 4),
+                "pinned": round(routing.pinned_rate(held), 4),
+            }
             for held in range(1, routing.count)
         ],
     }
-
-
-def _pinned(routing: Routing, held: int) -> float:
-    """With the hottest experts held for good, but for one place."""
-    return routing.hit_rate(held, pinned=held - 1)
 
 
 def print_routing(routing: Routing) -> None:
@@ -69,11 +68,11 @@ def _cell(share: float, even: float) -> Text:
 
 
 def _memory_table(routing: Routing) -> RenderableType:
-    table = Table("experts held of each layer", "found there", "with the hottest pinned")
+    table = Table("experts held of each layer", "choices found there", "if the hottest stayed")
     for column in table.columns:
         column.justify = "right"
     for row in describe_routing(routing)["hit_rates"]:
-        table.add_row(str(row["held"]), f"{row['recent']:.0%}", f"{row['pinned']:.0%}")
+        table.add_row(str(row["held"]), f"{row['streaming']:.0%}", f"{row['pinned']:.0%}")
     return table
 
 

@@ -108,33 +108,34 @@ class Routing:
         again = (now[..., :, None] == before[..., None, :]).any(-1) & known
         return float(again.sum() / max(known.sum(), 1))
 
-    def hit_rate(self, held: int, *, pinned: int = 0) -> float:
-        """Of the choices in the record's second half, those that would be in memory if each layer held so many experts:
-        the most recently used, but for `pinned` of them, which are those the first half has most often.
+    def hit_rate(self, held: int) -> float:
+        """Of the choices in the record's second half, those that are in memory when streaming holds so many experts of
+        each layer.
         """
+        from grok_local.runtime.experts.residency import Residency  # whose package needs this module
+
+        tokens, layers, used = self.experts.shape
+        residency = Residency([1] * layers, experts=self.count, used=used, budget=held * layers + used)
+        hits = 0
+        for number, layer in np.ndindex(tokens, layers):
+            wanted = [expert for expert in self.experts[number, layer].tolist() if expert >= 0]
+            residency.count(layer, dict.fromkeys(wanted, 1), tokens=1)
+            _, missing = residency.request(layer, wanted)
+            hits += (len(wanted) - len(missing)) * (number >= tokens // 2)
+        return hits / max(int((self.experts[tokens // 2 :] >= 0).sum()), 1)
+
+    def pinned_rate(self, held: int) -> float:
+        """The same, if those always stayed that each layer's first half has most often."""
         half = len(self.experts) // 2
-        order = np.argsort(-_shares(self.experts[:half], self.count), 1, kind="stable")
-        layers = range(self.experts.shape[1])
-        found = [_hits(self.experts[:, layer], set(order[layer, :pinned].tolist()), held - pinned) for layer in layers]
-        hits, chosen = np.sum([counts[half:].sum(0) for counts in found], 0)
-        return float(hits / chosen) if chosen else 0.0
+        hottest = np.argsort(-_shares(self.experts[:half], self.count), 1, kind="stable")[:, :held]
+        found = (self.experts[half:, :, :, None] == hottest[None, :, None, :]).any(-1)
+        return float(found.sum() / max(int((self.experts[half:] >= 0).sum()), 1))
 
 
 def _shares(experts: npt.NDArray[np.int16], count: int) -> npt.NDArray[np.float64]:
     counts = np.stack([(experts == expert).sum((0, 2)) for expert in range(count)], 1)
     shares: npt.NDArray[np.float64] = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return shares
-
-
-def _hits(experts: npt.NDArray[np.int16], pinned: set[int], places: int) -> npt.NDArray[np.int64]:
-    """int64 [tokens, 2]: of one layer's choices those that are held, and all; `places` beside what is pinned."""
-    counts, recent = np.zeros((len(experts), 2), np.int64), list[int]()
-    for number, chosen in enumerate(experts.tolist()):
-        wanted = [expert for expert in chosen if expert >= 0]
-        counts[number] = sum(expert in pinned or expert in recent for expert in wanted), len(wanted)
-        recent = [e for e in recent if e not in wanted] + [e for e in wanted if e not in pinned]
-        recent = recent[max(len(recent) - places, 0) :]
-    return counts
 
 
 def read_routing(path: Path) -> Routing:

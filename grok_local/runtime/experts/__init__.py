@@ -35,6 +35,14 @@ def new_tap(
         note = "experts cannot have memory of their own here: they are read ahead into the system's file cache"
         return ReadAhead(headers, names, interrupted=interrupted, recorder=recorder), [note]
     try:
-        return ExpertStreamer(headers, names, budget=plan.ram.experts, interrupted=interrupted, recorder=recorder), []
+        streamer = ExpertStreamer(
+            headers,
+            names,
+            used=plan.model.experts_used,
+            budget=plan.ram.experts,
+            interrupted=interrupted,
+            recorder=recorder,
+        )
     except OSError as error:
         raise ModelError(f"no memory can be reserved for the experts ({error.strerror or error})") from None
+    return streamer, []

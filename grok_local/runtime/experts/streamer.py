@@ -30,13 +30,20 @@ _CAPTURES = 4  # evaluations after which every weight that is ever used has been
 
 
 class ExpertStreamer(RouterTap):
-    """The experts of a model, in at most `budget` bytes of memory.
+    """The experts of a model, of which a token has `used` in each layer, in at most `budget` bytes of memory.
 
     `names` are the tensors that RAM holds; dense ones are read at once and stay. Raises ModelError, OSError.
     """
 
     def __init__(
-        self, headers: Sequence[Header], names: Sequence[str], *, budget: int, huge: bool = True, **tap: Any
+        self,
+        headers: Sequence[Header],
+        names: Sequence[str],
+        *,
+        used: int,
+        budget: int,
+        huge: bool = True,
+        **tap: Any,
     ) -> None:
         super().__init__(**tap)
         found = list(weights_of(headers, names, huge=huge, budget=budget))
@@ -46,7 +53,7 @@ class ExpertStreamer(RouterTap):
         self._numbers = {layer: number for number, layer in enumerate(self._order)}
         self._experts = max((weight.tensor.shape[0] for weight in found if weight.layer is not None), default=0)
         sizes = [sum(weight.stride for weight in parts) for parts in self._layers.values()]
-        self.residency = Residency(sizes, experts=self._experts, budget=budget)
+        self.residency = Residency(sizes, experts=self._experts, used=used, budget=budget)
         self._tickets: dict[tuple[str, int], Ticket] = {}
         self._mappings: list[Mapping] = []
         self._unseen = dict(self._weights)
@@ -160,8 +167,9 @@ class ExpertStreamer(RouterTap):
             return
         if self._waiting:
             raise _not_understood(self._waiting)
-        found, counts = np.unique(ids, return_counts=True)
-        chosen = [int(expert) for expert in found[np.argsort(counts, kind="stable")]]
+        found, counts = (part.tolist() for part in np.unique(ids, return_counts=True))
+        chosen: list[int] = found
+        self.residency.count(self._numbers[layer], dict(zip(found, counts, strict=True)), tokens=len(ids))
         missing = self._fetch(layer, chosen)
         late = len({*missing, *(self._ahead.pop(layer, set()) & set(chosen))})
         self.stats.hits += len(chosen) - late
