@@ -1,6 +1,6 @@
 """Models larger than memory: streaming their experts against mapping them, under a memory limit.
 
-    uv run python -m benchmarks.stream --folder FOLDER [--only shares fits together budget prompt]
+    uv run python -m benchmarks.stream --folder FOLDER [--only shares fits together budget prompt giant]
 
 A model of Grok-1's proportions with random weights (every width a quarter, 22 layers, 3.9 GB) is written to FOLDER.
 Each run is a process of its own in a control group (version 1 or 2, where we may make one) whose memory is limited; it
@@ -229,10 +229,24 @@ def prompt(model: Path, length: int) -> None:
         )
 
 
+def giant(folder: Path) -> None:
+    """Grok-1's full size, with a hole in the file in place of the weights: whatever else there is to it is real."""
+    from tests.giants import write_giant
+
+    model, memory = folder / "grok-1-hole.gguf", 18_000_000_000
+    if not model.exists():
+        write_giant(model, "grok-1")
+    found = measure(model, limit=None, tokens=8, stream="on", memory=memory)
+    print(f"{model.stat().st_size / 1e9:.0f} GB in {memory / 1e9:.0f}: loaded in {found['loaded']:.1f} s, ", end="")
+    print(
+        f"{found['median']:.1f} s a token, {found['read_median'] / 1e9:.1f} GB each, {found['most'] / 1e9:.1f} charged"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "grok-local-benchmark")
-    parser.add_argument("--only", nargs="*", default=["shares", "fits", "together", "budget", "prompt"])
+    parser.add_argument("--only", nargs="*", default=["shares", "fits", "together", "budget", "prompt", "giant"])
     parser.add_argument("--limits", type=int, nargs="*", default=[20, 40, 60, 80], help="percent of the file")
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
@@ -248,6 +262,8 @@ def main() -> None:
             shares(model, args.limits, tokens=args.tokens, rounds=args.rounds)
         elif name in ("fits", "together"):
             {"fits": fits, "together": together}[name](model, args.tokens, args.rounds)
+        elif name == "giant":
+            giant(args.folder)
         elif name == "budget":
             budget(model, args.tokens)
         else:

@@ -438,7 +438,8 @@ class _Planner:
 
     def _notes(self, disk: int, layers: Sequence[int], *, held: int) -> Iterator[str]:
         if disk and self._streamed:
-            yield f"{format_bytes(disk)} of the experts do not fit in RAM: they are streamed, read as they are chosen"
+            at_once = f", for prompts {self._batch} tokens at a time" if self._batch > _BATCH else ""
+            yield f"{format_bytes(disk)} of the experts do not fit in RAM: they are streamed, read as chosen{at_once}"
             over = self._model.experts * self._largest_expert() - held
             if over > 0:
                 yield f"a prompt needs all experts of a layer at once, {format_bytes(over)} more than it may take"
