@@ -91,7 +91,9 @@ def draw_routing(routing: Routing, path: Path) -> None:
     even = 100 / routing.count
     image = axes.imshow(100 * routing.shares, aspect="auto", cmap="inferno", vmin=0, vmax=max(2 * even, 1))
     axes.set(xlabel="expert", ylabel="layer", xticks=range(routing.count))
-    axes.set_title(f"{printable(routing.model)}\n{tokens} tokens, {used} of {routing.count} experts", fontsize=10)
+    axes.set_title(
+        f"{printable(routing.model)}\n{tokens} tokens, {used} of {routing.count} experts", fontsize=10, parse_math=False
+    )
     figure.colorbar(image, ax=axes, label=f"percent of a layer's choices (evenly: {even:.3g})")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel(f"{routing.repeats:.0%} of the choices repeat the token before", fontsize=8)

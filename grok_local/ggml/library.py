@@ -67,6 +67,6 @@ def exit_on_abort() -> None:
 def _exit(message: str) -> None:
     # abort() follows whatever happens here: leave as every other failure does, without a core dump.
     reason = message.rpartition("/")[2]
-    advice = "the model is damaged, or llama.cpp has a bug: grok-local verify tells"
+    advice = "memory ran out, the model is damaged (grok-local verify tells), or llama.cpp has a bug"
     os.write(2, f"error: llama.cpp gave up ({reason}): {advice}\n".encode())
     os._exit(1)

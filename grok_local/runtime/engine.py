@@ -7,7 +7,10 @@ in it, so that a prompt that begins as the last one did only costs its new token
 from __future__ import annotations
 
 import ctypes
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +91,16 @@ class Engine:
     def close(self) -> None:
         """Free everything; the engine is unusable afterwards."""
         self._end_sampling()
-        if self._batch:
-            llama_cpp.llama_batch_free(self._batch)
-        if self._context:
-            llama_cpp.llama_free(self._context)
-        if self._model:
-            llama_cpp.llama_model_free(self._model)
-        if self._tap:
-            self._tap.close()
-        self._tap = None
-        self._batch = self._context = self._model = None
+        batch, context, model, tap = self._batch, self._context, self._model, self._tap
+        self._batch = self._context = self._model = self._tap = None
+        if batch:
+            llama_cpp.llama_batch_free(batch)
+        if context:
+            llama_cpp.llama_free(context)
+        if model:
+            llama_cpp.llama_model_free(model)
+        if tap:
+            tap.close()
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -197,6 +200,7 @@ class Engine:
         self._check_ids(ids)
         if len(ids) > self.context_size:
             raise ContextError(f"{len(ids)} tokens do not fit the context of {self.context_size}: give a larger one")
+        self.interrupted = False
         out = np.empty((len(ids), self.vocabulary), np.float32)
         self._truncate(0)
         width = min(self._batch_size, _MOST_OUTPUTS)
@@ -215,6 +219,7 @@ class Engine:
         of the other methods. Raises ModelError if interrupted, ContextError, OptionError.
         """
         self._check_open()
+        self.interrupted = False
         rows = [row for number, ids in pieces.items() for row in self._rows_of(number, ids)]
         used = len(self.cached) + sum(self._lengths.values()) + len(rows)
         if used > self.context_size or len(rows) > self._batch_size:
@@ -300,7 +305,8 @@ class Engine:
         try:
             if self._tap:
                 self._tap.begin(rows)
-            status = llama_cpp.llama_decode(self._context, batch)
+            with self._ctrl_c_later():
+                status = llama_cpp.llama_decode(self._context, batch)
             if self._tap:
                 self._tap.finish(complete=status == 0)
         except BaseException:
@@ -311,6 +317,28 @@ class Engine:
             return bool(status == 0)
         raise ModelError(f"llama.cpp failed to evaluate {len(rows)} tokens (status {status}): {log.reason()}")
 
+    @contextmanager
+    def _ctrl_c_later(self) -> Iterator[None]:
+        """In a callback from C a KeyboardInterrupt would get lost: Ctrl-C ends the evaluation, then it is raised."""
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
+            yield
+            return
+        came: list[int] = []
+
+        def remember(number: int, _: object) -> None:
+            came.append(number)
+            self.interrupted = True
+
+        signal.signal(signal.SIGINT, remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if came:
+                self.interrupted = False
+        if came:
+            raise KeyboardInterrupt
+
     def _check_ids(self, ids: Sequence[int]) -> None:
         bad = [token for token in ids if not 0 <= token < self.vocabulary]
         if bad:
@@ -319,6 +347,10 @@ class Engine:
     def _check_open(self) -> None:
         if not self._context:
             raise ModelError("the model is closed")
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -50,6 +50,8 @@ def wishes_of(options: LoadOptions) -> Wishes:
         raise TypeError(f"load() has no option {', '.join(sorted(unknown))}")
     _check_kinds(options)
     memory, trace = options.get("memory"), options.get("trace_experts")
+    if trace is not None and not str(trace):
+        raise OptionError("--trace-experts: name a file")
     alone = _one_of(options, "placement", ("auto", "cpu")) == "cpu"
     wishes = Wishes(
         context=options.get("context"),

@@ -250,13 +250,12 @@ class _Planner:
 
     def _require_floor(self, ram: Share) -> None:
         """One token's experts of one layer have to be in RAM together. Raises PlacementError."""
-        model = self._model
-        short = model.experts_used * self._largest_expert() - (ram.experts - self._disk(ram))
-        if short > 0:
-            raise PlacementError(
-                f"{model.name} needs {format_bytes(ram.capacity + short)} of RAM to stream its experts, with "
-                f"{self._context} tokens of context; {format_bytes(max(ram.capacity, 0))} can be used"
-            )
+        if ram.experts - self._disk(ram) < self._floor():
+            raise PlacementError(self._too_small(ram))
+
+    def _floor(self) -> int:
+        """Bytes of the experts that one token needs of a layer."""
+        return self._model.experts_used * self._largest_expert()
 
     def _largest_expert(self) -> int:
         """Bytes of one expert, in the layer where they are largest."""
@@ -396,9 +395,10 @@ class _Planner:
 
     def _too_small(self, ram: Share) -> str:
         need = ram.used - ram.experts
+        least = f" and {format_bytes(self._floor())} for those of a token in one layer" if ram.experts else ""
         text = (
-            f"{self._model.name} needs {format_bytes(need)} of RAM beside its experts, with {self._context} tokens of "
-            f"context; {format_bytes(max(ram.capacity, 0))} can be used"
+            f"{self._model.name} needs {format_bytes(need)} of RAM beside its experts{least}, with {self._context} "
+            f"tokens of context; {format_bytes(max(ram.capacity, 0))} can be used"
         )
         smaller = self._context // 2
         while self._advise and smaller >= _SPARSE_CONTEXT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ from grok_local.runtime.shape import ModelShape
 
 __all__ = ["Recorder", "Routing", "Row", "read_routing"]
 
-_MOST = 1 << 16  # layers or experts
+_MOST_EXPERTS = 1 << 14  # of a layer
+_MOST_PAIRS = 1 << 20  # of a layer and an expert
 
 
 class Row(NamedTuple):
@@ -39,6 +41,7 @@ class Recorder:
     def __init__(self, path: Path, model: ModelShape) -> None:
         self._path = path
         self._layers = model.layers
+        self._empty = True
         self._rows: Sequence[Row] = ()
         self._chosen: dict[int, npt.NDArray[np.int32]] = {}
         try:
@@ -61,6 +64,7 @@ class Recorder:
 
     def commit(self) -> None:
         """The evaluation is complete. Raises OutputError."""
+        self._empty = False
         experts: list[list[list[int] | None]] = [[None] * self._layers for _ in self._rows]
         outputs = [number for number, row in enumerate(self._rows) if row.output]
         for layer, ids in self._chosen.items():
@@ -73,8 +77,11 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """What was recorded stays."""
-        self._file.close()
+        """What was recorded stays; a file without a token does not."""
+        with suppress(OSError):  # that it could not be written was said
+            self._file.close()
+        if self._empty:
+            self._path.unlink(missing_ok=True)
 
     def _write(self, lines: Any) -> None:
         try:
@@ -144,17 +151,21 @@ def read_routing(path: Path) -> Routing:
         with path.open(encoding="utf-8") as file:
             facts = json.loads(file.readline())
             layers, count, used = (_number(facts[key]) for key in ("layers", "experts", "experts_used"))
-            rows = [_experts(json.loads(line)["experts"], layers, count, used) for line in file]
+            if layers * max(count, used) > _MOST_PAIRS or count > _MOST_EXPERTS:
+                raise ValueError(facts)
+            # A last line without an end was cut off with the program that wrote it.
+            lines = (line for line in file if line.endswith("\n") and line.strip())
+            rows = [_experts(json.loads(line)["experts"], layers, count, used) for line in lines]
     except OSError as error:
         raise OptionError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise OptionError(f"{path}: is no record of experts, which --trace-experts writes") from None
     experts = np.array(rows, np.int16).reshape(len(rows), layers, used)
     return Routing(str(facts.get("model", "")), count, experts)
 
 
 def _number(value: Any) -> int:
-    if not isinstance(value, int) or not 1 <= value < _MOST:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(value)
     return value
 

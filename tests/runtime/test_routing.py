@@ -99,6 +99,10 @@ FACTS = {"model": "x", "layers": 1, "experts": 4, "experts_used": 2}
         [{"layers": 1}],
         [{**FACTS, "layers": 0}],
         [{**FACTS, "experts": 10**9}],
+        [{**FACTS, "experts": 60000}, {"experts": [[50000, 1]]}],
+        [{**FACTS, "layers": True}],
+        [{**FACTS, "layers": 10**5, "experts_used": 10**5}],
+        [FACTS, '{"experts": [[Infinity, 1]]}'],
         [FACTS, {"experts": [[0, 4]]}],
         [FACTS, {"experts": [[0]]}],
         [FACTS, {"experts": [[0, 1], [0, 1]]}],
@@ -112,6 +116,11 @@ def test_what_is_no_record_is_refused(tmp_path: Path, lines: list[Any]) -> None:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     with pytest.raises(OptionError, match="is no record of experts"):
         read_routing(path)
+
+
+def test_a_record_that_was_cut_off_is_read_to_there(record: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut").write_bytes(record.read_bytes()[:-20])
+    assert len(read_routing(tmp_path / "cut").experts) == len(IDS)
 
 
 @given(st.binary(max_size=200))
@@ -132,6 +141,9 @@ def test_the_command_shows_draws_and_describes(record: Path, tmp_path: Path, run
     for name, start in (("x.png", b"\x89PNG"), ("x.svg", b"<?xml"), ("x.pdf", b"%PDF")):
         assert run("routing", record, "-o", tmp_path / name).returncode == 0
         assert (tmp_path / name).read_bytes().startswith(start)
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text(record.read_text().replace("Grok-1 format", r"$\frac{$"))
+    assert run("routing", odd, "-o", tmp_path / "odd.png").returncode == 0
     assert "ends in .png" in run("routing", record, "-o", tmp_path / "x.txt").stderr
     assert "cannot be written" in run("routing", record, "-o", tmp_path / "none" / "x.png").stderr
     assert run("routing", tmp_path / "nothing").returncode == 2

@@ -43,6 +43,10 @@ def new_tap(
             interrupted=interrupted,
             recorder=recorder,
         )
-    except OSError as error:
+    except BaseException as error:
+        if recorder:
+            recorder.close()
+        if not isinstance(error, OSError):
+            raise
         raise ModelError(f"no memory can be reserved for the experts ({error.strerror or error})") from None
     return streamer, []

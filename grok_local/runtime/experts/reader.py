@@ -200,8 +200,9 @@ class _File:
 _ADVICE = "grok-local verify tells whether it is whole; then load the model again"
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    # The time of the last change to anything too: some programs put that of the data back.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _chunks(start: int, end: int) -> list[tuple[int, int]]:

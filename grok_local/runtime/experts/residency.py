@@ -74,11 +74,11 @@ class Residency:
         self.used += len(missing) * size
         return victims, missing
 
-    def forget(self, layer: int, expert: int) -> None:
-        """It could not be read after all."""
-        if expert in self._held[layer]:
-            self._held[layer].remove(expert)
-            self.used -= self.sizes[layer]
+    def clear(self) -> None:
+        """Nothing is held any more."""
+        self.used = 0
+        for held in self._held:
+            held.clear()
 
     def _victims_layer(self, layer: int, chosen: Sequence[int], busy: int) -> int:
         """One above its share, the last one first; else its own; else the one that comes again last."""

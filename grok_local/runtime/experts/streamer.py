@@ -19,7 +19,7 @@ from grok_local.ggml import tensors as ggml_tensors
 from grok_local.gguf_file import Header
 from grok_local.runtime.experts.reader import Reader, Ticket
 from grok_local.runtime.experts.residency import Expert, Residency
-from grok_local.runtime.experts.tap import RouterTap
+from grok_local.runtime.experts.tap import Interrupted, RouterTap
 from grok_local.runtime.experts.weights import Mapping, Weight, mappings, weights_of
 from grok_local.runtime.routing import Row
 
@@ -62,6 +62,7 @@ class ExpertStreamer(RouterTap):
         self._chosen: dict[int, list[int]] = {}
         self._ahead: dict[int, set[int]] = {}  # experts read before they were chosen
         self._waiting: dict[str, Weight] = {}
+        self._ready: set[int] = set()  # layers that have chosen in this evaluation
         self._reader = Reader([header.path for header in headers])
 
     def attach(self) -> None:
@@ -93,7 +94,9 @@ class ExpertStreamer(RouterTap):
     def begin(self, rows: Sequence[Row]) -> None:
         """Raises ModelError if the file is no longer what it was."""
         self._waiting.clear()
-        self._forget_failed()
+        self._ready.clear()
+        if self.error is not None and not isinstance(self.error, Interrupted):
+            self._start_over()
         if not self.is_whole:
             self._reader.check()
         super().begin(rows)
@@ -107,17 +110,16 @@ class ExpertStreamer(RouterTap):
             self.error = _not_understood(self._waiting)
         super().finish(complete=complete)
 
-    def _forget_failed(self) -> None:
-        """What an evaluation that was broken off has left: reads that failed are tried again."""
-        for (name, expert), ticket in list(self._tickets.items()):
-            if ticket.done:
-                self._tickets.pop((name, expert), None)
-            layer = self._weights[name.encode()].layer
-            if ticket.error is not None and layer is not None:
-                self.residency.forget(self._numbers[layer], expert)
-                for weight in self._layers[layer]:
-                    self._finish(self._tickets.pop((weight.tensor.name, expert), None))
-                    weight.release(expert)
+    def _start_over(self) -> None:
+        """After something went wrong nobody knows what is where: all experts are read anew when they are chosen."""
+        for ticket in self._tickets.values():
+            self._finish(ticket)
+        self._tickets.clear()
+        self._ahead.clear()
+        self.residency.clear()
+        for parts in self._layers.values():
+            for weight in parts:
+                weight.region.release(0, weight.tensor.nbytes)
 
     # -- llama.cpp asks ------------------------------------------------------------------------------------------------
 
@@ -175,6 +177,7 @@ class ExpertStreamer(RouterTap):
         self.stats.hits += len(chosen) - late
         self.stats.misses += late
         self._chosen[layer] = chosen
+        self._ready.add(layer)
         self._waiting = {weight.tensor.name: weight for weight in self._layers[layer]}
         if len(chosen) >= self._experts - 1 and (1 - ids.shape[1] / self._experts) ** len(ids) < _UNLIKELY:
             self._fetch_ahead(layer)
@@ -216,9 +219,14 @@ class ExpertStreamer(RouterTap):
             pass
 
     def _wait_for(self, weight: Weight) -> None:
-        """Until the chosen experts' slices of this tensor are there."""
-        if self._waiting.pop(weight.tensor.name, None) is None or weight.layer is None:
+        """Until the chosen experts' slices of this tensor are there. Raises ModelError if nobody knows which."""
+        if weight.layer is None:
             return
+        if weight.layer not in self._ready:
+            if self._wants(weight.layer):
+                raise _not_understood({weight.tensor.name: weight})
+            return
+        self._waiting.pop(weight.tensor.name, None)
         for expert in self._chosen[weight.layer]:
             ticket = self._tickets.get((weight.tensor.name, expert))
             if ticket is not None:

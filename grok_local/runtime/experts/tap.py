@@ -69,6 +69,11 @@ class ExpertStats:
         return replace(self)
 
 
+_LOST = (
+    "an exception broke into the evaluation from outside (a signal's?): what it computed is worth nothing; do it again"
+)
+
+
 class Interrupted(ModelError):  # noqa: N818  # nothing went wrong
     """Something was waited for when the user had enough: nothing is wrong, but what was computed is worth nothing."""
 
@@ -86,6 +91,7 @@ class RouterTap:
         self._interrupted = interrupted
         self._recorder = recorder
         self._started = 0.0
+        self._to_show: bytes | None = None  # the node that was asked for
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
 
     @property
@@ -107,7 +113,7 @@ class RouterTap:
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Before an evaluation."""
-        self.error = None
+        self.error = self._to_show = None
         if self._recorder is not None:
             self._recorder.begin(rows)
         self._started = time.monotonic()
@@ -115,6 +121,8 @@ class RouterTap:
     def finish(self, *, complete: bool) -> None:
         """After it; not complete if it was interrupted. Raises what went wrong meanwhile."""
         self.stats.seconds += time.monotonic() - self._started
+        if self.error is None and self._to_show is not None and complete:
+            self.error = ModelError(_LOST)
         if self.error is not None and (complete or not isinstance(self.error, Interrupted)):
             raise self.error
         if self._recorder is not None and complete:
@@ -124,24 +132,33 @@ class RouterTap:
         # An exception would get lost in C, and wrong numbers come out.
         try:
             if self.error is None:
-                name = ggml_tensors.tensor_name(node)
-                return self._asked(node, name) if ask else self._computed(node, name)
+                return self._ask(node) if ask else self._show(node)
         except BaseException as error:
             self.error = error
         return ask  # stop after this node, and then for good
 
-    def _asked(self, node: int, name: bytes) -> bool:
-        """Whether to show this node when it is computed."""
-        return name.startswith(_TOPK) and self._wants(int(name[len(_TOPK) :]))
+    def _ask(self, node: int) -> bool:
+        # A signal's exception at the very start of a callback nobody can catch; but it is noticed.
+        if self._to_show is not None:
+            raise ModelError(_LOST)
+        name = ggml_tensors.tensor_name(node)
+        if self._asked(node, name):
+            self._to_show = name
+        return self._to_show is not None
 
-    def _computed(self, node: int, name: bytes) -> bool:
-        """Whether to go on. Interrupts are left to llama.cpp's own callback: it takes what ends here for complete."""
+    def _show(self, node: int) -> bool:
+        name = ggml_tensors.tensor_name(node)
         if name.startswith(_TOPK):
             layer, ids = int(name[len(_TOPK) :]), ggml_tensors.read_ints(node)
             if self._recorder is not None:
                 self._recorder.choose(layer, ids)
             self._choose(layer, ids)
-        return True
+        self._to_show = None
+        return True  # interrupts are left to llama.cpp's own callback: it takes what ends here for complete
+
+    def _asked(self, node: int, name: bytes) -> bool:
+        """Whether to show this node when it is computed."""
+        return name.startswith(_TOPK) and self._wants(int(name[len(_TOPK) :]))
 
     def _wait(self, ticket: Ticket) -> None:
         """Until it is done; the time counts as waiting. Raises what went wrong, and Interrupted."""

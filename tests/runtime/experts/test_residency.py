@@ -103,10 +103,9 @@ def test_the_expert_goes_that_was_chosen_least() -> None:
     assert residency.request(0, [4])[0] == [(0, 0)]
 
 
-def test_what_could_not_be_read_is_forgotten() -> None:
+def test_what_was_cleared_is_read_again() -> None:
     residency = Residency([10, 10], experts=EXPERTS, used=2, budget=60)
     residency.request(0, [1, 2])
-    residency.forget(0, 1)
-    residency.forget(0, 7)
-    assert (residency.used, residency.holds(0, 1), residency.holds(0, 2)) == (10, False, True)
+    residency.clear()
+    assert (residency.used, residency.holds(0, 1)) == (0, False)
     assert residency.request(0, [1])[1] == [1]

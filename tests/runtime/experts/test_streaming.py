@@ -6,7 +6,9 @@ import ctypes
 import mmap
 import os
 import random
+import resource
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,13 +23,14 @@ import pytest
 
 import grok_local
 from grok_local import gguf_file
-from grok_local.errors import ModelError, OutputError, PlacementError
+from grok_local.errors import ModelError, OptionError, OutputError, PlacementError
 from grok_local.ggml import mapping, tensors
 from grok_local.runtime.engine import Engine
 from grok_local.runtime.experts import reader
 from grok_local.runtime.experts.streamer import ExpertStreamer
 from grok_local.runtime.plan import Wishes
 from grok_local.runtime.shape import ModelShape, Role
+from tests.conftest import Run
 from tests.workers import Worker
 
 CONTEXT = 1024
@@ -93,7 +96,7 @@ def test_auto_streams_what_does_not_fit(path: Path) -> None:
         assert any("streamed" in note for note in model.placement.notes)
     with grok_local.load(path, memory=memory_for(path, ALL + 1), **OPTIONS) as model:
         assert not model.placement.plan.streamed
-    with pytest.raises(PlacementError, match="to stream its experts"):
+    with pytest.raises(PlacementError, match="beside its experts and 442 kB for those of a token"):
         grok_local.load(path, memory=memory_for(path, 1.5), **OPTIONS)
 
 
@@ -250,6 +253,16 @@ def test_a_file_that_changes_is_noticed(streamed: grok_local.Model) -> None:
         list(streamed.generate("Hello", max_tokens=4))
 
 
+def test_a_file_whose_time_is_put_back_is_noticed(streamed: grok_local.Model) -> None:
+    status = streamed.path.stat()
+    with streamed.path.open("rb+") as file:
+        file.seek(20_000_000)
+        file.write(b"something else")
+    os.utime(streamed.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ModelError, match="has changed"):
+        streamed.logits(IDS[:5])
+
+
 def test_a_file_that_becomes_shorter_is_noticed(streamed: grok_local.Model) -> None:
     reply = streamed.generate("Hello", max_tokens=400, temperature=0)
     next(reply)
@@ -305,6 +318,48 @@ def test_an_interrupt_ends_waiting_for_a_slow_disk(
     assert np.array_equal(streamed.logits(IDS[:300]), expected[0])
 
 
+def test_ctrl_c_at_any_moment_leaves_nothing_wrong(streamed: grok_local.Model) -> None:
+    rng, caught, right = random.Random(4), 0, streamed.logits(IDS[:60])
+    for _ in range(25):
+        timer = threading.Timer(rng.uniform(0, 0.12), os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        try:
+            found = streamed.logits(IDS[:60])
+            timer.join()
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            caught += 1
+        else:
+            assert np.array_equal(found, right)
+        timer.join()
+        assert np.array_equal(streamed.logits(IDS[:60]), right)
+    assert caught > 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_exception_from_outside_at_any_moment_leaves_nothing_wrong(streamed: grok_local.Model) -> None:
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    before, rng, broken = signal.signal(signal.SIGALRM, ring), random.Random(5), 0
+    right = streamed.logits(IDS[:60])
+    try:
+        for _ in range(40):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.12))
+                found = streamed.logits(IDS[:60])
+            except (TimeoutError, ModelError):
+                broken += 1
+            else:
+                assert np.array_equal(found, right)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert np.array_equal(streamed.logits(IDS[:60]), right)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert broken > 5
+
+
 def test_a_graph_without_what_was_read_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExpertStreamer, "_capture", lambda *_: None)
     with (
@@ -346,6 +401,29 @@ def test_a_record_does_not_change_what_is_computed(
     assert len(trace.read_text().splitlines()) > 600
     with pytest.raises(OutputError, match="is there already"):
         grok_local.load(path, trace_experts=trace, **OPTIONS)
+
+
+def test_a_record_that_cannot_be_written_is_one_error(path: Path, tmp_path: Path, run: Run) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    options = ["--context", 512, "--max-tokens", 200, "--trace-experts", tmp_path / "t"]
+    found = run("generate", "-m", path, "hello hello", *options, preexec_fn=small_files)
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 't'}: the record of experts cannot be written")
+    # What was written of it is of use.
+    assert "tokens through 12 layers" in run("routing", tmp_path / "t").stdout
+
+
+def test_a_record_without_a_token_does_not_stay(path: Path, tmp_path: Path) -> None:
+    with grok_local.load(path, trace_experts=tmp_path / "t", **OPTIONS):
+        assert (tmp_path / "t").exists()
+    assert not (tmp_path / "t").exists()
+    with pytest.raises(PlacementError):
+        grok_local.load(path, trace_experts=tmp_path / "t", memory=1000, **OPTIONS)
+    assert not (tmp_path / "t").exists()
+    with pytest.raises(OptionError, match="name a file"):
+        grok_local.load(path, trace_experts="", **OPTIONS)
 
 
 def realigned(path: Path, target: Path, alignment: int) -> Path:
