@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "grok-local-benchmark")
     parser.add_argument("--only", nargs="*", default=["shares", "fits", "together", "budget", "prompt", "giant"])
     parser.add_argument("--limits", type=int, nargs="*", default=[20, 40, 60, 80], help="percent of the file")
+    parser.add_argument("--prompt", type=int, default=4096, help="tokens of the long prompt")
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "JSON"), help=argparse.SUPPRESS)
@@ -270,7 +271,7 @@ def main() -> None:
         elif name == "budget":
             budget(model, args.tokens)
         else:
-            prompt(model, 4096)
+            prompt(model, args.prompt)
 
 
 if __name__ == "__main__":
