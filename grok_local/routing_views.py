@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_routing", "draw_routing", "print_routing"]
 
+_JUDGED = 1000  # tokens at the end of a record, by which memory is judged: of Grok-1 that takes 8 seconds
 _SHADES = (17, 18, 19, 25, 31, 37, 72, 107, 142, 178, 214, 208, 202)  # of xterm's 256 colours, cold to hot
 
 
 def describe_routing(routing: Routing) -> dict[str, Any]:
     """What `routing --json` prints: shares by layer and expert, and what they mean for memory."""
+    last = replace(routing, experts=routing.experts[-_JUDGED:])
     return {
         "model": routing.model,
         "tokens": len(routing.experts),
@@ -31,8 +34,8 @@ def describe_routing(routing: Routing) -> dict[str, Any]:
         "hit_rates": [
             {
                 "held": held,
-                "streaming": round(routing.hit_rate(held), 4),
-                "pinned": round(routing.pinned_rate(held), 4),
+                "streaming": round(last.hit_rate(held), 4),
+                "pinned": round(last.pinned_rate(held), 4),
             }
             for held in range(1, routing.count)
         ],

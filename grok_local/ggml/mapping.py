@@ -51,7 +51,10 @@ def unread_mappings() -> Iterator[bool]:
     ours = _LOOK_UP(_answering(original))
     registry.get_proc_address = ctypes.cast(ours, _P)
     try:
-        yield look_up(handle, _IS_NUMA) == ctypes.cast(_yes, _P).value and look_up(handle, _ANOTHER) == another
+        works = look_up(handle, _IS_NUMA) == ctypes.cast(_yes, _P).value and look_up(handle, _ANOTHER) == another
+        if not works:  # it is something else that was replaced
+            registry.get_proc_address = original
+        yield works
     finally:
         registry.get_proc_address = original
 

@@ -22,7 +22,7 @@ from grok_local import gguf_file
 from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.runtime import log
 from grok_local.runtime.experts import ExpertStats, RouterTap
-from grok_local.runtime.loading import open_planned
+from grok_local.runtime.loading import open_planned, release
 from grok_local.runtime.machine import core_count
 from grok_local.runtime.plan import Wishes
 from grok_local.runtime.probes import Say
@@ -95,12 +95,7 @@ class Engine:
         self._batch = self._context = self._model = self._tap = None
         if batch:
             llama_cpp.llama_batch_free(batch)
-        if context:
-            llama_cpp.llama_free(context)
-        if model:
-            llama_cpp.llama_model_free(model)
-        if tap:
-            tap.close()
+        release(model, context, tap)
 
     @property
     def metadata(self) -> dict[str, Any]:

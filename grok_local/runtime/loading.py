@@ -36,7 +36,7 @@ from grok_local.runtime.routing import Row
 from grok_local.runtime.shape import ModelShape, Role
 from grok_local.units import format_bytes
 
-__all__ = ["Held", "Opened", "Placement", "machine_for", "open_planned"]
+__all__ = ["Held", "Opened", "Placement", "machine_for", "open_planned", "release"]
 
 _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
@@ -128,14 +128,19 @@ def _open(path: Path, plan: Plan, *, threads: int, abort: Any, tap: RouterTap | 
         context = _new_context(model, plan, threads=threads, abort=abort, tap=tap if watched else None)
         held = tuple(_held(plan))
     except BaseException:
-        if context:
-            llama_cpp.llama_free(context)
-        if model:
-            llama_cpp.llama_model_free(model)
-        if tap:
-            tap.close()
+        release(model, context, tap)
         raise
     return Opened(model, context, Placement(plan, held, (*notes, *_differences(plan, held))), tap)
+
+
+def release(model: Any, context: Any, tap: RouterTap | None) -> None:
+    """Free them, in the order in which they need each other."""
+    if context:
+        llama_cpp.llama_free(context)
+    if model:
+        llama_cpp.llama_model_free(model)
+    if tap:
+        tap.close()
 
 
 def _load_model(path: Path, plan: Plan) -> Any:

@@ -230,15 +230,15 @@ class _Planner:
         """
         usual = best = self._batch
         wider = [width for width in _BATCHES if usual < width <= self._context and disk and not self._wishes.batch]
-        fewest = math.inf
+        found, fewest = None, math.inf
         for self._batch in (usual, *wider):
             with suppress(PlacementError):
-                layers, _, shares = self._best()
-                nbytes = self._bytes_streamed(self._disk(shares[-1]))
-                if sum(layers) >= device_layers and nbytes < fewest:
-                    best, fewest = self._batch, nbytes
+                placed = self._best()
+                nbytes = self._bytes_streamed(self._disk(placed[2][-1]))
+                if sum(placed[0]) >= device_layers and nbytes < fewest:
+                    best, found, fewest = self._batch, placed, nbytes
         self._batch = best
-        placed = self._best()
+        placed = found or self._best()
         self._require_floor(placed[2][-1])
         return placed
 

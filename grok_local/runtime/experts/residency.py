@@ -82,11 +82,16 @@ class Residency:
 
     def _victims_layer(self, layer: int, chosen: Sequence[int], busy: int) -> int:
         """One above its share, the last one first; else its own; else the one that comes again last."""
-        others = [(layer - back) % len(self.sizes) for back in range(1, len(self.sizes))]
-        having = [other for other in others if self._held[other] and other != busy]
-        above = (other for other in having if len(self._held[other]) > self.shares[other])
+        furthest = layer
+        for back in range(1, len(self.sizes)):
+            other = (layer - back) % len(self.sizes)
+            if not self._held[other] or other == busy:
+                continue
+            if len(self._held[other]) > self.shares[other]:
+                return other
+            furthest = other if furthest == layer else furthest
         spare = any(expert not in chosen for expert in self._held[layer])
-        return next(above, layer if spare or not having else having[0])
+        return layer if spare else furthest
 
     def _score(self, layer: int, expert: int) -> float:
         pairs = zip(_AVERAGES, self._averages, strict=True)
