@@ -1,0 +1,1 @@
+"""Reads files without trusting them: GGUF headers, the release's pickles."""
