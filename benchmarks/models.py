@@ -16,8 +16,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from grok_local import ggml
-from grok_local.gguf_file import Tensor
+from grok_local.formats.gguf_file import Tensor
+from grok_local.ggml import quants
 from grok_local.quantize.outline import outline
 from tests.giants import write_header
 
@@ -65,8 +65,8 @@ def _write_tensor(file: BinaryIO, tensor: Tensor, rng: np.random.Generator) -> N
 def _packed(tensor: Tensor, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     width = tensor.shape[-1]
     rows = min(_ROWS, math.prod(tensor.shape[:-1]))
-    out = np.empty(rows * ggml.bytes_per_row(tensor.type, width), np.uint8)
-    ggml.quantize_rows(tensor.type, rng.standard_normal((rows, width), dtype=np.float32) / math.sqrt(width), out)
+    out = np.empty(rows * quants.bytes_per_row(tensor.type, width), np.uint8)
+    quants.quantize_rows(tensor.type, rng.standard_normal((rows, width), dtype=np.float32) / math.sqrt(width), out)
     return out
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from grok_local import ggml
+from grok_local.ggml import quants
 from grok_local.models import grok1
 from grok_local.quantize.checkpoint import open_checkpoint
 from grok_local.quantize.layout import Piece, PlannedTensor, piece_rows, plan_tensors
@@ -97,7 +97,7 @@ def kernel(checkpoint: Path, kind: str) -> float:
         if getattr(local, "size", None) != rows_in.shape:
             local.size, local.floats = rows_in.shape, rows_in.copy()
             local.out = np.empty(rows * tensor.row_bytes * 2, np.uint8)
-        ggml.quantize_rows(tensor.type, local.floats, local.out[: rows * tensor.row_bytes])
+        quants.quantize_rows(tensor.type, local.floats, local.out[: rows * tensor.row_bytes])
 
     calls = [
         (tensor, min(128, tensor.rows)) for tensor in tensors for _ in range(tensor.experts * -(-tensor.rows // 128))

@@ -100,7 +100,7 @@ def _tiny_entry() -> Entry:
 
 
 def _model_entry(name: str, path: Path) -> Entry:
-    from grok_local import gguf_file
+    from grok_local.formats import gguf_file
 
     files = _files_of(name)
     try:

@@ -19,7 +19,7 @@ from rich.table import Table
 from grok_local.units import format_bytes, printable
 
 if TYPE_CHECKING:
-    from grok_local.gguf_file import Header
+    from grok_local.formats.gguf_file import Header
     from grok_local.hub.release import FetchReport
     from grok_local.inventory import Entry
     from grok_local.quantize.checkpoint import Checkpoint

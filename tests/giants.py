@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from grok_local.gguf_file import Header
+from grok_local.formats.gguf_file import Header
 from grok_local.quantize.outline import outline
 
 __all__ = ["write_giant", "write_header"]

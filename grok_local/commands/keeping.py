@@ -24,10 +24,10 @@ def demo(
 
     grok-local demo
     """
-    from grok_local import ggml
     from grok_local.demo import Tour
+    from grok_local.ggml import libraries
 
-    ggml.exit_on_abort()
+    libraries.exit_on_abort()
     Tour(pause=pause and sys.stdin.isatty() and sys.stdout.isatty()).run()
 
 

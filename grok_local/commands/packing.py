@@ -107,7 +107,7 @@ def inspect(
         checkpoint = open_checkpoint(source)
         described, tables = views.describe_checkpoint(checkpoint), views.checkpoint_tables(checkpoint)
     else:
-        from grok_local import gguf_file
+        from grok_local.formats import gguf_file
 
         headers = gguf_file.read_model(library.resolve_model(str(path)))
         described, tables = views.describe_gguf(headers), views.gguf_tables(headers)

@@ -164,7 +164,8 @@ def worker(
 
 def _shape(model: str | None, like: str | None, type: str) -> tuple[ModelShape, Any]:
     """The model's shape, and its file if there is one."""
-    from grok_local import gguf_file, library
+    from grok_local import library
+    from grok_local.formats import gguf_file
     from grok_local.quantize.outline import outline
     from grok_local.runtime.shape import ModelShape
 

@@ -106,9 +106,10 @@ def routing(
 @contextmanager
 def loaded(model: str, options: Bundle) -> Iterator[Any]:
     """The model, with what had to be said about its placement on stderr."""
-    from grok_local import ggml, library
+    from grok_local import library
+    from grok_local.ggml import libraries
 
-    ggml.exit_on_abort()
+    libraries.exit_on_abort()
     if not library.is_packed(model):
         from grok_local import views
 

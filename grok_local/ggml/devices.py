@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 
-from grok_local.ggml.library import open_library, prototype
+from grok_local.ggml.libraries import open_library, prototype
 
 __all__ = [
     "BackendDevice",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from grok_local.ggml.devices import cpu_device
-from grok_local.ggml.library import open_library, prototype
+from grok_local.ggml.libraries import open_library, prototype
 
 __all__ = ["unread_mappings"]
 

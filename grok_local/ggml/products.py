@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from grok_local.errors import ModelError
 from grok_local.ggml.devices import BackendDevice, DeviceKind, buffer_name, buffer_type, cpu_device
-from grok_local.ggml.library import open_library, prototype
-from grok_local.ggml.packing import bytes_per_row, quantize_rows
+from grok_local.ggml.libraries import open_library, prototype
+from grok_local.ggml.quants import bytes_per_row, quantize_rows
 
 __all__ = [
     "Timing",

@@ -12,7 +12,7 @@ from functools import cache
 
 from grok_local.errors import ModelError, WorkerError
 from grok_local.ggml.devices import BackendDevice, backend_devices
-from grok_local.ggml.library import library_path, open_library, prototype
+from grok_local.ggml.libraries import library_path, open_library, prototype
 
 __all__ = ["has_rpc", "register_worker", "require_rpc", "serve"]
 

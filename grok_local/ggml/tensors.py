@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.ggml.library import open_library, prototype
+from grok_local.ggml.libraries import open_library, prototype
 
 __all__ = ["data_address", "layout_is_known", "move_data", "read_ints", "size_of", "sources", "tensor_name"]
 

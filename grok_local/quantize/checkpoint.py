@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from grok_local.errors import CheckpointError
+from grok_local.formats.pickles import Array, StoredTensor, read_pickle
 from grok_local.models import grok1
 from grok_local.models.grok1 import Kind
-from grok_local.quantize.pickles import Array, StoredTensor, read_pickle
 
 __all__ = ["Checkpoint", "SourceTensor", "fingerprint", "open_checkpoint", "read_scales"]
 

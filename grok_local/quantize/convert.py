@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok_local import gguf_file, units
+from grok_local import units
 from grok_local.errors import CheckpointError, GGUFError, GrokLocalError, OptionError, OutputError, TokenizerError
-from grok_local.gguf_file import KEYS
+from grok_local.formats import gguf_file
+from grok_local.formats.gguf_file import KEYS
 from grok_local.quantize.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from grok_local.quantize.journal import Journal
 from grok_local.quantize.layout import Part, Plan, plan_output, plan_tensors

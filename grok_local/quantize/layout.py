@@ -18,8 +18,9 @@ import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from grok_local import ggml, gguf_file
-from grok_local.gguf_file import KEYS, NO_DIGEST
+from grok_local.formats import gguf_file
+from grok_local.formats.gguf_file import KEYS, NO_DIGEST
+from grok_local.ggml import quants
 from grok_local.models import grok1
 from grok_local.models.grok1 import Kind
 from grok_local.quantize.checkpoint import Checkpoint, SourceTensor
@@ -52,7 +53,7 @@ class PlannedTensor:
 
     @cached_property
     def row_bytes(self) -> int:
-        return ggml.bytes_per_row(self.type, self.width)
+        return quants.bytes_per_row(self.type, self.width)
 
     @property
     def nbytes(self) -> int:

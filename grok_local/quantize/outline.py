@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from gguf.constants import GGML_QUANT_SIZES
 
 from grok_local.errors import OptionError
-from grok_local.gguf_file import KEYS, Header, Tensor
+from grok_local.formats.gguf_file import KEYS, Header, Tensor
 from grok_local.models import grok1, grok2
 from grok_local.models.grok1 import HEAD_SIZE, Kind
 from grok_local.quantize.recipe import Recipe, choose_type, recipe_named

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
-from grok_local import ggml
 from grok_local.errors import CheckpointError
+from grok_local.ggml import quants
 from grok_local.quantize.checkpoint import SourceTensor, read_scales
 from grok_local.quantize.layout import Piece, PlannedTensor
 from grok_local.quantize.output import aligned_empty
@@ -155,7 +155,7 @@ def pack_piece(piece: Piece, slab: Slab, workspace: Workspace, memory: npt.NDArr
         target = out[block.start - piece.start : block.start - piece.start + block.rows]
         exact = block.exact_rows() if tensor.type == GGMLQuantizationType.Q8_0 else np.zeros(block.rows, bool)
         if not exact.all():
-            ggml.quantize_rows(tensor.type, block.checked_floats(), target)
+            quants.quantize_rows(tensor.type, block.checked_floats(), target)
         if exact.any():
             block.copy_q8_0(target, exact)
     return out.reshape(-1)

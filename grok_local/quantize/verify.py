@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grok_local import ggml, gguf_file
 from grok_local.errors import GGUFError, VerifyError
-from grok_local.gguf_file import KEYS, Header, Tensor
+from grok_local.formats import gguf_file
+from grok_local.formats.gguf_file import KEYS, Header, Tensor
+from grok_local.ggml import quants
 from grok_local.quantize.checkpoint import open_checkpoint
 from grok_local.quantize.layout import PIECE_WEIGHTS, Piece, PlannedTensor, piece_rows, plan_tensors
 from grok_local.quantize.packing import Workspace, pack_piece, read_slab, slab_bytes, weights_of
@@ -113,7 +114,7 @@ def _check_hash(work: tuple[Tensor, str | None]) -> str | None:
 
 def _piece_spans(tensor: Tensor) -> Iterator[tuple[int, int]]:
     experts, rows, width = (1, 1, *tensor.shape)[-3:]
-    row_bytes = ggml.bytes_per_row(tensor.type, width)
+    row_bytes = quants.bytes_per_row(tensor.type, width)
     for expert in range(experts):
         for start in range(0, rows, piece_rows(width)):
             stop = min(start + piece_rows(width), rows)
@@ -207,7 +208,7 @@ class _Comparison:
             unpacked = self._workspace.array("unpacked", truth.shape, np.float32)
             first = start - piece.start
             span = stored[first * row_bytes : (first + len(truth)) * row_bytes]
-            ggml.dequantize(piece.tensor.type, span, unpacked)
+            quants.dequantize(piece.tensor.type, span, unpacked)
             sums.add(_errors(unpacked, truth))
         return sums
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from grok_local.errors import GrokLocalError, ModelError
-from grok_local.ggml.library import on_abort
+from grok_local.ggml.libraries import on_abort
 from grok_local.ggml.rpc import register_worker
 from grok_local.runtime import log
 from grok_local.runtime.engine import Engine

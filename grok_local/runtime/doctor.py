@@ -16,8 +16,9 @@ from typing import Literal
 
 import psutil
 
-from grok_local import folders, gguf_file
+from grok_local import folders
 from grok_local.errors import GrokLocalError, ModelError
+from grok_local.formats import gguf_file
 from grok_local.ggml.devices import backend_names, cpu_device, cpu_features
 from grok_local.runtime import probes
 from grok_local.runtime.machine import Speeds, core_count, cpu_flags, cpu_quota, local_devices, memory_limits

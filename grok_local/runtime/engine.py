@@ -18,8 +18,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from grok_local import gguf_file
 from grok_local.errors import ContextError, ModelError, OptionError
+from grok_local.formats import gguf_file
 from grok_local.runtime import log
 from grok_local.runtime.experts import ExpertStats, RouterTap
 from grok_local.runtime.loading import open_planned, release

@@ -17,6 +17,7 @@ from typing import Any
 import llama_cpp
 
 from grok_local.errors import ModelError
+from grok_local.formats.gguf_file import Header
 from grok_local.ggml.devices import (
     BackendDevice,
     backend_devices,
@@ -26,7 +27,6 @@ from grok_local.ggml.devices import (
     extra_buffer_types,
 )
 from grok_local.ggml.mapping import unread_mappings
-from grok_local.gguf_file import Header
 from grok_local.runtime import log
 from grok_local.runtime.experts import RouterTap, new_tap
 from grok_local.runtime.machine import Machine, Speeds, assembled, local_devices

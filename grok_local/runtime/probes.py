@@ -37,7 +37,7 @@ from grok_local import folders
 from grok_local.errors import GrokLocalError
 from grok_local.ggml import products
 from grok_local.ggml.devices import backend_devices, cpu_device, extra_buffer_types
-from grok_local.ggml.library import library_path
+from grok_local.ggml.libraries import library_path
 from grok_local.runtime.machine import REPACK_ROWS, Device, Speeds, cpu_flags, memory_limits
 
 __all__ = ["NOT_HELD", "REPACK", "RIGHT", "Item", "Outcome", "disk_speed", "run_items", "speeds", "verdicts"]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from grok_local.errors import ModelError, WorkerLost
-from grok_local.gguf_file import Header
+from grok_local.formats.gguf_file import Header
 from grok_local.runtime.child import INTERRUPT, LOAD
 from grok_local.runtime.engine import Engine
 from grok_local.runtime.loading import Placement

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from grok_local.errors import GGUFError
-from grok_local.gguf_file import Header, Tensor
+from grok_local.formats.gguf_file import Header, Tensor
 
 __all__ = ["EXPERTS", "KV_WIDTHS", "ModelShape", "Role", "Weight"]
 

@@ -19,8 +19,9 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Q
 
 import grok_local
-from grok_local import ggml, gguf_file
 from grok_local.errors import CheckpointError, OptionError, OutputError, TokenizerError
+from grok_local.formats import gguf_file
+from grok_local.ggml import quants
 from grok_local.models import grok1
 from grok_local.models.grok1 import Kind
 from grok_local.quantize import convert, pool
@@ -51,14 +52,14 @@ def _bytes(tensor: gguf_file.Tensor) -> npt.NDArray[np.uint8]:
 
 def _floats(tensor: gguf_file.Tensor) -> Floats:
     out = np.empty(tensor.shape, np.float32)
-    ggml.dequantize(tensor.type, _bytes(tensor), out)
+    quants.dequantize(tensor.type, _bytes(tensor), out)
     return out
 
 
 def _packed(kind: Q, values: Floats) -> npt.NDArray[np.uint8]:
     rows = values.reshape(-1, values.shape[-1])
-    out = np.empty(len(rows) * ggml.bytes_per_row(kind, rows.shape[1]), np.uint8)
-    ggml.quantize_rows(kind, rows, out)
+    out = np.empty(len(rows) * quants.bytes_per_row(kind, rows.shape[1]), np.uint8)
+    quants.quantize_rows(kind, rows, out)
     return out
 
 

@@ -11,8 +11,8 @@ import pytest
 from gguf.quants import dequantize
 
 import grok_local
-from grok_local import gguf_file
 from grok_local.errors import VerifyError
+from grok_local.formats import gguf_file
 from grok_local.quantize.verify import verify
 from tests.checkpoints import SMALL, Spec, tensors, write_checkpoint
 from tests.conftest import TOKENIZER

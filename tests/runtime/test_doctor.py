@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from grok_local.errors import GGUFError
+from grok_local.formats.gguf_file import read_model
 from grok_local.ggml.devices import cpu_features
-from grok_local.gguf_file import read_model
 from grok_local.runtime import doctor, probes
 from grok_local.runtime.doctor import Finding, examine, rebuild_command
 from grok_local.runtime.probes import REPACK, Item, Outcome

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grok_local.errors import GGUFError, OptionError, PlacementError
-from grok_local.gguf_file import read_model
+from grok_local.formats.gguf_file import read_model
 from grok_local.quantize.outline import outline
 from grok_local.runtime.forecast import forecast
 from grok_local.runtime.machine import Device, Machine, Speeds

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.gguf_file import Header
+from grok_local.formats.gguf_file import Header
 from grok_local.runtime.experts.reader import Reader
 from grok_local.runtime.experts.tap import RouterTap
 from grok_local.runtime.experts.weights import dense_tensors, expert_slices

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from grok_local.errors import ModelError
+from grok_local.formats.gguf_file import Header
 from grok_local.ggml import tensors as ggml_tensors
-from grok_local.gguf_file import Header
 from grok_local.runtime.experts.reader import Reader, Ticket
 from grok_local.runtime.experts.residency import Expert, Residency
 from grok_local.runtime.experts.tap import Interrupted, RouterTap

@@ -10,7 +10,7 @@ from ctypes import CDLL, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok_local.gguf_file import Header, Tensor
+from grok_local.formats.gguf_file import Header, Tensor
 from grok_local.runtime.experts.memory import HUGE, Region
 from grok_local.runtime.experts.reader import Reader, Ticket
 from grok_local.runtime.shape import EXPERTS

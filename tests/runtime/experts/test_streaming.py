@@ -22,8 +22,8 @@ import numpy.typing as npt
 import pytest
 
 import grok_local
-from grok_local import gguf_file
 from grok_local.errors import ModelError, OptionError, OutputError, PlacementError
+from grok_local.formats import gguf_file
 from grok_local.ggml import mapping, tensors
 from grok_local.runtime.engine import Engine
 from grok_local.runtime.experts import reader

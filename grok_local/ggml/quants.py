@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.ggml.library import open_library, prototype
+from grok_local.ggml.libraries import open_library, prototype
 
 __all__ = ["bytes_per_row", "dequantize", "quantize_rows"]
 
