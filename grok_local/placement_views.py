@@ -13,8 +13,8 @@ from rich.text import Text
 from grok_local.units import format_bytes, printable
 
 if TYPE_CHECKING:
+    from grok_local.machine.doctor import Finding
     from grok_local.runtime.bench import BenchReport
-    from grok_local.runtime.doctor import Finding
     from grok_local.runtime.forecast import Forecast
     from grok_local.runtime.plan import Plan, Share
 

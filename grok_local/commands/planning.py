@@ -104,9 +104,9 @@ def bench(
 
     from grok_local import views
     from grok_local.commands.running import loaded
+    from grok_local.machine.kernels import disk_speed, speeds, with_speeds
     from grok_local.placement_views import bench_table
     from grok_local.runtime.bench import bench as measure
-    from grok_local.runtime.probes import disk_speed, speeds, with_speeds
 
     with loaded(model, loading) as running:
         planned, threads = running.placement.plan, running.engine.threads
@@ -137,8 +137,8 @@ def doctor(
     from dataclasses import asdict
 
     from grok_local import library, views
+    from grok_local.machine.doctor import examine
     from grok_local.placement_views import findings_table
-    from grok_local.runtime.doctor import examine
 
     findings = examine(library.resolve_model(model) if model else None, say=say)
     if as_json:
@@ -180,7 +180,7 @@ def _shape(model: str | None, like: str | None, type: str) -> tuple[ModelShape, 
 def _machine(
     shape: ModelShape, described: dict[str, Any], *, threads: int | None, workers: list[str] | None, path: Any
 ) -> Any:
-    from grok_local.runtime.machine import Machine, Speeds, this_machine
+    from grok_local.machine.limits import Machine, Speeds, this_machine
     from grok_local.runtime.whatif import imagined
     from grok_local.runtime.workers import probe_workers
 

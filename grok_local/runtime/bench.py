@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grok_local.errors import ContextError
+from grok_local.machine.limits import Machine
 from grok_local.runtime.forecast import forecast
-from grok_local.runtime.machine import Machine
 from grok_local.runtime.model import Model
 
 __all__ = ["BenchReport", "Measurement", "bench"]

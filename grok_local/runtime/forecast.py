@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grok_local.runtime.machine import Device, Machine
+from grok_local.machine.limits import Device, Machine
 from grok_local.runtime.plan import RAM, Plan
 from grok_local.runtime.shape import Role, Weight
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from grok_local.errors import PlacementError
-from grok_local.runtime.machine import Device, Machine
+from grok_local.machine.limits import Device, Machine
 from grok_local.runtime.shape import EXPERTS, ModelShape, Role, Weight
 from grok_local.runtime.wishes import RAM, Wishes, check_wishes
 from grok_local.units import format_bytes

@@ -23,10 +23,10 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from grok_local.errors import ModelError, WorkerLost
 from grok_local.formats.gguf_file import Header
+from grok_local.machine.kernels import Say
 from grok_local.runtime.child import INTERRUPT, LOAD
 from grok_local.runtime.engine import Engine
 from grok_local.runtime.loading import Placement
-from grok_local.runtime.probes import Say
 from grok_local.runtime.workers import complaints, probe_workers
 
 __all__ = ["AnyEngine", "RemoteEngine"]

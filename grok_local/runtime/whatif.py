@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from grok_local.errors import OptionError
-from grok_local.runtime.machine import Device, Machine, Speeds
+from grok_local.machine.limits import Device, Machine, Speeds
 from grok_local.units import parse_size
 
 __all__ = ["imagined"]

@@ -19,7 +19,7 @@ from grok_local.errors import OptionError, WorkerError
 from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices
 from grok_local.ggml.libraries import on_abort
 from grok_local.ggml.rpc import require_rpc, serve
-from grok_local.runtime.machine import core_count
+from grok_local.machine.limits import core_count
 from grok_local.runtime.workers import DEFAULT_PORT, parse_endpoint
 from grok_local.units import format_bytes
 

@@ -14,9 +14,9 @@ import pytest
 from grok_local.errors import GGUFError
 from grok_local.formats.gguf_file import read_model
 from grok_local.ggml.devices import cpu_features
-from grok_local.runtime import doctor, probes
-from grok_local.runtime.doctor import Finding, examine, rebuild_command
-from grok_local.runtime.probes import REPACK, Item, Outcome
+from grok_local.machine import doctor, kernels
+from grok_local.machine.doctor import Finding, examine, rebuild_command
+from grok_local.machine.kernels import REPACK, Item, Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[Item, Outcome]:
         usual = {"prompt": Outcome(1e9), "speed": Outcome(12e9), "check": Outcome(1e-7)}
         return {item: answers.get(item, usual[item.kind]) for item in items}
 
-    monkeypatch.setattr(probes, "run_items", run_items)
-    monkeypatch.setattr(probes, "extra_buffer_types", lambda: {"AMX": 1, REPACK: 2})
+    monkeypatch.setattr(kernels, "run_items", run_items)
+    monkeypatch.setattr(kernels, "extra_buffer_types", lambda: {"AMX": 1, REPACK: 2})
     return answers
 
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grok_local.ggml.devices import BackendDevice, DeviceKind
-from grok_local.runtime import machine, probes
-from grok_local.runtime.machine import (
+from grok_local.machine import kernels, limits
+from grok_local.machine.limits import (
     Device,
     Speeds,
     core_count,
@@ -128,7 +128,7 @@ def test_nonsense_is_no_limit(groups: str, number: str, table: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit is not kept")
 def test_a_limit_of_the_address_space_counts() -> None:
-    code = "from grok_local.runtime.machine import memory_limits; print(*memory_limits())"
+    code = "from grok_local.machine.limits import memory_limits; print(*memory_limits())"
     command = f'ulimit -v 4000000 && exec "{sys.executable}" -c "{code}"'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     total, available = map(int, done.stdout.split())
@@ -203,7 +203,7 @@ def test_devices_are_what_is_no_processor(monkeypatch: pytest.MonkeyPatch) -> No
         known("MTL0", "MTL", DeviceKind.GPU),
         known("BLAS", "BLAS", DeviceKind.ACCELERATOR),
     ]
-    monkeypatch.setattr(machine, "backend_devices", lambda: found)
+    monkeypatch.setattr(limits, "backend_devices", lambda: found)
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     kinds = [(device.name, device.kind) for device in local_devices()]
     assert kinds == [("CUDA0", "gpu"), ("RPC0", "worker")]  # integrated ones count where there is no other
@@ -219,8 +219,8 @@ def test_this_machine_is_put_together(monkeypatch: pytest.MonkeyPatch, tmp_path:
         asked.append((types, options))
         return Speeds(memory=7.0)
 
-    monkeypatch.setattr(probes, "speeds", speeds)
-    monkeypatch.setattr(machine, "backend_devices", list)
+    monkeypatch.setattr(kernels, "speeds", speeds)
+    monkeypatch.setattr(limits, "backend_devices", list)
     worker = Device("RPC0", "box:50052", "worker", 2, 1, endpoint="box:50052")
     found = this_machine(["Q4_K"], threads=3, model=tmp_path / "none", workers=[worker])
     assert asked == [(("Q4_K",), {"threads": 3, "say": None})]

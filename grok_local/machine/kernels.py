@@ -1,7 +1,7 @@
 """Measures this machine, once: llama.cpp's kernels, and the disk that a model is on.
 
 A kernel may crash (those for rearranged weights do, in some builds and for types they lack), so each is tried in a
-child process: `python -m grok_local.runtime.probes REQUEST` writes a line of JSON when it is ready, and one for every
+child process: `python -m grok_local.machine.kernels REQUEST` writes a line of JSON when it is ready, and one for every
 item of the request. Where the lines end early, the item under way is to blame, and another child goes on after it.
 What was found is kept in the cache folder under a mark of the library and the processor.
 """
@@ -38,7 +38,7 @@ from grok_local.errors import GrokLocalError
 from grok_local.ggml import products
 from grok_local.ggml.devices import backend_devices, cpu_device, extra_buffer_types
 from grok_local.ggml.libraries import library_path
-from grok_local.runtime.machine import REPACK_ROWS, Device, Speeds, cpu_flags, memory_limits
+from grok_local.machine.limits import REPACK_ROWS, Device, Speeds, cpu_flags, memory_limits
 
 __all__ = ["NOT_HELD", "REPACK", "RIGHT", "Item", "Outcome", "disk_speed", "run_items", "speeds", "verdicts"]
 
@@ -291,7 +291,7 @@ def _outcomes(
 
 def _child(request: dict[str, Any], errors: IO[bytes]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "grok_local.runtime.probes", json.dumps(request)],
+        [sys.executable, "-m", "grok_local.machine.kernels", json.dumps(request)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=errors,

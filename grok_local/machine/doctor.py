@@ -20,8 +20,8 @@ from grok_local import folders
 from grok_local.errors import GrokLocalError, ModelError
 from grok_local.formats import gguf_file
 from grok_local.ggml.devices import backend_names, cpu_device, cpu_features
-from grok_local.runtime import probes
-from grok_local.runtime.machine import Speeds, core_count, cpu_flags, cpu_quota, local_devices, memory_limits
+from grok_local.machine import kernels
+from grok_local.machine.limits import Speeds, core_count, cpu_flags, cpu_quota, local_devices, memory_limits
 from grok_local.units import format_bytes
 
 __all__ = ["Finding", "examine", "rebuild_command"]
@@ -67,11 +67,11 @@ class _Case:
     types: tuple[str, ...]
     threads: int
     root: Path
-    say: probes.Say | None
+    say: kernels.Say | None
 
 
 def examine(
-    model: Path | None = None, *, threads: int | None = None, root: Path = Path("/"), say: probes.Say | None = None
+    model: Path | None = None, *, threads: int | None = None, root: Path = Path("/"), say: kernels.Say | None = None
 ) -> list[Finding]:
     """Everything that can be found out; `model` brings its own types and its own disk. Raises GGUFError for it.
 
@@ -267,21 +267,21 @@ def _unused(gpu: _GPU, text: str) -> Finding:
 
 
 def _check_layouts(case: _Case) -> Iterator[Finding]:
-    found = probes.verdicts(case.types, threads=case.threads, say=case.say)
+    found = kernels.verdicts(case.types, threads=case.threads, say=case.say)
     for buffer in dict.fromkeys(buffer for buffer, _ in found):
         by_type = {name: text for (of, name), text in found.items() if of == buffer}
-        wrong = [f"{name} {text}" for name, text in by_type.items() if text not in (probes.RIGHT, probes.NOT_HELD)]
-        right = [name for name in case.types if by_type.get(name) == probes.RIGHT]
+        wrong = [f"{name} {text}" for name, text in by_type.items() if text not in (kernels.RIGHT, kernels.NOT_HELD)]
+        right = [name for name in case.types if by_type.get(name) == kernels.RIGHT]
         if wrong:
             yield _problem(f"{buffer}: {', '.join(wrong)}; not used", _with_clang() if buffer == "AMX" else "")
-        if not wrong or (right and buffer == probes.REPACK):
+        if not wrong or (right and buffer == kernels.REPACK):
             yield _ok(
                 f"{buffer}: {'right for ' + ', '.join(right) if right else 'has none of ' + ', '.join(case.types)}"
             )
 
 
 def _check_speeds(case: _Case) -> Iterator[Finding]:
-    known = probes.speeds(case.types, threads=case.threads, say=case.say)
+    known = kernels.speeds(case.types, threads=case.threads, say=case.say)
     if not known.plain:
         yield _problem("no kernel could be measured")
         return
@@ -365,7 +365,7 @@ def _check_disk(case: _Case) -> Iterator[Finding]:
     folder = case.model.parent if case.model else folders.models_folder()
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     files = [case.model] if case.model else [path for path in folder.glob("*.gguf") if path.is_file()]
-    speed = max((probes.disk_speed(path) for path in sorted(files, key=_size)[-1:]), default=0.0)
+    speed = max((kernels.disk_speed(path) for path in sorted(files, key=_size)[-1:]), default=0.0)
     reads = f"reads {format_bytes(speed)}/s" if speed else "no model here that is large enough to time its reading"
     yield _ok(f"{format_bytes(shutil.disk_usage(there).free)} free in {folder}; {reads}")
 

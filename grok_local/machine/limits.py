@@ -32,7 +32,7 @@ __all__ = [
     "this_machine",
 ]
 
-REPACK_ROWS = 8  # llama.cpp interleaves so many; probes.py tests with an odd multiple of it
+REPACK_ROWS = 8  # llama.cpp interleaves so many; kernels.py tests with an odd multiple of it
 
 _PROMPT_SHARE = 3  # tokens of prompts for each that is generated: long prompts are what hurts
 
@@ -112,12 +112,12 @@ def this_machine(
 
     The first time it measures for some seconds; `say` is told so, and what.
     """
-    from grok_local.runtime import probes  # which needs Speeds
+    from grok_local.machine import kernels  # which needs Speeds
 
     names = tuple(types)
-    known = probes.speeds(names, threads=threads or core_count(), say=say) if names else Speeds()
-    devices = probes.with_speeds(local_devices(), names, say=say)
-    return assembled(known, [*devices, *workers], disk_speed=probes.disk_speed(model) if model else 0.0)
+    known = kernels.speeds(names, threads=threads or core_count(), say=say) if names else Speeds()
+    devices = kernels.with_speeds(local_devices(), names, say=say)
+    return assembled(known, [*devices, *workers], disk_speed=kernels.disk_speed(model) if model else 0.0)
 
 
 def assembled(speeds: Speeds, devices: Iterable[Device], *, disk_speed: float = 0.0) -> Machine:
