@@ -121,9 +121,9 @@ class Tour:
 def _fit() -> str:
     """Whether Grok-1 fits this machine, from arithmetic alone: its speed would have to be measured first."""
     from grok_local.machine.limits import Speeds, assembled, local_devices
+    from grok_local.placement.planner import make_plan
+    from grok_local.placement.shape import ModelShape
     from grok_local.quantize.outline import outline
-    from grok_local.runtime.plan import make_plan
-    from grok_local.runtime.shape import ModelShape
 
     machine = assembled(Speeds(), local_devices())
     try:

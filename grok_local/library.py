@@ -17,9 +17,9 @@ from grok_local.models import tiny
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from grok_local.placement.load_options import LoadOptions
     from grok_local.quantize.pool import Progress
     from grok_local.runtime.model import Model
-    from grok_local.runtime.options import LoadOptions
 
 __all__ = [
     "BUILT_IN",

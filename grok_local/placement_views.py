@@ -14,9 +14,9 @@ from grok_local.units import format_bytes, printable
 
 if TYPE_CHECKING:
     from grok_local.machine.doctor import Finding
+    from grok_local.placement.forecast import Forecast
+    from grok_local.placement.planner import Plan, Share
     from grok_local.runtime.bench import BenchReport
-    from grok_local.runtime.forecast import Forecast
-    from grok_local.runtime.plan import Plan, Share
 
 __all__ = ["bench_table", "describe_plan", "findings_table", "llama_options", "print_plan"]
 

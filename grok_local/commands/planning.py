@@ -20,7 +20,7 @@ from grok_local.commands.options import (
 from grok_local.errors import OptionError
 
 if TYPE_CHECKING:
-    from grok_local.runtime.shape import ModelShape
+    from grok_local.placement.shape import ModelShape
 
 __all__ = ["bench", "doctor", "plan", "worker"]
 
@@ -70,10 +70,10 @@ def plan(
 
     grok-local plan --like grok-1 --ram 128G --vram 24G
     """
+    from grok_local.placement.forecast import forecast
+    from grok_local.placement.load_options import wishes_of
+    from grok_local.placement.planner import make_plan
     from grok_local.placement_views import describe_plan, print_plan
-    from grok_local.runtime.forecast import forecast
-    from grok_local.runtime.options import wishes_of
-    from grok_local.runtime.plan import make_plan
 
     shape, path = _shape(model, like, type)
     options = dict(loading or {})
@@ -166,8 +166,8 @@ def _shape(model: str | None, like: str | None, type: str) -> tuple[ModelShape, 
     """The model's shape, and its file if there is one."""
     from grok_local import library
     from grok_local.formats import gguf_file
+    from grok_local.placement.shape import ModelShape
     from grok_local.quantize.outline import outline
-    from grok_local.runtime.shape import ModelShape
 
     if model is not None and like is not None:
         raise OptionError("--model and --like: give one of them")
@@ -181,7 +181,7 @@ def _machine(
     shape: ModelShape, described: dict[str, Any], *, threads: int | None, workers: list[str] | None, path: Any
 ) -> Any:
     from grok_local.machine.limits import Machine, Speeds, this_machine
-    from grok_local.runtime.whatif import imagined
+    from grok_local.placement.whatif import imagined
     from grok_local.runtime.workers import probe_workers
 
     imagined(Machine(0, 0, 1, Speeds()), types=shape.types, **described)  # mistakes are told before it takes long

@@ -29,11 +29,11 @@ from grok_local.ggml.devices import (
 from grok_local.ggml.mapping import unread_mappings
 from grok_local.machine.kernels import Say, speeds
 from grok_local.machine.limits import Machine, Speeds, assembled, local_devices
+from grok_local.placement.planner import RAM, Plan, Share, Wishes, make_plan
+from grok_local.placement.shape import ModelShape, Role
 from grok_local.runtime import log
 from grok_local.runtime.experts import RouterTap, new_tap
-from grok_local.runtime.plan import RAM, Plan, Share, Wishes, make_plan
 from grok_local.runtime.routing import Row
-from grok_local.runtime.shape import ModelShape, Role
 from grok_local.units import format_bytes
 
 __all__ = ["Held", "Opened", "Placement", "machine_for", "open_planned", "release"]

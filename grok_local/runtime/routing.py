@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grok_local.errors import OptionError, OutputError
-from grok_local.runtime.shape import ModelShape
+from grok_local.placement.shape import ModelShape
 
 __all__ = ["Recorder", "Routing", "Row", "read_routing"]
 

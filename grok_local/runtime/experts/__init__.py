@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from grok_local.errors import ModelError
 from grok_local.formats.gguf_file import Header
 from grok_local.ggml.tensors import layout_is_known
+from grok_local.placement.planner import RAM, Plan
 from grok_local.runtime.experts.ahead import ReadAhead
 from grok_local.runtime.experts.memory import can_reserve
 from grok_local.runtime.experts.streamer import ExpertStreamer
 from grok_local.runtime.experts.tap import ExpertStats, RouterTap
-from grok_local.runtime.plan import RAM, Plan
 from grok_local.runtime.routing import Recorder
 
 __all__ = ["ExpertStats", "RouterTap", "new_tap"]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grok_local.formats.gguf_file import Header, Tensor
+from grok_local.placement.shape import EXPERTS
 from grok_local.runtime.experts.memory import HUGE, Region
 from grok_local.runtime.experts.reader import Reader, Ticket
-from grok_local.runtime.shape import EXPERTS
 
 __all__ = ["Mapping", "Slices", "Weight", "dense_tensors", "expert_slices", "mappings", "weights_of"]
 

@@ -25,11 +25,11 @@ import grok_local
 from grok_local.errors import ModelError, OptionError, OutputError, PlacementError
 from grok_local.formats import gguf_file
 from grok_local.ggml import mapping, tensors
+from grok_local.placement.planner import Wishes
+from grok_local.placement.shape import ModelShape, Role
 from grok_local.runtime.engine import Engine
 from grok_local.runtime.experts import reader
 from grok_local.runtime.experts.streamer import ExpertStreamer
-from grok_local.runtime.plan import Wishes
-from grok_local.runtime.shape import ModelShape, Role
 from tests.conftest import Run
 from tests.workers import Worker
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from grok_local.errors import OptionError, PlacementError
-from grok_local.runtime.shape import KV_WIDTHS
+from grok_local.placement.shape import KV_WIDTHS
 
 __all__ = ["RAM", "Wishes", "check_wishes"]
 

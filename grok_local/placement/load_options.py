@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from grok_local.errors import OptionError
-from grok_local.runtime.plan import RAM, Wishes
+from grok_local.placement.planner import RAM, Wishes
 from grok_local.units import parse_size
 
 __all__ = ["LoadOptions", "wishes_of"]

@@ -17,8 +17,8 @@ from functools import cached_property
 
 from grok_local.errors import PlacementError
 from grok_local.machine.limits import Device, Machine
-from grok_local.runtime.shape import EXPERTS, ModelShape, Role, Weight
-from grok_local.runtime.wishes import RAM, Wishes, check_wishes
+from grok_local.placement.shape import EXPERTS, ModelShape, Role, Weight
+from grok_local.placement.wishes import RAM, Wishes, check_wishes
 from grok_local.units import format_bytes
 
 __all__ = ["RAM", "Plan", "Share", "Wishes", "make_plan", "ram_reserve"]

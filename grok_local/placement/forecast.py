@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grok_local.machine.limits import Device, Machine
-from grok_local.runtime.plan import RAM, Plan
-from grok_local.runtime.shape import Role, Weight
+from grok_local.placement.planner import RAM, Plan
+from grok_local.placement.shape import Role, Weight
 
 __all__ = ["ASSUMED_DEVICE_SPEED", "Forecast", "Reading", "forecast"]
 

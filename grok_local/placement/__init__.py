@@ -1,0 +1,1 @@
+"""Where weights go: pure arithmetic from options and a machine to a plan and a forecast."""
