@@ -92,7 +92,7 @@ def routing(
     grok-local generate -m grok-1-q4_k --trace-experts FILE "Once upon a time"; grok-local routing FILE
     """
     from grok_local import routing_views
-    from grok_local.runtime.routing import read_routing
+    from grok_local.runtime.graph.record import read_routing
 
     found = read_routing(record)
     if output:

@@ -25,8 +25,8 @@ from grok_local.machine.limits import core_count
 from grok_local.placement.planner import Wishes
 from grok_local.runtime import log
 from grok_local.runtime.experts import ExpertStats, RouterTap
+from grok_local.runtime.graph.record import Row
 from grok_local.runtime.loading import open_planned, release
-from grok_local.runtime.routing import Row
 from grok_local.runtime.sampling import Sampling, new_chain
 
 __all__ = ["Engine"]

@@ -33,7 +33,7 @@ from grok_local.placement.planner import RAM, Plan, Share, Wishes, make_plan
 from grok_local.placement.shape import ModelShape, Role
 from grok_local.runtime import log
 from grok_local.runtime.experts import RouterTap, new_tap
-from grok_local.runtime.routing import Row
+from grok_local.runtime.graph.record import Row
 from grok_local.units import format_bytes
 
 __all__ = ["Held", "Opened", "Placement", "machine_for", "open_planned", "release"]

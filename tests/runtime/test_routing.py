@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import grok_local
 from grok_local.errors import OptionError
-from grok_local.runtime.routing import Routing, read_routing
+from grok_local.runtime.graph.record import Routing, read_routing
 from tests.checkpoints import Spec
 from tests.conftest import Run
 from tests.reference_model import ReferenceModel

@@ -11,8 +11,8 @@ from grok_local.placement.planner import RAM, Plan
 from grok_local.runtime.experts.ahead import ReadAhead
 from grok_local.runtime.experts.memory import can_reserve
 from grok_local.runtime.experts.streamer import ExpertStreamer
-from grok_local.runtime.experts.tap import ExpertStats, RouterTap
-from grok_local.runtime.routing import Recorder
+from grok_local.runtime.graph.record import Recorder
+from grok_local.runtime.graph.tap import ExpertStats, RouterTap
 
 __all__ = ["ExpertStats", "RouterTap", "new_tap"]
 

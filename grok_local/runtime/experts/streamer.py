@@ -19,9 +19,9 @@ from grok_local.formats.gguf_file import Header
 from grok_local.ggml import tensors as ggml_tensors
 from grok_local.runtime.experts.reader import Reader, Ticket
 from grok_local.runtime.experts.residency import Expert, Residency
-from grok_local.runtime.experts.tap import Interrupted, RouterTap
 from grok_local.runtime.experts.weights import Mapping, Weight, mappings, weights_of
-from grok_local.runtime.routing import Row
+from grok_local.runtime.graph.record import Row
+from grok_local.runtime.graph.tap import Interrupted, RouterTap
 
 __all__ = ["ExpertStreamer"]
 

@@ -1,0 +1,1 @@
+"""What looks on, and steps in, while llama.cpp computes its graph."""
