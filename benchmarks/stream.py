@@ -79,7 +79,7 @@ def group(limit: int | None) -> Iterator[Group]:
 def child(model: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Load the model, evaluate tokens, and say how long each evaluation took."""
     from grok_local.placement.planner import Wishes
-    from grok_local.runtime.engine import Engine
+    from grok_local.runtime.engine.llama import Engine
 
     rng = random.Random(1)
     count, sequences = options.pop("tokens"), options.get("sequences", 1)

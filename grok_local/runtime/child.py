@@ -24,8 +24,8 @@ from typing import Any
 from grok_local.errors import GrokLocalError, ModelError
 from grok_local.ggml.libraries import on_abort
 from grok_local.ggml.rpc import register_worker
-from grok_local.runtime import log
-from grok_local.runtime.engine import Engine
+from grok_local.runtime.engine import log
+from grok_local.runtime.engine.llama import Engine
 
 __all__ = ["FACTS", "INTERRUPT", "LOAD"]
 

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.placement.load_options import LoadOptions, wishes_of
 from grok_local.runtime.chat import Conversation, Message
-from grok_local.runtime.engine import Engine
+from grok_local.runtime.engine.llama import Engine
+from grok_local.runtime.engine.opening import Placement
+from grok_local.runtime.engine.sampling import PENALTY_WINDOW, Sampling
 from grok_local.runtime.experts import ExpertStats
-from grok_local.runtime.loading import Placement
-from grok_local.runtime.sampling import PENALTY_WINDOW, Sampling
 from grok_local.runtime.text import TextStream
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from grok_local.errors import ModelError, WorkerLost
 from grok_local.formats.gguf_file import Header
 from grok_local.machine.kernels import Say
 from grok_local.runtime.child import INTERRUPT, LOAD
-from grok_local.runtime.engine import Engine
-from grok_local.runtime.loading import Placement
+from grok_local.runtime.engine.llama import Engine
+from grok_local.runtime.engine.opening import Placement
 from grok_local.runtime.workers import complaints, probe_workers
 
 __all__ = ["AnyEngine", "RemoteEngine"]

@@ -251,7 +251,7 @@ def _compute_buffer(path: Path, *, context: int, batch: int) -> int:
     """Bytes llama.cpp would allocate, by its own account."""
     import llama_cpp
 
-    from grok_local.runtime import log
+    from grok_local.runtime.engine import log
 
     log.listen()
     log.clear()

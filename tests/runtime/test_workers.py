@@ -26,7 +26,7 @@ import grok_local
 from grok_local.errors import ContextError, GGUFError, ModelError, OptionError, WorkerError, WorkerLost
 from grok_local.placement.planner import Wishes
 from grok_local.runtime import remote
-from grok_local.runtime.engine import Engine
+from grok_local.runtime.engine.llama import Engine
 from grok_local.runtime.remote import RemoteEngine
 from grok_local.runtime.worker import serve_worker
 from grok_local.runtime.workers import PROTOCOL, parse_endpoint, probe_worker, probe_workers

@@ -27,7 +27,7 @@ from grok_local.formats import gguf_file
 from grok_local.ggml import mapping, tensors
 from grok_local.placement.planner import Wishes
 from grok_local.placement.shape import ModelShape, Role
-from grok_local.runtime.engine import Engine
+from grok_local.runtime.engine.llama import Engine
 from grok_local.runtime.experts import reader
 from grok_local.runtime.experts.streamer import ExpertStreamer
 from tests.conftest import Run

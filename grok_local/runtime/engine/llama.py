@@ -23,11 +23,11 @@ from grok_local.formats import gguf_file
 from grok_local.machine.kernels import Say
 from grok_local.machine.limits import core_count
 from grok_local.placement.planner import Wishes
-from grok_local.runtime import log
+from grok_local.runtime.engine import log
+from grok_local.runtime.engine.opening import open_planned, release
+from grok_local.runtime.engine.sampling import Sampling, new_chain
 from grok_local.runtime.experts import ExpertStats, RouterTap
 from grok_local.runtime.graph.record import Row
-from grok_local.runtime.loading import open_planned, release
-from grok_local.runtime.sampling import Sampling, new_chain
 
 __all__ = ["Engine"]
 

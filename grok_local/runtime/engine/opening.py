@@ -31,7 +31,7 @@ from grok_local.machine.kernels import Say, speeds
 from grok_local.machine.limits import Machine, Speeds, assembled, local_devices
 from grok_local.placement.planner import RAM, Plan, Share, Wishes, make_plan
 from grok_local.placement.shape import ModelShape, Role
-from grok_local.runtime import log
+from grok_local.runtime.engine import log
 from grok_local.runtime.experts import RouterTap, new_tap
 from grok_local.runtime.graph.record import Row
 from grok_local.units import format_bytes

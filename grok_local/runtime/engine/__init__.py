@@ -1,0 +1,1 @@
+"""llama.cpp opened as planned, and used."""
