@@ -157,7 +157,7 @@ def worker(
 
     grok-local worker --listen 192.168.1.2:50052
     """
-    from grok_local.runtime.worker import serve_worker
+    from grok_local.runtime.remote.server import serve_worker
 
     serve_worker(listen, threads=threads)
 
@@ -182,7 +182,7 @@ def _machine(
 ) -> Any:
     from grok_local.machine.limits import Machine, Speeds, this_machine
     from grok_local.placement.whatif import imagined
-    from grok_local.runtime.workers import probe_workers
+    from grok_local.runtime.remote.asking import probe_workers
 
     imagined(Machine(0, 0, 1, Speeds()), types=shape.types, **described)  # mistakes are told before it takes long
     devices = probe_workers(workers or ())

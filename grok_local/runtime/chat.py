@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 from grok_local.errors import ContextError, ModelError, OptionError
 
 if TYPE_CHECKING:
-    from grok_local.runtime.remote import AnyEngine
+    from grok_local.runtime.remote.client import AnyEngine
 
 __all__ = ["DEFAULT_SYSTEM", "Conversation", "Layout", "Message", "Template", "Transcript"]
 

@@ -25,7 +25,7 @@ from grok_local.runtime.text import TextStream
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from 3.11 on
 
-    from grok_local.runtime.remote import AnyEngine
+    from grok_local.runtime.remote.client import AnyEngine
 
 __all__ = ["Model", "Reply", "Stats", "load"]
 
@@ -260,7 +260,7 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Model:
     threads, workers, wishes = options.get("threads"), options.get("workers") or (), wishes_of(options)
     if not workers:
         return Model(Path(path), Engine(Path(path), threads=threads, wishes=wishes, say=options.get("say")))
-    from grok_local.runtime.remote import RemoteEngine
+    from grok_local.runtime.remote.client import RemoteEngine
 
     remote = RemoteEngine(Path(path), workers=tuple(workers), say=options.get("say"), threads=threads, wishes=wishes)
     return Model(Path(path), remote)

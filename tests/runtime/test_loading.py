@@ -73,7 +73,7 @@ def test_logits_are_the_same_wherever_weights_are(
 SMALL_WORKER = """
 import psutil, resource, sys
 from grok_local.ggml import devices, rpc
-from grok_local.runtime.worker import serve_worker
+from grok_local.runtime.remote.server import serve_worker
 devices.backend_devices()
 most = psutil.Process().memory_info().vms + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (most, most))

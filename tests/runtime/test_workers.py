@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 import grok_local
 from grok_local.errors import ContextError, GGUFError, ModelError, OptionError, WorkerError, WorkerLost
 from grok_local.placement.planner import Wishes
-from grok_local.runtime import remote
 from grok_local.runtime.engine.llama import Engine
-from grok_local.runtime.remote import RemoteEngine
-from grok_local.runtime.worker import serve_worker
-from grok_local.runtime.workers import PROTOCOL, parse_endpoint, probe_worker, probe_workers
+from grok_local.runtime.remote import client
+from grok_local.runtime.remote.asking import PROTOCOL, parse_endpoint, probe_worker, probe_workers
+from grok_local.runtime.remote.client import RemoteEngine
+from grok_local.runtime.remote.server import serve_worker
 from tests.workers import Worker, free_port, wait_until
 
 GREETING = struct.pack("<QBBBx24x", 28, *PROTOCOL, 0)
@@ -369,7 +369,7 @@ def test_a_worker_dies_while_it_is_loaded(packed: Path, mortal: Worker) -> None:
 
 
 def test_a_silent_worker_and_an_interrupt(packed: Path, mortal: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_GRACE", 2.0)  # not five: tests should be quick
+    monkeypatch.setattr(client, "_GRACE", 2.0)  # not five: tests should be quick
     with engine(packed, mortal) as far:
         mortal.process.send_signal(signal.SIGSTOP)
         started = time.monotonic()
@@ -400,7 +400,7 @@ def test_the_child_ends_with_its_parent(packed: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"  # as users write them: nothing keeps it from being imported
     script.write_text(
         "import sys, pathlib\n"
-        "from grok_local.runtime.remote import RemoteEngine\n"
+        "from grok_local.runtime.remote.client import RemoteEngine\n"
         "engine = RemoteEngine(pathlib.Path(sys.argv[1]), workers=[])\n"
         "print(engine._process.pid, flush=True)\n"
         "while True:\n"

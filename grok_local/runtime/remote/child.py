@@ -1,4 +1,4 @@
-"""The process that holds the engine of a RemoteEngine: python -m grok_local.runtime.child FD PARENT.
+"""The process that holds the engine of a RemoteEngine: python -m grok_local.runtime.remote.child FD PARENT.
 
 It answers what comes over the socket FD: (name, arguments, options, interrupted), a method or attribute of the engine,
 gets (kind, value), where the kind is "result", "error" (one of our tree) or "aborted" (ggml's message, the last there

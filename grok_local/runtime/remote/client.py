@@ -24,10 +24,10 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 from grok_local.errors import ModelError, WorkerLost
 from grok_local.formats.gguf_file import Header
 from grok_local.machine.kernels import Say
-from grok_local.runtime.child import INTERRUPT, LOAD
 from grok_local.runtime.engine.llama import Engine
 from grok_local.runtime.engine.opening import Placement
-from grok_local.runtime.workers import complaints, probe_workers
+from grok_local.runtime.remote.asking import complaints, probe_workers
+from grok_local.runtime.remote.child import INTERRUPT, LOAD
 
 __all__ = ["AnyEngine", "RemoteEngine"]
 
@@ -208,7 +208,7 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
     """The child, and the connection to it. In a session of its own, where no Ctrl-C reaches it."""
     ours, theirs = Pipe()
     with theirs:
-        command = [sys.executable, "-m", "grok_local.runtime.child", str(theirs.fileno()), str(os.getpid())]
+        command = [sys.executable, "-m", "grok_local.runtime.remote.child", str(theirs.fileno()), str(os.getpid())]
         process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],
