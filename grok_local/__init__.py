@@ -17,7 +17,7 @@ from grok_local.errors import GrokLocalError
 if TYPE_CHECKING:
     from grok_local.library import load
     from grok_local.quantize.convert import Progress, QuantizeReport, quantize_checkpoint
-    from grok_local.runtime.model import Model, Reply, Stats
+    from grok_local.runtime.text.model import Model, Reply, Stats
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Progress", "QuantizeReport", "quantize_checkpoint"), "grok_local.quantize.convert"),
-    **dict.fromkeys(("Model", "Reply", "Stats"), "grok_local.runtime.model"),
+    **dict.fromkeys(("Model", "Reply", "Stats"), "grok_local.runtime.text.model"),
     "load": "grok_local.library",
 }
 

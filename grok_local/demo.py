@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from grok_local.quantize.checkpoint import Checkpoint
     from grok_local.quantize.convert import QuantizeReport
     from grok_local.quantize.verify import TensorCheck, VerifyReport
-    from grok_local.runtime.model import Stats
+    from grok_local.runtime.text.model import Stats
 
 __all__ = ["QUESTIONS", "Tour"]
 

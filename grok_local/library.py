@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from grok_local.placement.load_options import LoadOptions
     from grok_local.quantize.pool import Progress
-    from grok_local.runtime.model import Model
+    from grok_local.runtime.text.model import Model
 
 __all__ = [
     "BUILT_IN",
@@ -82,7 +82,7 @@ def load(model: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Model
     of RAM; `placement`, `gpu_layers`, `experts_on` and `overrides` for GPUs; `repack`; `workers`. Raises GGUFError,
     ModelError, OptionError, PlacementError or WorkerError.
     """
-    from grok_local.runtime.model import load as load_gguf
+    from grok_local.runtime.text.model import load as load_gguf
 
     if model == BUILT_IN:
         options["context"] = options.get("context") or _TINY_CONTEXT

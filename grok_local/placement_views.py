@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from grok_local.machine.doctor import Finding
     from grok_local.placement.forecast import Forecast
     from grok_local.placement.planner import Plan, Share
-    from grok_local.runtime.bench import BenchReport
+    from grok_local.runtime.text.bench import BenchReport
 
 __all__ = ["bench_table", "describe_plan", "findings_table", "llama_options", "print_plan"]
 

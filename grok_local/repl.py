@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from grok_local import folders, library
 from grok_local.errors import ContextError, WorkerLost
-from grok_local.runtime.model import Model, Reply, Stats
+from grok_local.runtime.text.model import Model, Reply, Stats
 from grok_local.units import format_bytes
 
 if TYPE_CHECKING:

@@ -106,7 +106,7 @@ def bench(
     from grok_local.commands.running import loaded
     from grok_local.machine.kernels import disk_speed, speeds, with_speeds
     from grok_local.placement_views import bench_table
-    from grok_local.runtime.bench import bench as measure
+    from grok_local.runtime.text.bench import bench as measure
 
     with loaded(model, loading) as running:
         planned, threads = running.placement.plan, running.engine.threads

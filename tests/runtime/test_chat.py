@@ -10,7 +10,7 @@ import pytest
 
 import grok_local
 from grok_local.errors import ContextError, ModelError, OptionError
-from grok_local.runtime.chat import DEFAULT_SYSTEM, Template, Transcript
+from grok_local.runtime.text.chat import DEFAULT_SYSTEM, Template, Transcript
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

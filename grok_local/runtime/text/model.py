@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.placement.load_options import LoadOptions, wishes_of
-from grok_local.runtime.chat import Conversation, Message
 from grok_local.runtime.engine.llama import Engine
 from grok_local.runtime.engine.opening import Placement
 from grok_local.runtime.engine.sampling import PENALTY_WINDOW, Sampling
 from grok_local.runtime.experts import ExpertStats
-from grok_local.runtime.text import TextStream
+from grok_local.runtime.text.chat import Conversation, Message
+from grok_local.runtime.text.stream import TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from 3.11 on

@@ -14,7 +14,7 @@ from typing import Any
 from grok_local.errors import ContextError
 from grok_local.machine.limits import Machine
 from grok_local.placement.forecast import forecast
-from grok_local.runtime.model import Model
+from grok_local.runtime.text.model import Model
 
 __all__ = ["BenchReport", "Measurement", "bench"]
 

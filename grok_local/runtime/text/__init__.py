@@ -1,0 +1,1 @@
+"""Text in, text out: knows no llama.cpp."""
