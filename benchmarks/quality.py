@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 import grok_local
 from grok_local.models import tiny
-from grok_local.quantize.checkpoint import open_checkpoint
+from grok_local.quantize.sources.checkpoint import open_checkpoint
 from tests.reference_model import ReferenceModel
 from training.documents import ANSWER, EOS, SYSTEM, Pieces, conversation
 from training.facts import is_right, read_facts

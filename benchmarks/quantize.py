@@ -29,10 +29,10 @@ import numpy as np
 
 from grok_local.ggml import quants
 from grok_local.models import grok1
-from grok_local.quantize.checkpoint import open_checkpoint
-from grok_local.quantize.layout import Piece, PlannedTensor, piece_rows, plan_tensors
-from grok_local.quantize.packing import Workspace, read_slab, slab_bytes, weights_of
+from grok_local.quantize.layout.output_plan import Piece, PlannedTensor, piece_rows, plan_tensors
+from grok_local.quantize.packing.blocks import Workspace, read_slab, slab_bytes, weights_of
 from grok_local.quantize.recipe import recipe_named
+from grok_local.quantize.sources.checkpoint import open_checkpoint
 from tests.checkpoints import REFERENCE, QuantizedWeight8bit, dump
 
 DIMENSIONS = grok1.Dimensions(layers=1, width=6144, expert_width=32768, experts=8, kv_width=1024, vocabulary=2048)

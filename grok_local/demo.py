@@ -17,8 +17,8 @@ from grok_local.models.grok1 import Kind
 from grok_local.units import format_bytes
 
 if TYPE_CHECKING:
-    from grok_local.quantize.checkpoint import Checkpoint
     from grok_local.quantize.convert import QuantizeReport
+    from grok_local.quantize.sources.checkpoint import Checkpoint
     from grok_local.quantize.verify import TensorCheck, VerifyReport
     from grok_local.runtime.text.model import Stats
 
@@ -64,7 +64,7 @@ class Tour:
         return report
 
     def _verify(self, path: Path) -> None:
-        from grok_local.quantize.checkpoint import open_checkpoint
+        from grok_local.quantize.sources.checkpoint import open_checkpoint
         from grok_local.quantize.verify import verify
 
         self._title("2. Verify: pack again, compare every byte, and say what was lost")

@@ -117,8 +117,8 @@ def _model_entry(name: str, path: Path) -> Entry:
 
 
 def _checkpoint_entry(folder: Path) -> Entry:
-    from grok_local.quantize.checkpoint import open_checkpoint
-    from grok_local.quantize.tokenizer import find_tokenizer
+    from grok_local.quantize.sources.checkpoint import open_checkpoint
+    from grok_local.quantize.sources.sentencepiece import find_tokenizer
 
     try:
         checkpoint = open_checkpoint(folder)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from grok_local.placement.load_options import LoadOptions
-    from grok_local.quantize.pool import Progress
+    from grok_local.quantize.packing.pool import Progress
     from grok_local.runtime.text.model import Model
 
 __all__ = [
@@ -103,7 +103,7 @@ def packed_tiny_path() -> Path:
 
 @cache
 def _tiny_mark() -> str:
-    from grok_local.quantize.checkpoint import fingerprint, open_checkpoint
+    from grok_local.quantize.sources.checkpoint import fingerprint, open_checkpoint
 
     return fingerprint(open_checkpoint(tiny.CHECKPOINT))[:8]
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from grok_local.formats.gguf_file import Header
     from grok_local.hub.release import FetchReport
     from grok_local.inventory import Entry
-    from grok_local.quantize.checkpoint import Checkpoint
     from grok_local.quantize.convert import QuantizeReport
+    from grok_local.quantize.sources.checkpoint import Checkpoint
     from grok_local.quantize.verify import TensorCheck, VerifyReport
 
 __all__ = [

@@ -102,7 +102,7 @@ def inspect(
 
     source = library.resolve_checkpoint(path)
     if source.is_dir():
-        from grok_local.quantize.checkpoint import open_checkpoint
+        from grok_local.quantize.sources.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(source)
         described, tables = views.describe_checkpoint(checkpoint), views.checkpoint_tables(checkpoint)

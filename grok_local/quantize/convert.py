@@ -13,12 +13,12 @@ from grok_local import units
 from grok_local.errors import CheckpointError, GGUFError, GrokLocalError, OptionError, OutputError, TokenizerError
 from grok_local.formats import gguf_file
 from grok_local.formats.gguf_file import KEYS
-from grok_local.quantize.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from grok_local.quantize.journal import Journal
-from grok_local.quantize.layout import Part, Plan, plan_output, plan_tensors
-from grok_local.quantize.pool import Budget, Progress, pack
+from grok_local.quantize.layout.output_plan import Part, Plan, plan_output, plan_tensors
+from grok_local.quantize.output.journal import Journal
+from grok_local.quantize.packing.pool import Budget, Progress, pack
 from grok_local.quantize.recipe import Recipe, recipe_named
-from grok_local.quantize.tokenizer import Tokenizer, find_tokenizer, read_tokenizer
+from grok_local.quantize.sources.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from grok_local.quantize.sources.sentencepiece import Tokenizer, find_tokenizer, read_tokenizer
 
 __all__ = ["Progress", "QuantizeReport", "quantize_checkpoint"]
 

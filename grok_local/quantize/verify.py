@@ -18,11 +18,11 @@ from grok_local.errors import GGUFError, VerifyError
 from grok_local.formats import gguf_file
 from grok_local.formats.gguf_file import KEYS, Header, Tensor
 from grok_local.ggml import quants
-from grok_local.quantize.checkpoint import open_checkpoint
-from grok_local.quantize.layout import PIECE_WEIGHTS, Piece, PlannedTensor, piece_rows, plan_tensors
-from grok_local.quantize.packing import Workspace, pack_piece, read_slab, slab_bytes, weights_of
-from grok_local.quantize.pool import Progress, slabs
+from grok_local.quantize.layout.output_plan import PIECE_WEIGHTS, Piece, PlannedTensor, piece_rows, plan_tensors
+from grok_local.quantize.packing.blocks import Workspace, pack_piece, read_slab, slab_bytes, weights_of
+from grok_local.quantize.packing.pool import Progress, slabs
 from grok_local.quantize.recipe import PACKED_TYPES, RECIPES
+from grok_local.quantize.sources.checkpoint import open_checkpoint
 
 __all__ = ["TensorCheck", "VerifyReport", "verify"]
 

@@ -24,8 +24,9 @@ from grok_local.formats import gguf_file
 from grok_local.ggml import quants
 from grok_local.models import grok1
 from grok_local.models.grok1 import Kind
-from grok_local.quantize import convert, pool
-from grok_local.quantize.output import PartFile
+from grok_local.quantize import convert
+from grok_local.quantize.output.part_file import PartFile
+from grok_local.quantize.packing import pool
 from grok_local.quantize.recipe import RECIPES
 from tests.checkpoints import SMALL, QuantizedWeight8bit, Spec, dump, tensors, write_checkpoint
 from tests.conftest import TOKENIZER
@@ -174,7 +175,7 @@ def test_slabs_of_any_size_give_the_same_bytes(tmp_path: Path, monkeypatch: Any)
     """Small pieces and slabs: every path through reading a part of a matrix."""
     spec = Spec(layers=1, width=256, kv_width=128, expert_width=520)
     path = write_checkpoint(tmp_path, spec, TOKENIZER)
-    monkeypatch.setattr("grok_local.quantize.layout.PIECE_WEIGHTS", 1 << 15)
+    monkeypatch.setattr("grok_local.quantize.layout.output_plan.PIECE_WEIGHTS", 1 << 15)
     digests = set()
     for number, slab in enumerate((1, 60_000, 1 << 30)):
         real = pool.Budget.of

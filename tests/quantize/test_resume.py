@@ -19,7 +19,7 @@ import pytest
 
 import grok_local
 from grok_local.errors import CheckpointError, OptionError, OutputError
-from grok_local.quantize.output import PartFile
+from grok_local.quantize.output.part_file import PartFile
 from tests.checkpoints import dump
 
 

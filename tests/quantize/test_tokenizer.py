@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import grok_local
 from grok_local.errors import TokenizerError
-from grok_local.quantize.tokenizer import find_tokenizer, read_tokenizer
+from grok_local.quantize.sources.sentencepiece import find_tokenizer, read_tokenizer
 from tests.checkpoints import REFERENCE, Spec, write_checkpoint
 
 GROK_1 = REFERENCE / "grok-1-tokenizer.model"

@@ -23,9 +23,9 @@ from grok_local.formats.gguf_file import KEYS, NO_DIGEST
 from grok_local.ggml import quants
 from grok_local.models import grok1
 from grok_local.models.grok1 import Kind
-from grok_local.quantize.checkpoint import Checkpoint, SourceTensor
 from grok_local.quantize.recipe import Recipe, choose_type
-from grok_local.quantize.tokenizer import Tokenizer
+from grok_local.quantize.sources.checkpoint import Checkpoint, SourceTensor
+from grok_local.quantize.sources.sentencepiece import Tokenizer
 
 __all__ = ["ALIGNMENT", "PIECE_WEIGHTS", "Part", "Piece", "Plan", "PlannedTensor", "piece_rows", "plan_output"]
 

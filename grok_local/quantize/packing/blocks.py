@@ -22,9 +22,9 @@ from gguf.constants import GGMLQuantizationType
 
 from grok_local.errors import CheckpointError
 from grok_local.ggml import quants
-from grok_local.quantize.checkpoint import SourceTensor, read_scales
-from grok_local.quantize.layout import Piece, PlannedTensor
-from grok_local.quantize.output import aligned_empty
+from grok_local.quantize.layout.output_plan import Piece, PlannedTensor
+from grok_local.quantize.output.part_file import aligned_empty
+from grok_local.quantize.sources.checkpoint import SourceTensor, read_scales
 
 __all__ = ["Slab", "Workspace", "pack_piece", "read_slab", "slab_bytes", "weights_of"]
 

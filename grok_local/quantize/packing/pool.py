@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from grok_local import units
 from grok_local.errors import OptionError
-from grok_local.quantize.journal import Journal
-from grok_local.quantize.layout import Piece, Plan, piece_rows
-from grok_local.quantize.output import PartFile, aligned_empty
-from grok_local.quantize.packing import Slab, Workspace, pack_piece, read_slab, slab_bytes
+from grok_local.quantize.layout.output_plan import Piece, Plan, piece_rows
+from grok_local.quantize.output.journal import Journal
+from grok_local.quantize.output.part_file import PartFile, aligned_empty
+from grok_local.quantize.packing.blocks import Slab, Workspace, pack_piece, read_slab, slab_bytes
 
 __all__ = ["Budget", "Progress", "pack", "slabs", "source_stamp"]
 

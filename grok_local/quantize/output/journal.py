@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grok_local.errors import InUseError, OutputError
-from grok_local.quantize.layout import Piece, Plan
+from grok_local.quantize.layout.output_plan import Piece, Plan
 
 __all__ = ["Journal"]
 

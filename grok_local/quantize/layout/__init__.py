@@ -1,0 +1,1 @@
+"""What the output has where, before its first byte is packed."""

@@ -1,0 +1,1 @@
+"""The files being written: parts, journal, and how they get their names."""

@@ -1,0 +1,1 @@
+"""From the release's numbers to packed rows."""

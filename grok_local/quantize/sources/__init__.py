@@ -1,0 +1,1 @@
+"""What a release looks like on disk: its tensors and its vocabulary."""
