@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grok_local.errors import GrokLocalError
 
 if TYPE_CHECKING:
-    from grok_local.library import load
+    from grok_local.library.names import load
     from grok_local.quantize.convert import Progress, QuantizeReport, quantize_checkpoint
     from grok_local.runtime.text.model import Model, Reply, Stats
 
@@ -35,7 +35,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Progress", "QuantizeReport", "quantize_checkpoint"), "grok_local.quantize.convert"),
     **dict.fromkeys(("Model", "Reply", "Stats"), "grok_local.runtime.text.model"),
-    "load": "grok_local.library",
+    "load": "grok_local.library.names",
 }
 
 

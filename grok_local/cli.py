@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from grok_local.commands import keeping, packing, planning, running
+from grok_local.commands import keeping, planning, quantizing, running
 from grok_local.errors import GrokLocalError
 from grok_local.units import printable
 
@@ -35,9 +35,9 @@ def _options(
         raise typer.Exit
 
 
-app.command()(packing.quantize)
-app.command()(packing.verify)
-app.command()(packing.inspect)
+app.command()(quantizing.quantize)
+app.command()(quantizing.verify)
+app.command()(quantizing.inspect)
 app.command()(running.generate)
 app.command()(running.chat)
 app.command()(running.routing)

@@ -16,8 +16,8 @@ import pytest
 from huggingface_hub import constants
 
 from grok_local.errors import FetchError, OptionError, TokenizerError
-from grok_local.hub import download, release
-from grok_local.hub.release import FetchProgress, fetch_release
+from grok_local.hub import download, fetch
+from grok_local.hub.fetch import FetchProgress, fetch_release
 from tests.conftest import TOKENIZER, Run
 from tests.hub_server import Hub, files_of, serve
 
@@ -33,7 +33,7 @@ def hub(small: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 5)
         monkeypatch.setenv("HF_ENDPOINT", server.url)  # for processes of their own
         monkeypatch.setenv("HF_HOME", "/nowhere")  # no token of whoever runs the tests
-        monkeypatch.setattr(release, "TOKENIZER_URL", f"{server.url}/tokenizer.model")
+        monkeypatch.setattr(fetch, "TOKENIZER_URL", f"{server.url}/tokenizer.model")
         monkeypatch.setattr(download, "PAUSE", 0.001)
         yield server
 

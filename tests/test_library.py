@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import grok_local
-from grok_local import library
 from grok_local.errors import GGUFError
+from grok_local.library import names
 from grok_local.models import tiny
 from tests.conftest import Run
 
@@ -32,24 +32,24 @@ def models(home: Path, packed: Path) -> Path:
 
 
 def test_what_a_name_means(models: Path, packed: Path) -> None:
-    assert library.resolve_model("mine") == library.resolve_model("mine.gguf") == models / "mine.gguf"
-    assert library.resolve_model(str(packed)) == packed
-    assert library.model_names() == ["tiny", "mine", "split"]
+    assert names.resolve_model("mine") == names.resolve_model("mine.gguf") == models / "mine.gguf"
+    assert names.resolve_model(str(packed)) == packed
+    assert names.model_names() == ["tiny", "mine", "split"]
     with pytest.raises(GGUFError, match=r"no model of that name .*there are: tiny, mine, split"):
-        library.resolve_model("yours")
+        names.resolve_model("yours")
     with pytest.raises(GGUFError, match="a folder"):
-        library.resolve_model(str(models))
+        names.resolve_model(str(models))
     with pytest.raises(GGUFError, match="no such file"):
-        library.resolve_model(str(models / "elsewhere" / "mine"))
+        names.resolve_model(str(models / "elsewhere" / "mine"))
 
 
 def test_the_built_in_model_is_packed_once(home: Path) -> None:
     events: list[object] = []
-    path = library.resolve_model("tiny", progress=events.append)
+    path = names.resolve_model("tiny", progress=events.append)
     assert path.parent == home / "cache"
     assert events
     again: list[object] = []
-    assert library.resolve_model("tiny", progress=again.append) == path
+    assert names.resolve_model("tiny", progress=again.append) == path
     assert not again
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -187,11 +187,11 @@ def test_rm_leaves_what_is_no_model(run: Run, models: Path, home: Path) -> None:
 
 
 def test_a_damaged_packed_model_is_packed_again(home: Path) -> None:
-    path = library.resolve_model("tiny")
+    path = names.resolve_model("tiny")
     whole = path.read_bytes()
     for damaged in (b"", whole[:2_000_000], whole[:3_000_000] + bytes(1000) + whole[3_001_000:]):
         path.write_bytes(damaged)
-        assert library.resolve_model("tiny") == path
+        assert names.resolve_model("tiny") == path
         assert path.read_bytes() == whole
 
 

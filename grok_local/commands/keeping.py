@@ -24,7 +24,7 @@ def demo(
 
     grok-local demo
     """
-    from grok_local.demo import Tour
+    from grok_local.commands.tour import Tour
     from grok_local.ggml import libraries
 
     libraries.exit_on_abort()
@@ -45,18 +45,19 @@ def pull(
 
     grok-local pull grok-1 --to /data/grok-1
     """
-    from grok_local import folders, views
-    from grok_local.hub.release import fetch_release
+    from grok_local import folders
+    from grok_local.hub.fetch import fetch_release
+    from grok_local.views import tables
 
     if to == Path():
         raise OptionError("--to names no folder")
     folder = to or folders.checkpoints_folder() / release
-    with resumable(), views.progress_view("pull", as_json=as_json) as show:
+    with resumable(), tables.progress_view("pull", as_json=as_json) as show:
         report = fetch_release(release, folder, tokenizer=tokenizer, progress=show)
     if as_json:
         print_json({"event": "done", **asdict(report)})
     else:
-        print("\n".join(views.fetch_summary(report)), file=sys.stderr)
+        print("\n".join(tables.fetch_summary(report)), file=sys.stderr)
         print(f"next: grok-local quantize {release if to is None else shlex.quote(str(folder))}", file=sys.stderr)
 
 
@@ -65,13 +66,15 @@ def list_(as_json: Json = False) -> None:
 
     grok-local list
     """
-    from grok_local import folders, inventory, views
+    from grok_local import folders
+    from grok_local.library import inventory
+    from grok_local.views import tables
 
     found = inventory.entries()
     if as_json:
         print_json([asdict(entry) for entry in found])
     else:
-        views.print_tables([views.entries_table(found)])
+        tables.print_tables([tables.entries_table(found)])
         print(f"in {folders.home()}", file=sys.stderr)
 
 
@@ -85,7 +88,7 @@ def rm(
 
     grok-local rm grok-1-q4_0
     """
-    from grok_local import inventory
+    from grok_local.library import inventory
     from grok_local.units import format_bytes
 
     for entry in [inventory.entry_named(name) for name in names]:

@@ -32,14 +32,14 @@ Bundle = Optional[dict[str, Any]]
 
 def complete_model(incomplete: str) -> list[str]:
     """Names of models, for the shell."""
-    from grok_local import library
+    from grok_local.library import names
 
-    return [name for name in library.model_names() if name.startswith(incomplete)]
+    return [name for name in names.model_names() if name.startswith(incomplete)]
 
 
 def complete_entry(incomplete: str) -> list[str]:
     """Names of models and checkpoints, for the shell."""
-    from grok_local import inventory
+    from grok_local.library import inventory
 
     return [name for name in inventory.entry_names() if name.startswith(incomplete)]
 

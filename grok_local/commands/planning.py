@@ -73,7 +73,7 @@ def plan(
     from grok_local.placement.forecast import forecast
     from grok_local.placement.load_options import wishes_of
     from grok_local.placement.planner import make_plan
-    from grok_local.placement_views import describe_plan, print_plan
+    from grok_local.views.plans import describe_plan, print_plan
 
     shape, path = _shape(model, like, type)
     options = dict(loading or {})
@@ -102,11 +102,11 @@ def bench(
     """
     from dataclasses import replace
 
-    from grok_local import views
     from grok_local.commands.running import loaded
     from grok_local.machine.kernels import disk_speed, speeds, with_speeds
-    from grok_local.placement_views import bench_table
     from grok_local.runtime.text.bench import bench as measure
+    from grok_local.views import tables
+    from grok_local.views.plans import bench_table
 
     with loaded(model, loading) as running:
         planned, threads = running.placement.plan, running.engine.threads
@@ -118,7 +118,7 @@ def bench(
     if as_json:
         print_json(report.described())
     else:
-        views.print_tables([bench_table(report)])
+        tables.print_tables([bench_table(report)])
 
 
 def doctor(
@@ -136,15 +136,16 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from grok_local import library, views
+    from grok_local.library import names
     from grok_local.machine.doctor import examine
-    from grok_local.placement_views import findings_table
+    from grok_local.views import tables
+    from grok_local.views.plans import findings_table
 
-    findings = examine(library.resolve_model(model) if model else None, say=say)
+    findings = examine(names.resolve_model(model) if model else None, say=say)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        views.print_tables([findings_table(findings)])
+        tables.print_tables([findings_table(findings)])
 
 
 def worker(
@@ -164,8 +165,8 @@ def worker(
 
 def _shape(model: str | None, like: str | None, type: str) -> tuple[ModelShape, Any]:
     """The model's shape, and its file if there is one."""
-    from grok_local import library
     from grok_local.formats import gguf_file
+    from grok_local.library import names
     from grok_local.placement.shape import ModelShape
     from grok_local.quantize.outline import outline
 
@@ -173,7 +174,7 @@ def _shape(model: str | None, like: str | None, type: str) -> tuple[ModelShape, 
         raise OptionError("--model and --like: give one of them")
     if like is not None:
         return ModelShape.from_headers([outline(like.lower(), type=type)]), None
-    path = library.resolve_model(model or _DEFAULT)
+    path = names.resolve_model(model or _DEFAULT)
     return ModelShape.from_headers(gguf_file.read_model(path)), path
 
 

@@ -42,12 +42,12 @@ def generate(
 
     grok-local generate -m grok-1-q4_k "The answer to life, the universe and everything is"
     """
-    from grok_local import repl
+    from grok_local.views import conversation
 
     text = _prompt_text(prompt)
     with loaded(model, loading) as running:
         reply = running.generate(text, max_tokens=max_tokens, stop=stop or (), **_sampling(sampling, model))
-        with repl.interruptible(running):
+        with conversation.interruptible(running):
             for piece in reply:
                 if not as_json:
                     print(piece, end="", flush=True)
@@ -55,7 +55,7 @@ def generate(
         print_json({"text": reply.text, "finish_reason": reply.finish_reason, **reply.stats.described()})
     else:
         print()
-        print(repl.stats_line(reply), file=sys.stderr)
+        print(conversation.stats_line(reply), file=sys.stderr)
     if reply.finish_reason == "interrupted":
         raise KeyboardInterrupt
 
@@ -73,7 +73,7 @@ def chat(
 
     grok-local chat -m grok-1-q4_k        without -m: the built-in model, which explains grok-local
     """
-    from grok_local.repl import Repl
+    from grok_local.views.conversation import Repl
 
     options = {**_sampling(sampling, model), "max_tokens": max_tokens, "stop": stop or ()}
     with loaded(model, loading) as running:
@@ -91,32 +91,32 @@ def routing(
 
     grok-local generate -m grok-1-q4_k --trace-experts FILE "Once upon a time"; grok-local routing FILE
     """
-    from grok_local import routing_views
     from grok_local.runtime.graph.record import read_routing
+    from grok_local.views import heat_map
 
     found = read_routing(record)
     if output:
-        routing_views.draw_routing(found, output)
+        heat_map.draw_routing(found, output)
     elif as_json:
-        print_json(routing_views.describe_routing(found))
+        print_json(heat_map.describe_routing(found))
     else:
-        routing_views.print_routing(found)
+        heat_map.print_routing(found)
 
 
 @contextmanager
 def loaded(model: str, options: Bundle) -> Iterator[Any]:
     """The model, with what had to be said about its placement on stderr."""
-    from grok_local import library
     from grok_local.ggml import libraries
+    from grok_local.library import names
 
     libraries.exit_on_abort()
-    if not library.is_packed(model):
-        from grok_local import views
+    if not names.is_packed(model):
+        from grok_local.views import tables
 
         print("the built-in model is packed to 4 bits, once", file=sys.stderr)
-        with views.progress_view("pack", as_json=False) as show:
-            library.resolve_model(model, progress=show)
-    with library.load(model, **(options or {}), say=say) as running:
+        with tables.progress_view("pack", as_json=False) as show:
+            names.resolve_model(model, progress=show)
+    with names.load(model, **(options or {}), say=say) as running:
         for note in running.placement.notes:
             say(f"note: {note}")
         yield running
@@ -126,7 +126,7 @@ def _sampling(options: Bundle, model: str) -> dict[str, Any]:
     """What was given; the temperature by default what suits the model: the built-in one knows one answer to each
     question.
     """
-    from grok_local.library import BUILT_IN
+    from grok_local.library.names import BUILT_IN
 
     given = dict(options or {})
     if given["temperature"] is None:

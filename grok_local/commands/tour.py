@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from grok_local import library, views
 from grok_local.errors import PlacementError, VerifyError
+from grok_local.library import names
 from grok_local.models import tiny
 from grok_local.models.grok1 import Kind
 from grok_local.units import format_bytes
+from grok_local.views import tables
 
 if TYPE_CHECKING:
     from grok_local.quantize.convert import QuantizeReport
@@ -58,7 +59,7 @@ class Tour:
             "them active. What happens to it here is what happens to the 318 GB."
         )
         self._command(f"grok-local quantize tiny -o {output.name}")
-        with views.progress_view("pack", as_json=False) as show:
+        with tables.progress_view("pack", as_json=False) as show:
             report = quantize_checkpoint(tiny.CHECKPOINT, output, progress=show)
         self._say(f"{report.tensors} tensors, {format_bytes(report.bytes)}, {report.seconds:.2f} s")
         return report
@@ -78,7 +79,7 @@ class Tour:
         self._title("3. Ask: llama.cpp runs it, weights mapped")
         self._command("grok-local chat")
         stats = []
-        with library.load(path, context=512) as model:
+        with names.load(path, context=512) as model:
             for question in QUESTIONS:
                 self._console.print(f"> {question}", style="bold", markup=False)
                 reply = model.chat([{"role": "user", "content": question}], temperature=0, max_tokens=100)

@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok_local import folders, library
+from grok_local import folders
 from grok_local.errors import GrokLocalError, InUseError, OptionError, OutputError
+from grok_local.library import names
 
 __all__ = ["Entry", "entries", "entry_named", "entry_names", "remove"]
 
@@ -30,13 +31,13 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Everything in the models and checkpoints folders, and the built-in model."""
-    models = [_model_entry(name, path) for name, path in library.models().items()]
-    return [_tiny_entry(), *models, *map(_checkpoint_entry, library.pulled())]
+    models = [_model_entry(name, path) for name, path in names.models().items()]
+    return [_tiny_entry(), *models, *map(_checkpoint_entry, names.pulled())]
 
 
 def entry_names() -> list[str]:
     """What `rm` may be given."""
-    return [*library.model_names(), *(folder.name for folder in library.pulled())]
+    return [*names.model_names(), *(folder.name for folder in names.pulled())]
 
 
 def entry_named(name: str) -> Entry:
@@ -95,8 +96,8 @@ def _delete(entry: Entry) -> None:
 
 def _tiny_entry() -> Entry:
     packed = tuple(sorted(folders.cache_folder().glob("tiny-*.gguf*")))
-    source = "packed at first use" if library.packed_tiny_path() not in packed else "packed"
-    return Entry(library.BUILT_IN, "built-in", "q4_k", f"in the package; {source}", _bytes(packed), packed)
+    source = "packed at first use" if names.packed_tiny_path() not in packed else "packed"
+    return Entry(names.BUILT_IN, "built-in", "q4_k", f"in the package; {source}", _bytes(packed), packed)
 
 
 def _model_entry(name: str, path: Path) -> Entry:

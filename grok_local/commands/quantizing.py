@@ -37,14 +37,15 @@ def quantize(
 
     grok-local quantize ~/grok-1 --tokenizer ~/tokenizer.model
     """
-    from grok_local import library, views
+    from grok_local.library import names
     from grok_local.quantize.convert import quantize_checkpoint
+    from grok_local.views import tables
 
-    source = library.resolve_checkpoint(checkpoint)
-    target = library.default_output(type, source) if output is None else output
+    source = names.resolve_checkpoint(checkpoint)
+    target = names.default_output(type, source) if output is None else output
     if target.is_dir():
-        target = target / library.default_output(type, source).name
-    with resumable(), views.progress_view("quantize", as_json=as_json) as show:
+        target = target / names.default_output(type, source).name
+    with resumable(), tables.progress_view("quantize", as_json=as_json) as show:
         report = quantize_checkpoint(
             source,
             target,
@@ -59,7 +60,7 @@ def quantize(
     if as_json:
         print_json({"event": "done", **asdict(report)})
     else:
-        print("\n".join(views.quantize_summary(report)), file=sys.stderr)
+        print("\n".join(tables.quantize_summary(report)), file=sys.stderr)
 
 
 def verify(
@@ -76,16 +77,17 @@ def verify(
 
     grok-local verify grok-1-q4_k.gguf --against ~/grok-1
     """
-    from grok_local import library, views
+    from grok_local.library import names
     from grok_local.quantize.verify import verify as check
+    from grok_local.views import tables
 
-    with views.progress_view("verify", as_json=False) as show:
-        source = against and library.resolve_checkpoint(against)
-        report = check(library.resolve_model(gguf), source, progress=show)
+    with tables.progress_view("verify", as_json=False) as show:
+        source = against and names.resolve_checkpoint(against)
+        report = check(names.resolve_model(gguf), source, progress=show)
     if as_json:
         print_json(asdict(report))
     else:
-        views.print_tables([views.verify_table(report)])
+        tables.print_tables([tables.verify_table(report)])
     if report.problems:
         raise VerifyError(report.problems)
 
@@ -98,20 +100,21 @@ def inspect(
 
     grok-local inspect ~/grok-1
     """
-    from grok_local import library, views
+    from grok_local.library import names
+    from grok_local.views import tables
 
-    source = library.resolve_checkpoint(path)
+    source = names.resolve_checkpoint(path)
     if source.is_dir():
         from grok_local.quantize.sources.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(source)
-        described, tables = views.describe_checkpoint(checkpoint), views.checkpoint_tables(checkpoint)
+        described, tables = tables.describe_checkpoint(checkpoint), tables.checkpoint_tables(checkpoint)
     else:
         from grok_local.formats import gguf_file
 
-        headers = gguf_file.read_model(library.resolve_model(str(path)))
-        described, tables = views.describe_gguf(headers), views.gguf_tables(headers)
+        headers = gguf_file.read_model(names.resolve_model(str(path)))
+        described, tables = tables.describe_gguf(headers), tables.gguf_tables(headers)
     if as_json:
         print_json(described)
     else:
-        views.print_tables(tables)
+        tables.print_tables(tables)

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grok_local import folders, library
+from grok_local import folders
 from grok_local.errors import ContextError, WorkerLost
+from grok_local.library import names
 from grok_local.runtime.text.model import Model, Reply, Stats
 from grok_local.units import format_bytes
 
@@ -55,7 +56,7 @@ class Repl:
                     self._answer(text)
 
     def _greeting(self) -> str:
-        if self._name == library.BUILT_IN:
+        if self._name == names.BUILT_IN:
             name = "tiny, the built-in model: ask it about grok-local and Grok-1 (-m NAME runs another)"
         else:
             name = f"{self.model.metadata.get('general.name', self.model.path.name)}"

@@ -20,8 +20,8 @@ from grok_local.units import format_bytes, printable
 
 if TYPE_CHECKING:
     from grok_local.formats.gguf_file import Header
-    from grok_local.hub.release import FetchReport
-    from grok_local.inventory import Entry
+    from grok_local.hub.fetch import FetchReport
+    from grok_local.library.inventory import Entry
     from grok_local.quantize.convert import QuantizeReport
     from grok_local.quantize.sources.checkpoint import Checkpoint
     from grok_local.quantize.verify import TensorCheck, VerifyReport

@@ -1,0 +1,1 @@
+"""Names to files: models, checkpoints, the built-in model."""
