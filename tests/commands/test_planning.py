@@ -36,7 +36,7 @@ def test_plan_before_a_download(run: Run) -> None:
 
 
 def test_the_plan_in_the_documents_is_what_is_shown(run: Run) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
     example = re.search(r"```\n\$ grok-local (plan .*)\n((?:.*\n)*?)```", page)
     assert example
     shown = run(*example[1].split()).stdout

@@ -19,7 +19,7 @@ from grok_local.errors import FetchError, OptionError, TokenizerError
 from grok_local.hub import download, fetch
 from grok_local.hub.fetch import FetchProgress, fetch_release
 from tests.conftest import TOKENIZER, Run
-from tests.hub_server import Hub, files_of, serve
+from tests.hub.hub_server import Hub, files_of, serve
 
 LARGE = "ckpt-0/tensor00004_000"  # 525 kB
 

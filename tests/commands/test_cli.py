@@ -20,7 +20,7 @@ from tests.test_documents import COMMANDS
 
 # What prompt_toolkit sends when it begins and ends to read a line.
 PROMPT_BEGINS, PROMPT_ENDS = b"\x1b[?2004h", b"\x1b[?2004l"
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_help_is_quick(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
