@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import random_model
+from samples.random_models import random_model
 
 _PROMPT, _TOKENS = 512, 64
 

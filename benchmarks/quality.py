@@ -11,105 +11,16 @@ docs/tiny.md.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 import grok_local
 from grok_local.models import tiny
-from grok_local.quantize.sources.checkpoint import open_checkpoint
-from tests.reference_model import ReferenceModel
-from training.documents import ANSWER, EOS, SYSTEM, Pieces, conversation
-from training.facts import is_right, read_facts
-
-__all__ = ["Scores", "document_ids", "held_out_documents", "right_answers", "routes", "scores"]
+from samples.quality import TYPES, held_out_documents, right_answers, routes, scores
 
 ROOT = Path(__file__).parents[1]
-QUESTIONS = ROOT / "tests" / "questions.jsonl"
-TYPES = ("q8_0", "q4_k", "iq4_xs", "mxfp4", "q4_0")
 _BASE = "q8_0"
-
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities of every position's distribution, and of the tokens that came, per document."""
-
-    distributions: list[npt.NDArray[np.float32]]  # [scored tokens, vocabulary]
-    came: list[npt.NDArray[np.intp]]
-    answers: list[npt.NDArray[np.bool_]]
-
-    def perplexity(self, *, only_answers: bool = False) -> float:
-        losses = [
-            -rows[np.arange(len(came)), came][answers if only_answers else slice(None)]
-            for rows, came, answers in zip(self.distributions, self.came, self.answers, strict=True)
-        ]
-        return float(np.exp(np.concatenate(losses).mean()))
-
-    def divergence_from(self, base: Scores) -> float:
-        """KL(base || self) in nats, mean per token."""
-        pairs = zip(base.distributions, self.distributions, strict=True)
-        return float(np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in pairs]).mean())
-
-
-def held_out_documents(step: int = 1) -> list[Pieces]:
-    """Every `step`-th fact, asked as it was not in training."""
-    return [conversation([(wording, fact.answer)]) for fact in read_facts()[::step] for wording in fact.held_out]
-
-
-def document_ids(model: grok_local.Model, pieces: Pieces) -> tuple[list[int], int, int]:
-    """Ids with EOS, how many are of the introduction, and how many come before the answer."""
-    texts = ["".join(text for text, _ in pieces[:count]) for count in (1, len(pieces) - 1, len(pieces))]
-    introduction, question, whole = (model.tokenize(text) for text in texts)
-    return [*whole, EOS], len(introduction), len(question)
-
-
-def scores(model: grok_local.Model, documents: list[Pieces]) -> Scores:
-    """Evaluate every document."""
-    result = Scores([], [], [])
-    for pieces in documents:
-        assert [pieces[0][1], pieces[-1][1]] == [SYSTEM, ANSWER]
-        ids, start, answer = document_ids(model, pieces)
-        logits = model.logits(ids[:-1])[start - 1 :]
-        logits -= logits.max(-1, keepdims=True)
-        result.distributions.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
-        result.came.append(np.array(ids[start:]))
-        result.answers.append(np.arange(start, len(ids)) >= answer)
-    return result
-
-
-def right_answers(model: grok_local.Model, *, chat: bool = True) -> list[tuple[bool, str, str]]:
-    """Whether it was right, the question, and the answer, for each of the questions."""
-    results = []
-    for line in QUESTIONS.read_text("utf-8").splitlines():
-        asked = json.loads(line)
-        message = {"role": "user", "content": asked["question"]}
-        if chat:
-            reply: grok_local.Reply = model.chat([message], temperature=0, max_tokens=80)
-        else:
-            reply = model.generate(asked["question"], temperature=0, max_tokens=80)
-        text = "".join(reply).strip()
-        results.append((is_right(text, asked["keywords"]), asked["question"], text))
-    return results
-
-
-def routes(model: grok_local.Model, documents: list[Pieces]) -> Floats:
-    """Share of the tokens' routes that each expert gets, [layers, experts]; every row adds up to 1."""
-    dims = open_checkpoint(tiny.CHECKPOINT).dimensions
-    reference = ReferenceModel(tiny.CHECKPOINT, dims)
-    counts = np.zeros((dims.layers, dims.experts))
-    for pieces in documents:
-        _, chosen = reference.forward(document_ids(model, pieces)[0])
-        for layer in range(dims.layers):
-            counts[layer] += np.bincount(chosen[layer].ravel(), minlength=dims.experts)
-    shares: Floats = counts / counts.sum(-1, keepdims=True)
-    return shares
 
 
 def _table(folder: Path) -> Iterator[str]:

@@ -33,7 +33,7 @@ from grok_local.quantize.layout.output_plan import Piece, PlannedTensor, piece_r
 from grok_local.quantize.packing.blocks import Workspace, read_slab, slab_bytes, weights_of
 from grok_local.quantize.recipe import recipe_named
 from grok_local.quantize.sources.checkpoint import open_checkpoint
-from tests.checkpoints import REFERENCE, QuantizedWeight8bit, dump
+from samples.checkpoints import REFERENCE, QuantizedWeight8bit, dump
 
 DIMENSIONS = grok1.Dimensions(layers=1, width=6144, expert_width=32768, experts=8, kv_width=1024, vocabulary=2048)
 THREADS = os.cpu_count() or 1

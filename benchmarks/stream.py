@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import random_model
+from samples.random_models import random_model
 
 _LAYERS, _NARROWER = 22, 4
 _BLOCK = 64 << 20  # bytes
@@ -234,7 +234,7 @@ def prompt(model: Path, length: int) -> None:
 
 def giant(folder: Path) -> None:
     """Grok-1's full size, with a hole in the file in place of the weights: whatever else there is to it is real."""
-    from tests.giants import write_giant
+    from samples.giants import write_giant
 
     model, memory = folder / "grok-1-hole.gguf", 18_000_000_000
     if not model.exists():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import grok_local
-from tests.checkpoints import REFERENCE, SMALL, Spec, write_checkpoint
+from samples.checkpoints import REFERENCE, SMALL, Spec, write_checkpoint
 
 TOKENIZER = REFERENCE / "small-tokenizer.model"
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grok_local.models import grok1
-from tests.checkpoints import QuantizedWeight8bit, dump
+from samples.checkpoints import QuantizedWeight8bit, dump
 from training import network
 
 __all__ = ["export"]

@@ -108,13 +108,13 @@ def inspect(
         from grok_local.quantize.sources.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(source)
-        described, tables = tables.describe_checkpoint(checkpoint), tables.checkpoint_tables(checkpoint)
+        described, shown = tables.describe_checkpoint(checkpoint), tables.checkpoint_tables(checkpoint)
     else:
         from grok_local.formats import gguf_file
 
         headers = gguf_file.read_model(names.resolve_model(str(path)))
-        described, tables = tables.describe_gguf(headers), tables.gguf_tables(headers)
+        described, shown = tables.describe_gguf(headers), tables.gguf_tables(headers)
     if as_json:
         print_json(described)
     else:
-        tables.print_tables(tables)
+        tables.print_tables(shown)

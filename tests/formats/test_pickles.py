@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from grok_local.errors import CheckpointError, GrokLocalError
 from grok_local.formats.pickles import read_pickle
-from tests.checkpoints import QuantizedWeight8bit, dump
+from samples.checkpoints import QuantizedWeight8bit, dump
 
 RNG = np.random.default_rng(0)
 QUANTIZED = QuantizedWeight8bit(

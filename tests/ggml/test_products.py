@@ -7,8 +7,9 @@ import numpy.typing as npt
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
-from grok_local.ggml import dequantize, products
+from grok_local.ggml import products
 from grok_local.ggml.devices import extra_buffer_types
+from grok_local.ggml.quants import dequantize
 
 EXTRA = extra_buffer_types()
 TYPES = [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_K, Type.Q6_K, Type.Q8_0, Type.IQ4_XS, Type.MXFP4]

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import grok_local
-from benchmarks.quality import QUESTIONS, TYPES, held_out_documents, right_answers, routes, scores
 from grok_local.models import tiny
 from grok_local.models.grok1 import HEAD_SIZE
 from grok_local.quantize.sources.checkpoint import open_checkpoint
-from tests.reference_model import ReferenceModel
+from samples.quality import QUESTIONS, TYPES, held_out_documents, right_answers, routes, scores
+from samples.reference_model import ReferenceModel
 from training.facts import CORPUS, is_right, read_facts, read_prose
 
 LARGEST = 10_000_000  # bytes in the wheel

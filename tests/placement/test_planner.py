@@ -19,7 +19,7 @@ from grok_local.placement.forecast import forecast
 from grok_local.placement.planner import RAM, Plan, Wishes, make_plan, ram_reserve
 from grok_local.placement.shape import ModelShape, Role
 from grok_local.quantize.outline import outline
-from tests.giants import write_giant
+from samples.giants import write_giant
 
 G = 1_000_000_000
 

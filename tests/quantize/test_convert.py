@@ -28,7 +28,7 @@ from grok_local.quantize import convert
 from grok_local.quantize.output.part_file import PartFile
 from grok_local.quantize.packing import pool
 from grok_local.quantize.recipe import RECIPES
-from tests.checkpoints import SMALL, QuantizedWeight8bit, Spec, dump, tensors, write_checkpoint
+from samples.checkpoints import SMALL, QuantizedWeight8bit, Spec, dump, tensors, write_checkpoint
 from tests.conftest import TOKENIZER
 
 Floats = npt.NDArray[np.float32]

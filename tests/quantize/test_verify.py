@@ -14,7 +14,7 @@ import grok_local
 from grok_local.errors import VerifyError
 from grok_local.formats import gguf_file
 from grok_local.quantize.verify import verify
-from tests.checkpoints import SMALL, Spec, tensors, write_checkpoint
+from samples.checkpoints import SMALL, Spec, tensors, write_checkpoint
 from tests.conftest import TOKENIZER
 from tests.quantize.test_convert import _bytes, _expected
 

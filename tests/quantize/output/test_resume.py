@@ -20,7 +20,7 @@ import pytest
 import grok_local
 from grok_local.errors import CheckpointError, OptionError, OutputError
 from grok_local.quantize.output.part_file import PartFile
-from tests.checkpoints import dump
+from samples.checkpoints import dump
 
 
 def _sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ import pytest
 from grok_local.errors import CheckpointError
 from grok_local.models import grok1
 from grok_local.quantize.sources.checkpoint import fingerprint, open_checkpoint
-from tests.checkpoints import SMALL, QuantizedWeight8bit, Spec, dump, write_checkpoint
+from samples.checkpoints import SMALL, QuantizedWeight8bit, Spec, dump, write_checkpoint
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import grok_local
 from grok_local.errors import TokenizerError
 from grok_local.quantize.sources.sentencepiece import find_tokenizer, read_tokenizer
-from tests.checkpoints import REFERENCE, Spec, write_checkpoint
+from samples.checkpoints import REFERENCE, Spec, write_checkpoint
 
 GROK_1 = REFERENCE / "grok-1-tokenizer.model"
 TEXTS = [json.loads(line) for line in (REFERENCE / "tokenization.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import grok_local
 from grok_local.errors import OptionError
 from grok_local.runtime.graph.record import Routing, read_routing
-from tests.checkpoints import Spec
+from samples.checkpoints import Spec
+from samples.reference_model import ReferenceModel
 from tests.conftest import Run
-from tests.reference_model import ReferenceModel
 
 IDS = list(range(100, 160))
 

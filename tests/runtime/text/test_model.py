@@ -12,7 +12,7 @@ import pytest
 
 import grok_local
 from grok_local.errors import ContextError, GGUFError, ModelError, OptionError
-from tests.checkpoints import REFERENCE
+from samples.checkpoints import REFERENCE
 
 GOLDEN = np.load(REFERENCE / "logits.npz")
 

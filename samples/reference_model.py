@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grok_local.models import grok1
-from tests.checkpoints import QuantizedWeight8bit
+from samples.checkpoints import QuantizedWeight8bit
 
 __all__ = ["ReferenceModel"]
 

@@ -1,6 +1,6 @@
 """Writes small random checkpoints in the exact on-disk format of the Grok-1 release.
 
-    python tests/checkpoints.py OUT [--layers 12] [--tokenizer FILE]
+    python -m samples.checkpoints OUT [--layers 12] [--tokenizer FILE]
 
 OUT/ckpt-0/tensor00000_000 and so on: pickles (protocol 4) named as numpy 1 named its modules, int8 weights with
 bfloat16 scales in the release's grouping, layers in string order. The numbers come from numpy's PCG64, drawn tensor
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from grok_local.models import grok1
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCE = Path(__file__).parents[1] / "tests" / "reference"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Models of true width and few layers, or of true proportions, with random weights, for measuring speed.
 
-    uv run python -m benchmarks.models OUT --release grok-1 --type q4_k --layers 3
+    uv run python -m samples.random_models OUT --release grok-1 --type q4_k --layers 3
 
 Weights are packed from random numbers once and repeated; the router is random throughout, so that tokens spread over
 the experts.
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from grok_local.formats.gguf_file import Tensor
 from grok_local.ggml import quants
 from grok_local.quantize.outline import outline
-from tests.giants import write_header
+from samples.giants import write_header
 
 __all__ = ["random_model"]
 
