@@ -47,17 +47,17 @@ def pull(
     """
     from grok_local import folders
     from grok_local.hub.fetch import fetch_release
-    from grok_local.views import tables
+    from grok_local.views import progress
 
     if to == Path():
         raise OptionError("--to names no folder")
     folder = to or folders.checkpoints_folder() / release
-    with resumable(), tables.progress_view("pull", as_json=as_json) as show:
+    with resumable(), progress.progress_view("pull", as_json=as_json) as show:
         report = fetch_release(release, folder, tokenizer=tokenizer, progress=show)
     if as_json:
         print_json({"event": "done", **asdict(report)})
     else:
-        print("\n".join(tables.fetch_summary(report)), file=sys.stderr)
+        print("\n".join(progress.fetch_summary(report)), file=sys.stderr)
         print(f"next: grok-local quantize {release if to is None else shlex.quote(str(folder))}", file=sys.stderr)
 
 

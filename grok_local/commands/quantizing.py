@@ -39,13 +39,13 @@ def quantize(
     """
     from grok_local.library import names
     from grok_local.quantize.convert import quantize_checkpoint
-    from grok_local.views import tables
+    from grok_local.views import progress
 
     source = names.resolve_checkpoint(checkpoint)
     target = names.default_output(type, source) if output is None else output
     if target.is_dir():
         target = target / names.default_output(type, source).name
-    with resumable(), tables.progress_view("quantize", as_json=as_json) as show:
+    with resumable(), progress.progress_view("quantize", as_json=as_json) as show:
         report = quantize_checkpoint(
             source,
             target,
@@ -60,7 +60,7 @@ def quantize(
     if as_json:
         print_json({"event": "done", **asdict(report)})
     else:
-        print("\n".join(tables.quantize_summary(report)), file=sys.stderr)
+        print("\n".join(progress.quantize_summary(report)), file=sys.stderr)
 
 
 def verify(
@@ -79,15 +79,15 @@ def verify(
     """
     from grok_local.library import names
     from grok_local.quantize.verify import verify as check
-    from grok_local.views import tables
+    from grok_local.views import inspection, progress, tables
 
-    with tables.progress_view("verify", as_json=False) as show:
+    with progress.progress_view("verify", as_json=False) as show:
         source = against and names.resolve_checkpoint(against)
         report = check(names.resolve_model(gguf), source, progress=show)
     if as_json:
         print_json(asdict(report))
     else:
-        tables.print_tables([tables.verify_table(report)])
+        tables.print_tables([inspection.verify_table(report)])
     if report.problems:
         raise VerifyError(report.problems)
 
@@ -101,19 +101,19 @@ def inspect(
     grok-local inspect ~/grok-1
     """
     from grok_local.library import names
-    from grok_local.views import tables
+    from grok_local.views import inspection, tables
 
     source = names.resolve_checkpoint(path)
     if source.is_dir():
         from grok_local.quantize.sources.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(source)
-        described, shown = tables.describe_checkpoint(checkpoint), tables.checkpoint_tables(checkpoint)
+        described, shown = inspection.describe_checkpoint(checkpoint), inspection.checkpoint_tables(checkpoint)
     else:
         from grok_local.formats import gguf_file
 
         headers = gguf_file.read_model(names.resolve_model(str(path)))
-        described, shown = tables.describe_gguf(headers), tables.gguf_tables(headers)
+        described, shown = inspection.describe_gguf(headers), inspection.gguf_tables(headers)
     if as_json:
         print_json(described)
     else:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from grok_local import folders
 from grok_local.errors import ContextError, WorkerLost
 from grok_local.library import names
-from grok_local.runtime.text.model import Model, Reply, Stats
 from grok_local.units import format_bytes
 
 if TYPE_CHECKING:
-    from grok_local.runtime.experts import ExpertStats
+    from grok_local.runtime.experts.waiting import ExpertStats
+    from grok_local.runtime.text.model import Model
+    from grok_local.runtime.text.reply import Reply, Stats
 
 __all__ = ["Repl", "experts_line", "interruptible", "stats_line"]
 
@@ -56,10 +57,7 @@ class Repl:
                     self._answer(text)
 
     def _greeting(self) -> str:
-        if self._name == names.BUILT_IN:
-            name = "tiny, the built-in model: ask it about grok-local and Grok-1 (-m NAME runs another)"
-        else:
-            name = f"{self.model.metadata.get('general.name', self.model.path.name)}"
+        name = names.manner_of(self._name).greeting or self.model.metadata.get("general.name", self.model.path.name)
         return f"{name}, {self.model.context_size} tokens of context. /help lists the commands."
 
     def _answer(self, text: str) -> None:

@@ -15,7 +15,7 @@ from grok_local.units import format_bytes, printable
 if TYPE_CHECKING:
     from grok_local.machine.doctor import Finding
     from grok_local.placement.forecast import Forecast
-    from grok_local.placement.planner import Plan, Share
+    from grok_local.placement.plan import Plan, Share
     from grok_local.runtime.text.bench import BenchReport
 
 __all__ = ["bench_table", "describe_plan", "findings_table", "llama_options", "print_plan"]

@@ -1,0 +1,140 @@
+"""What is in a GGUF or in a checkpoint, and what checking it found: tables, or what `--json` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from grok_local.units import format_bytes
+from grok_local.views.tables import cell
+
+if TYPE_CHECKING:
+    from grok_local.formats.gguf_file import Header
+    from grok_local.quantize.sources.checkpoint import Checkpoint
+    from grok_local.quantize.verify import TensorCheck, VerifyReport
+
+__all__ = ["checkpoint_tables", "describe_checkpoint", "describe_gguf", "gguf_tables", "verify_table"]
+
+_LONG = 8  # items of an array that are shown
+
+
+def describe_gguf(headers: list[Header]) -> dict[str, Any]:
+    """What `inspect --json` prints for a GGUF."""
+    return {
+        "kind": "gguf",
+        "files": [str(header.path) for header in headers],
+        "bytes": sum(header.size for header in headers),
+        "metadata": {key: _plain(value) for key, value in headers[0].metadata.items()},
+        "tensors": [
+            {
+                "name": t.name,
+                "type": t.type.name,
+                "shape": t.shape,
+                "bytes": t.nbytes,
+                "offset": t.offset,
+                "file": t.path.name,
+            }
+            for header in headers
+            for t in header.tensors
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it; of a long array, the beginning."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, bool | int | float | str):
+        return value
+    items = [
+        _plain(item.item() if hasattr(item, "item") and not hasattr(item, "__len__") else item)
+        for item in value[:_LONG]
+    ]
+    return items if len(value) <= _LONG else {"length": len(value), "first": items}
+
+
+def gguf_tables(headers: list[Header]) -> Iterator[Table]:
+    """Metadata, then tensors."""
+    described = describe_gguf(headers)
+    keys = Table(
+        "key", "value", title=cell(f"{headers[0].path.name}: {format_bytes(described['bytes'])}"), title_justify="left"
+    )
+    for key, value in described["metadata"].items():
+        long = isinstance(value, dict)
+        keys.add_row(cell(key), cell(f"{value['length']} of {value['first']} ..." if long else str(value)))
+    yield keys
+    tensors = Table("tensor", "type", "shape", "size", "offset", title_justify="left")
+    for tensor in described["tensors"]:
+        tensors.add_row(*_tensor_row(tensor), str(tensor["offset"]))
+    yield tensors
+
+
+def _tensor_row(tensor: dict[str, Any]) -> tuple[str, str, str, str]:
+    return cell(tensor["name"]), tensor["type"], " x ".join(map(str, tensor["shape"])), format_bytes(tensor["bytes"])
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `inspect --json` prints for a checkpoint."""
+    return {
+        "kind": "checkpoint",
+        "release": "grok-1",
+        "folder": str(checkpoint.folder),
+        "bytes": checkpoint.nbytes,
+        "dimensions": asdict(checkpoint.dimensions),
+        "tensors": [
+            {
+                "name": tensor.leaf.path,
+                "type": "int8" if tensor.stored.scales else "float32",
+                "shape": tensor.stored.weight.shape,
+                "bytes": tensor.stored.weight.nbytes,
+                "scales": tensor.stored.scales.shape if tensor.stored.scales else None,
+                "file": tensor.path.name,
+                "becomes": tensor.leaf.gguf_name,
+            }
+            for tensor in checkpoint.tensors
+        ],
+    }
+
+
+def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
+    """Dimensions, then tensors."""
+    described = describe_checkpoint(checkpoint)
+    title = cell(f"{checkpoint.folder}: a checkpoint in Grok-1's format, {format_bytes(checkpoint.nbytes)}")
+    dims = Table("dimension", "size", title=title, title_justify="left")
+    for name, size in described["dimensions"].items():
+        dims.add_row(name.replace("_", " "), str(size))
+    yield dims
+    tensors = Table("file", "tensor", "type", "shape", "size", "becomes")
+    for tensor in described["tensors"]:
+        tensors.add_row(tensor["file"], *_tensor_row(tensor), tensor["becomes"])
+    yield tensors
+
+
+def verify_table(report: VerifyReport) -> Table:
+    """A line per tensor."""
+    table = Table("tensor", "type", "relative RMS error", "largest error", "verdict", title=cell(str(report.path)))
+    for check in report.tensors:
+        table.add_row(
+            cell(check.name),
+            check.type,
+            _number(check.relative_rms),
+            _number(check.max_error),
+            _verdict(check, report),
+        )
+    return table
+
+
+def _verdict(check: TensorCheck, report: VerifyReport) -> str:
+    if check.problem:
+        return "[red]differs"
+    if check.max_error is None:
+        return "hash right" if report.hashed else "no hash"
+    return "exact" if check.exact else "as packed"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else "0" if value == 0 else f"{value:.3g}"

@@ -1,0 +1,140 @@
+"""How far a job is, and what became of it: a bar, lines, or JSON events."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from grok_local.units import format_bytes
+
+if TYPE_CHECKING:
+    from grok_local.hub.fetch import FetchReport
+    from grok_local.quantize.convert import QuantizeReport
+
+__all__ = ["Show", "fetch_summary", "progress_view", "quantize_summary"]
+
+_LINE_EVERY = 5.0  # seconds, where no bar can be drawn
+
+_PHASES = {"check": "checking", "pack": "packing", "fetch": "fetching"}
+
+
+class Event(Protocol):
+    """What the views show of any job's progress."""
+
+    @property
+    def phase(self) -> str: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def bytes_read(self) -> int: ...
+
+
+Show = Callable[[Event], None]
+
+
+@contextmanager
+def progress_view(label: str, *, as_json: bool) -> Iterator[Show]:
+    """A function that shows progress: a bar on a terminal, else a line now and then, or JSON events on stdout."""
+    console = Console(stderr=True)
+    if as_json:
+        yield _json_events
+    elif console.is_terminal:
+        with _bar(console) as show:
+            yield show
+    else:
+        yield _lines(label)
+
+
+def _json_events(event: Event) -> None:
+    print(json.dumps({"event": "progress", **asdict(event)}), flush=True)  # type: ignore[call-overload]
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Show]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[tensor]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        rate = _Rate()
+        task = bar.add_task("", total=None, speed="", tensor="")
+
+        def show(event: Event) -> None:
+            bar.update(
+                task,
+                description=_PHASES[event.phase],
+                total=event.total,
+                completed=event.done,
+                speed=rate.text(event),
+                tensor=event.label,
+            )
+
+        yield show
+
+
+def _lines(label: str) -> Show:
+    rate, last = _Rate(), [0.0]
+
+    def show(event: Event) -> None:
+        if time.monotonic() - last[0] >= _LINE_EVERY or event.done == event.total:
+            last[0] = time.monotonic()
+            percent = 100 * event.done / max(event.total, 1)
+            with suppress(OSError):  # nobody may be listening: the work goes on
+                print(f"{label}: {percent:.0f}% {rate.text(event)} {event.label}", file=sys.stderr, flush=True)
+
+    return show
+
+
+class _Rate:
+    """Bytes read or fetched per second, since the first event."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+
+    def text(self, event: Event) -> str:
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, event.bytes_read)
+        elapsed = now - self._start[0]
+        return f"{format_bytes((event.bytes_read - self._start[1]) / elapsed)}/s" if elapsed > 0.5 else ""
+
+
+def quantize_summary(report: QuantizeReport) -> Iterator[str]:
+    """What became of a checkpoint, in a few lines."""
+    for line in report.fallbacks:
+        yield f"note: {line}"
+    if report.resumed_pieces:
+        yield f"continued: {report.resumed_pieces} pieces were packed already"
+    size = f"{report.tensors} tensors, {format_bytes(report.bytes)}"
+    if report.unchanged:
+        yield f"{report.path}: there already, packed from this checkpoint with these options ({size})"
+    else:
+        parts = f" in {len(report.paths)} parts" if len(report.paths) > 1 else ""
+        yield f"{report.path}: {size}{parts}, {report.seconds:.1f} s"
+
+
+def fetch_summary(report: FetchReport) -> Iterator[str]:
+    """What is in the folder now, and what to do with it."""
+    yield from (f"note: {note}" for note in report.notes)
+    came = (
+        f"{format_bytes(report.fetched)} fetched in {report.seconds:.0f} s"
+        if report.fetched
+        else "all there already, none changed since it was hashed"
+    )
+    yield f"{report.folder}: {report.files} files, {format_bytes(report.bytes)}, every hash right ({came})"
