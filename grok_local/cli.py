@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,6 +55,7 @@ app.command()(keeping.rm)
 def main() -> None:
     """Run the command line. Known failures become a line each on stderr and the error's exit code."""
     _complete_streams()
+    warnings.showwarning = _show_warning
     try:
         code = _run()
         sys.stdout.flush()
@@ -79,6 +81,14 @@ def _fail(problems: Iterable[str], code: int = 1) -> int:
     for problem in problems:
         print(f"error: {printable(problem)}", file=sys.stderr)
     return code
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Our own warnings are notes to the user; those of libraries are for whoever develops."""
+    if category.__module__.startswith("grok_local."):
+        print(f"note: {printable(str(message))}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, *place[:2]), end="", file=sys.stderr)
 
 
 def _complete_streams() -> None:

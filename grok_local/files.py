@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import re
-import tempfile
+import secrets
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -283,14 +283,13 @@ def first_part(path: Path) -> Path:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that its name always leads to a whole one, whoever else writes it. Raises OSError."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        partial = Path(file.name)
-        try:
-            file.write(data)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    partial.replace(path)
+    partial = partial_of(path.with_name(f"{path.name}.{secrets.token_hex(4)}"))
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

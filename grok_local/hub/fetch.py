@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -12,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grok_local.errors import FetchError, GrokLocalError, OptionError, TokenizerError
+from grok_local.files import JsonLines, locked
 from grok_local.hub.download import StopError, digest_is_right, download
 from grok_local.hub.listing import Listing, RemoteFile, is_offline, list_release
 from grok_local.hub.reasons import is_disk_full, reason
@@ -76,7 +77,7 @@ def fetch_release(
         raise TokenizerError(f"{tokenizer}: no such tokenizer file")
     try:
         listing = list_release(REPOSITORIES[name], folder / ".pull" / "listing.json")
-        with _locked(folder / ".pull"):
+        with _alone(folder / ".pull"):
             run = _Run(listing, folder, progress)
             run.check_space()
             run.fetch_all()
@@ -90,16 +91,13 @@ def fetch_release(
 
 
 @contextmanager
-def _locked(keep: Path) -> Iterator[None]:
-    """The folder of what is half-fetched, for one process at a time."""
-    from filelock import FileLock, Timeout
-
+def _alone(keep: Path) -> Iterator[None]:
+    """The folder of what is half-fetched, for one process at a time. Raises FetchError."""
     keep.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(keep / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise FetchError(f"{keep.parent}: another grok-local is pulling into this folder") from None
+    with locked(keep / "lock") as free:
+        if not free:
+            raise FetchError(f"{keep.parent}: another grok-local is pulling into this folder")
+        yield
 
 
 def _notes(listing: Listing) -> list[str]:
@@ -232,14 +230,9 @@ class _Verified:
     """Which files were found right, by size and time: the 318 GB need not be read again at every start."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, threading.Lock()
-        self._known: set[tuple[str, int, int]] = set()
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            try:
-                digest, size, changed = json.loads(line)
-            except (ValueError, TypeError):  # torn by a power cut
-                continue
-            self._known.add((digest, size, changed))
+        self._path = path
+        with JsonLines(path) as lines:
+            self._known = {tuple(line) for line in lines.read() if _is_stamp(line)}
 
     def has(self, path: Path, file: RemoteFile) -> bool:
         """Whether it is there as it was when it was hashed."""
@@ -252,9 +245,14 @@ class _Verified:
     def add(self, path: Path, file: RemoteFile) -> None:
         status = path.stat()
         known = (file.digest, status.st_size, status.st_mtime_ns)
-        with self._lock, self._path.open("a") as journal:
-            journal.write(json.dumps(known) + "\n")
-            self._known.add(known)
+        with JsonLines(self._path) as lines:
+            lines.append(known)
+        self._known.add(known)
+
+
+def _is_stamp(line: Any) -> bool:
+    """Whether a line is a digest, a size and a time, and not what a power cut left."""
+    return isinstance(line, list) and list(map(type, line)) == [str, int, int]
 
 
 def _has_size(path: Path, size: int) -> bool:

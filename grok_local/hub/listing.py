@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grok_local.errors import FetchError
+from grok_local.files import write_whole
 from grok_local.hub.reasons import reason
 
 __all__ = ["Listing", "RemoteFile", "is_offline", "list_release"]
@@ -70,9 +71,7 @@ def list_release(repository: str, saved: Path) -> Listing:
         where = os.environ.get("HF_ENDPOINT")
         raise FetchError(f"{repository}{f' at HF_ENDPOINT={where}' if where else ''}: {reason(error)}") from None
     saved.parent.mkdir(parents=True, exist_ok=True)
-    partial = saved.with_name(saved.name + ".partial")
-    partial.write_text(json.dumps(asdict(listing)))
-    partial.replace(saved)
+    write_whole(saved, json.dumps(asdict(listing)).encode())
     return listing
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from grok_local import folders
 from grok_local.errors import GrokLocalError, InUseError, OptionError, OutputError
-from grok_local.library import names
+from grok_local.files import locked
+from grok_local.library import built_in, names
 
 __all__ = ["Entry", "entries", "entry_named", "entry_names", "remove"]
 
@@ -72,14 +72,9 @@ def _is_pulled(folder: Path) -> bool:
 @contextmanager
 def _not_in_use(lock: Path) -> Iterator[None]:
     """Hold what `pull` and `quantize` lock. Raises InUseError."""
-    if not lock.exists():
-        yield
-        return
-    with lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InUseError(f"{lock.parent}: another grok-local is working there: wait for it, or stop it") from None
+    with locked(lock) if lock.exists() else nullcontext(True) as free:
+        if not free:
+            raise InUseError(f"{lock.parent}: another grok-local is working there: wait for it, or stop it")
         yield
 
 
@@ -95,9 +90,8 @@ def _delete(entry: Entry) -> None:
 
 
 def _tiny_entry() -> Entry:
-    packed = tuple(sorted(folders.cache_folder().glob("tiny-*.gguf*")))
-    source = "packed at first use" if names.packed_tiny_path() not in packed else "packed"
-    return Entry(names.BUILT_IN, "built-in", "q4_k", f"in the package; {source}", _bytes(packed), packed)
+    packed, state = built_in.packed_files(), "packed" if built_in.is_packed() else "packed at first use"
+    return Entry(built_in.BUILT_IN, "built-in", "q4_k", f"in the package; {state}", _bytes(packed), packed)
 
 
 def _model_entry(name: str, path: Path) -> Entry:
