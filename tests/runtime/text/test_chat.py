@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import gguf
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 import grok_local
 from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.runtime.text.chat import DEFAULT_SYSTEM, Template, Transcript
+
+Floats = npt.NDArray[np.float32]
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -146,18 +149,21 @@ def test_messages_that_make_no_sense(model: grok_local.Model, messages: list[dic
 
 
 def test_other_models_run_too(packed: Path, tmp_path: Path) -> None:
-    """Whatever llama.cpp loads: here a llama of one layer with random weights."""
-    path = tmp_path / "llama.gguf"
-    _write_llama(packed, path)
-    with grok_local.load(path, threads=1) as model:
+    """Whatever llama.cpp loads: here a llama of one layer with random weights, against its formulas."""
+    weights = _write_llama(packed, tmp_path / "llama.gguf")
+    with grok_local.load(tmp_path / "llama.gguf", threads=1, kv_type="f32") as model:
         assert model.context_size == 256
-        assert len("".join(model.generate("Hello", max_tokens=5, temperature=0))) >= 0
-    shutil.rmtree(tmp_path, ignore_errors=True)
+        reply = model.generate("Hello", max_tokens=5, temperature=0)
+        assert "".join(reply) == reply.text
+        ids = [*reply.prompt, *reply.tokens]
+        logits = model.logits(ids)
+    expected = _llama_logits(weights, ids)
+    assert np.sqrt(((logits - expected) ** 2).mean() / (expected**2).mean()) < 1e-3
+    assert reply.tokens == expected[len(reply.prompt) - 1 : -1].argmax(1).tolist()
 
 
-def _write_llama(packed: Path, path: Path) -> None:
-    import numpy as np
-
+def _write_llama(packed: Path, path: Path) -> dict[str, Floats]:
+    """Returns the weights it wrote."""
     generator = np.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "llama")
     for field in gguf.GGUFReader(packed).fields.values():
@@ -172,13 +178,46 @@ def _write_llama(packed: Path, path: Path) -> None:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(32)
-    shapes = {"token_embd": (2048, 64), "output_norm": (64,), "output": (2048, 64)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (2048, 64), "output_norm": (64,), "output": (2048, 64)}
     shapes |= {f"blk.0.{n}": (64, 64) for n in ("attn_q", "attn_k", "attn_v", "attn_output")}
     shapes |= {f"blk.0.{n}": (64,) for n in ("attn_norm", "ffn_norm")}
     shapes |= {"blk.0.ffn_gate": (128, 64), "blk.0.ffn_up": (128, 64), "blk.0.ffn_down": (64, 128)}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", generator.standard_normal(shape, dtype=np.float32) / 8)
+    weights = {
+        name: generator.standard_normal(shape, dtype=np.float32) / np.float32(8) for name, shape in shapes.items()
+    }
+    for name, weight in weights.items():
+        writer.add_tensor(f"{name}.weight", weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return {name.removeprefix("blk.0."): weight for name, weight in weights.items()}
+
+
+def _llama_logits(weights: dict[str, Floats], ids: list[int]) -> Floats:
+    """float32 [tokens, vocabulary], by the formulas of Llama: two heads of 32, rotated in pairs of neighbours."""
+    x = weights["token_embd"][ids]
+    h = _norm(x, weights["attn_norm"])
+    q, k, v = ((h @ weights[f"attn_{name}"].T).reshape(len(ids), 2, 32) for name in "qkv")
+    scores = np.einsum("thd,shd->hts", _rotated(q), _rotated(k)) / np.sqrt(32)
+    scores[:, np.triu(np.ones((len(ids), len(ids)), bool), 1)] = -np.inf
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    x = x + np.einsum("hts,shd->thd", shares, v).reshape(len(ids), 64) @ weights["attn_output"].T
+    h = _norm(x, weights["ffn_norm"])
+    gate = h @ weights["ffn_gate"].T
+    x = x + (gate / (1 + np.exp(-gate)) * (h @ weights["ffn_up"].T)) @ weights["ffn_down"].T
+    logits: Floats = _norm(x, weights["output_norm"]) @ weights["output"].T
+    return logits
+
+
+def _norm(x: Floats, gain: Floats) -> Floats:
+    normed: Floats = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain
+    return normed
+
+
+def _rotated(x: Floats) -> Floats:
+    """[tokens, heads, size], each pair of neighbours turned by its position times its frequency."""
+    angles = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
+    pairs = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
+    return np.stack([pairs.real, pairs.imag], -1).reshape(x.shape).astype(np.float32)
