@@ -11,6 +11,8 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from grok_local.errors import GGUFError
 from grok_local.formats.gguf_file import Header, Tensor
 
@@ -67,10 +69,8 @@ class ModelShape:
         """Of a GGUF, all parts together. Raises GGUFError where its keys make no sense."""
         try:
             return _Reader(headers[0].metadata).shape([tensor for header in headers for tensor in header.tensors])
-        except _NoModel as error:
+        except _NoModelError as error:
             raise GGUFError(f"{headers[0].path}: its metadata describes no model ({error})") from None
-        except (TypeError, ValueError, IndexError):
-            raise GGUFError(f"{headers[0].path}: its metadata describes no model (values of the wrong kind)") from None
 
     @cached_property
     def nbytes(self) -> int:
@@ -139,33 +139,69 @@ def _layer_of(tensor: Tensor) -> int:
     return int(found[1]) if found else -1
 
 
-class _NoModel(Exception):  # noqa: N818  # never leaves this module
-    pass
+class _NoModelError(Exception):
+    """Why metadata describes no model; it never leaves this module."""
+
+
+class _Keys:
+    """A GGUF's metadata, of which nothing is believed before its kind is known."""
+
+    def __init__(self, metadata: dict[str, Any]) -> None:
+        self._metadata = metadata
+        self.architecture = metadata.get("general.architecture")
+        if not isinstance(self.architecture, str) or not self.architecture:
+            raise _NoModelError("general.architecture is missing")
+
+    def name(self) -> str:
+        return str(self._metadata.get("general.name", self.architecture))
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """A whole number; a key without a default has to be there."""
+        value = self._metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise _NoModelError(f"{self.architecture}.{key} is missing")
+        return self._whole(key, value)
+
+    def numbers(self, key: str, count: int) -> list[int]:
+        """A key that has one value, or one for each layer; zeros where it is missing."""
+        value = self._metadata.get(f"{self.architecture}.{key}", 0)
+        if isinstance(value, int):
+            return [self._whole(key, value)] * count
+        if not hasattr(value, "__len__") or isinstance(value, str):
+            raise self._wrong_kind(key)
+        items = [self._whole(key, item) for item in value]
+        return items[:count] if len(items) >= count else [max(items, default=0)] * count
+
+    def _whole(self, key: str, value: Any) -> int:
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or value < 0:
+            raise self._wrong_kind(key)
+        return int(value)
+
+    def _wrong_kind(self, key: str) -> _NoModelError:
+        return _NoModelError(f"{self.architecture}.{key} is no whole number")
 
 
 class _Reader:
     def __init__(self, metadata: dict[str, Any]) -> None:
-        self._metadata = metadata
-        self._architecture = metadata.get("general.architecture", "")
+        self._keys = _Keys(metadata)
 
     def shape(self, tensors: Sequence[Tensor]) -> ModelShape:
-        layers = self._number("block_count")
-        if layers > _MAX_LAYERS or any(_layer_of(tensor) >= layers for tensor in tensors):
-            raise _NoModel(f"{self._architecture}.block_count is {layers}, which its tensors contradict")
-        width = self._number("embedding_length")
-        experts, used = self._number("expert_count"), self._number("expert_used_count")
-        weights = tuple(self._weights(tensors, used / experts if experts else 1.0))
-        vocabulary = next((t.shape[0] for t in tensors if t.name == "token_embd.weight"), 0)
+        keys = self._keys
+        layers = keys.number("block_count")
+        if not 0 < layers <= _MAX_LAYERS or any(_layer_of(tensor) >= layers for tensor in tensors):
+            raise _NoModelError(f"{keys.architecture}.block_count is {layers}, which its tensors contradict")
+        width = keys.number("embedding_length")
+        experts, used = keys.number("expert_count", 0), keys.number("expert_used_count", 0)
         return ModelShape(
-            name=str(self._metadata.get("general.name", self._architecture)),
-            weights=weights,
+            name=keys.name(),
+            weights=tuple(self._weights(tensors, used / experts if experts else 1.0)),
             layers=layers,
             width=width,
-            heads=max(self._list("attention.head_count", layers), default=0),
+            heads=max(keys.numbers("attention.head_count", layers)),
             kv_widths=self._kv_widths(layers, width),
             hidden=self._hidden(used),
-            vocabulary=vocabulary,
-            trained_context=self._number("context_length"),
+            vocabulary=next((t.shape[0] for t in tensors if t.name == "token_embd.weight"), 0),
+            trained_context=keys.number("context_length"),
             experts=experts,
             experts_used=used,
         )
@@ -190,30 +226,17 @@ class _Reader:
             yield Weight(embedding.name, embedding.type.name, size, size, rows, Role.OUTPUT, tied=True)
 
     def _kv_widths(self, layers: int, width: int) -> tuple[int, ...]:
-        heads = self._list("attention.head_count", layers)
-        kv_heads = self._list("attention.head_count_kv", layers) or heads
-        size = width // max(max(heads, default=1), 1)
-        key = self._number("attention.key_length") or size
-        value = self._number("attention.value_length") or size
-        return tuple(count * (key + value) for count in kv_heads)
+        heads = self._keys.numbers("attention.head_count", layers)
+        kv_heads = self._keys.numbers("attention.head_count_kv", layers)
+        size = width // max(*heads, 1)
+        key = self._keys.number("attention.key_length", 0) or size
+        value = self._keys.number("attention.value_length", 0) or size
+        return tuple(count * (key + value) for count in (kv_heads if any(kv_heads) else heads))
 
     def _hidden(self, used: int) -> int:
-        dense = max(self._list("feed_forward_length", 1), default=0)
-        expert = self._number("expert_feed_forward_length") or dense
+        dense = max(self._keys.numbers("feed_forward_length", 1))
+        expert = self._keys.number("expert_feed_forward_length", 0) or dense
         return max(dense, expert * max(used, 1))
-
-    def _number(self, key: str) -> int:
-        value = self._metadata.get(f"{self._architecture}.{key}", 0)
-        return int(value) if isinstance(value, int) and value >= 0 else 0
-
-    def _list(self, key: str, count: int) -> list[int]:
-        """A key that has one value, or one for each layer."""
-        value = self._metadata.get(f"{self._architecture}.{key}", 0)
-        if isinstance(value, int):
-            return [value] * count
-        items: list[int] = [int(item) for item in value]
-        most = max(items, default=0)
-        return items[:count] if len(items) >= count else [most] * count
 
 
 def _role(name: str, *, layered: bool) -> Role:
