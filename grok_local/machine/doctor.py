@@ -9,7 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,21 +18,24 @@ import psutil
 
 from grok_local import folders
 from grok_local.errors import GrokLocalError, ModelError
-from grok_local.formats import gguf_file
-from grok_local.ggml.devices import backend_names, cpu_device, cpu_features
+from grok_local.formats.gguf_file import Header, read_model
+from grok_local.ggml.devices import backend_names, cpu_device, cpu_features, extra_buffer_types
 from grok_local.machine import kernels
-from grok_local.machine.limits import Speeds, core_count, cpu_flags, cpu_quota, local_devices, memory_limits
+from grok_local.machine.disk import disk_speed
+from grok_local.machine.facts import Device, Say, Speeds
+from grok_local.machine.limits import core_count, cpu_flags, cpu_quota, memory_limits
+from grok_local.machine.rebuild import GPU_OPTIONS, LLAMA, is_clone, pinned_version, rebuild_command
+from grok_local.machine.this_machine import local_devices
+from grok_local.machine.trials import NOT_HELD, REPACK, RIGHT, Trial, run_items
 from grok_local.units import format_bytes
 
-__all__ = ["Finding", "examine", "rebuild_command"]
+__all__ = ["TOPICS", "Finding", "System", "examine"]
 
 Status = Literal["ok", "note", "problem"]
 
-_LLAMA = "llama-cpp-python"
 _USUAL_TYPES = ("Q4_K", "Q8_0", "Q6_K", "F32")  # of a model packed with --type q4_k
 _FEW_FILES = 1024
 _PROMPT_SECONDS = 10  # how long a driver's own tool may take
-_BASE_OPTIONS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
 
 # What llama.cpp calls a feature of the processor, and what Linux calls it.
 _FEATURES = {
@@ -59,31 +62,69 @@ class Finding:
     remedy: str = ""
 
 
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version(LLAMA)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class System:
+    """Where the doctor looks, by default at this machine. `root` has proc, sys and dev."""
+
+    root: Path = Path("/")
+    version: Callable[[], str | None] = _installed_version  # of llama-cpp-python
+    clone: Callable[[], bool] = is_clone
+    backends: Callable[[], list[str]] = backend_names
+    features: Callable[[], dict[str, str]] = cpu_features
+    devices: Callable[[], list[Device]] = local_devices
+    buffers: Callable[[], Iterable[str]] = extra_buffer_types
+    trial: Trial = run_items
+
+
 @dataclass(frozen=True)
 class _Case:
-    """What is examined: the machine below `root`, with the eyes of a model's types."""
+    """What is examined: a system, with the eyes of a model's types."""
 
     model: Path | None
     types: tuple[str, ...]
     threads: int
-    root: Path
-    say: kernels.Say | None
+    system: System
+    say: Say | None
+
+    @property
+    def root(self) -> Path:
+        return self.system.root
+
+    def rebuild(self, options: str = "", *, clang: bool = False) -> str:
+        """The command that builds llama.cpp anew."""
+        try:
+            backends = self.system.backends()
+        except ModelError:
+            backends = []
+        return rebuild_command(options, backends=backends, clone=self.system.clone(), clang=clang)
+
+    def with_clang(self) -> str:
+        # GCC 12 builds AMX kernels that lose a part of the tile configuration; clang 14 builds none.
+        return f"with clang 19 or newer installed: {self.rebuild(clang=True)}"
 
 
 def examine(
-    model: Path | None = None, *, threads: int | None = None, root: Path = Path("/"), say: kernels.Say | None = None
+    model: Path | None = None, *, threads: int | None = None, system: System | None = None, say: Say | None = None
 ) -> list[Finding]:
     """Everything that can be found out; `model` brings its own types and its own disk. Raises GGUFError for it.
 
-    Measures for some seconds, the first time. `root` has proc and sys.
+    It measures for some seconds, the first time.
     """
+    system = system or System()
     types = tuple(dict.fromkeys(tensor.type.name for header in _headers(model) for tensor in header.tensors))
-    case = _Case(model, types or _USUAL_TYPES, threads or core_count(root=root), root, say)
+    case = _Case(model, types or _USUAL_TYPES, threads or core_count(root=system.root), system, say)
     return [finding for topic, check in _CHECKS.items() for finding in _answers(topic, check, case)]
 
 
-def _headers(model: Path | None) -> list[gguf_file.Header]:
-    return gguf_file.read_model(model) if model else []
+def _headers(model: Path | None) -> list[Header]:
+    return read_model(model) if model else []
 
 
 def _answers(topic: str, check: _Check, case: _Case) -> Iterator[Finding]:
@@ -108,87 +149,37 @@ def _problem(text: str, remedy: str = "") -> Finding:
 # -- how llama.cpp is built --------------------------------------------------------------------------------------------
 
 
-def pinned_version() -> str:
-    """The llama-cpp-python that this package asks for; empty if the package itself is not installed."""
-    try:
-        needed = importlib.metadata.requires("grok-local") or []
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    found = re.search(rf"^{_LLAMA}==([\w.]+)", "\n".join(needed), re.MULTILINE)
-    return found[1] if found else ""
-
-
-def rebuild_command(options: str = "", *, clang: bool = False) -> str:
-    """The command that builds llama.cpp anew, with further CMake options; the backends it has stay."""
-    wanted = " ".join(dict.fromkeys([*_backend_options(), *options.split(), *_BASE_OPTIONS.split()]))
-    if _is_clone():
-        # From the environment uv takes nothing that pyproject.toml sets, and what it did not build as set there it
-        # builds again at the next `uv run`.
-        compilers = 'CC = "clang"\\nCXX = "clang++"\\n' if clang else ""
-        table = f'[extra-build-variables.{_LLAMA}]\\n{compilers}CMAKE_ARGS = "{wanted}"\\n'
-        return f"printf '{table}' > uv.toml && uv sync --no-cache --reinstall-package {_LLAMA}"
-    compilers = "CC=clang CXX=clang++ " if clang else ""
-    version = pinned_version()
-    install = f"pip install --force-reinstall --no-deps --no-cache-dir --no-binary {_LLAMA}"
-    return f'{compilers}CMAKE_ARGS="{wanted}" {install} {_LLAMA}{"==" + version if version else ""}'
-
-
-def _is_clone() -> bool:
-    """Whether uv made this environment for a clone of the repository."""
-    try:
-        installer = importlib.metadata.distribution(_LLAMA).read_text("INSTALLER") or ""
-    except importlib.metadata.PackageNotFoundError:
-        installer = "uv"
-    return installer.strip() == "uv" and (Path(__file__).parents[2] / "pyproject.toml").is_file()
-
-
-def _backend_options() -> list[str]:
-    try:
-        names = backend_names()
-    except ModelError:
-        return []
-    return [gpu.option for gpu in _GPUS if gpu.backend in names and gpu.option]
-
-
-def _check_version(_: _Case) -> Iterator[Finding]:
-    pinned = pinned_version()
-    try:
-        found = importlib.metadata.version(_LLAMA)
-    except importlib.metadata.PackageNotFoundError:
-        yield _problem(f"{_LLAMA} is not installed", rebuild_command())
-        return
-    if pinned and found != pinned:
-        yield _problem(f"{_LLAMA} {found} is installed, {pinned} is needed", rebuild_command())
+def _check_version(case: _Case) -> Iterator[Finding]:
+    pinned, installed = pinned_version(), case.system.version()
+    if installed is None:
+        yield _problem(f"{LLAMA} is not installed", case.rebuild())
+    elif pinned and installed != pinned:
+        yield _problem(f"{LLAMA} {installed} is installed, {pinned} is needed", case.rebuild())
     else:
-        yield _ok(f"{_LLAMA} {found}")
+        yield _ok(f"{LLAMA} {installed}")
 
 
-def _check_backends(_: _Case) -> Iterator[Finding]:
-    names = backend_names()
+def _check_backends(case: _Case) -> Iterator[Finding]:
+    names = case.system.backends()
     yield _ok(f"compiled in: {', '.join(sorted(names))}")
     if "RPC" not in names:
-        yield _note("without RPC no workers can be used", rebuild_command())
+        yield _note("without RPC no workers can be used", case.rebuild())
 
 
 def _check_features(case: _Case) -> Iterator[Finding]:
-    built, flags = cpu_features(), cpu_flags(root=case.root)
+    built, flags = case.system.features(), cpu_flags(root=case.root)
     used = [name for name in _FEATURES if name in built]
     foreign = [name for name in used if _FEATURES[name] not in flags] if flags else []
     unused = [name for name, flag in _FEATURES.items() if flag in flags and name not in built]
     if foreign:
-        yield _problem(f"built for another processor: this one has no {', '.join(foreign)}", rebuild_command())
+        yield _problem(f"built for another processor: this one has no {', '.join(foreign)}", case.rebuild())
     if "AMX_INT8" in unused:
         unused.remove("AMX_INT8")
-        yield _note("built without AMX_INT8, which this processor has", _with_clang())
+        yield _note("built without AMX_INT8, which this processor has", case.with_clang())
     if unused:
-        yield _problem(f"built without {', '.join(unused)}, which this processor has", rebuild_command())
+        yield _problem(f"built without {', '.join(unused)}, which this processor has", case.rebuild())
     if not foreign and not unused:
         yield _ok(f"{cpu_device().description}: {', '.join(used) or 'no special instructions known'}")
-
-
-def _with_clang() -> str:
-    # GCC 12 builds AMX kernels that lose a part of the tile configuration; clang 14 builds none.
-    return f"with clang 19 or newer installed: {rebuild_command(clang=True)}"
 
 
 # -- GPUs --------------------------------------------------------------------------------------------------------------
@@ -196,11 +187,10 @@ def _with_clang() -> str:
 
 @dataclass(frozen=True)
 class _GPU:
-    """A maker's GPUs: llama.cpp's backend for them, how it is compiled in, and what that needs."""
+    """A maker's GPUs: llama.cpp's backend for them, and what compiling it in needs."""
 
     maker: str
     backend: str
-    option: str
     needs: str
     find: Callable[[Path], str]  # below root: a description, or nothing
 
@@ -229,10 +219,10 @@ def _find_other(root: Path) -> str:
 
 
 _GPUS = (
-    _GPU("NVIDIA", "CUDA", "-DGGML_CUDA=ON", "the CUDA toolkit", _find_nvidia),
-    _GPU("AMD", "ROCm", "-DGGML_HIP=ON", "ROCm", _find_amd),
-    _GPU("Apple", "MTL", "-DGGML_METAL=ON", "Xcode's command line tools", _find_apple),
-    _GPU("another maker", "Vulkan", "-DGGML_VULKAN=ON", "the Vulkan SDK", _find_other),
+    _GPU("NVIDIA", "CUDA", "the CUDA toolkit", _find_nvidia),
+    _GPU("AMD", "ROCm", "ROCm", _find_amd),
+    _GPU("Apple", "MTL", "Xcode's command line tools", _find_apple),
+    _GPU("another maker", "Vulkan", "the Vulkan SDK", _find_other),
 )
 
 
@@ -245,21 +235,21 @@ def _output(*command: str) -> str:
 
 
 def _check_gpus(case: _Case) -> Iterator[Finding]:
-    devices = [device for device in local_devices() if device.kind != "worker"]
+    devices = case.system.devices()
     for device in devices:
         room = f"{format_bytes(device.free)} of {format_bytes(device.total)} free"
         yield _ok(f"{device.name}: {device.description}, {room}")
-    found = next(((gpu, text) for gpu in _GPUS if (text := gpu.find(case.root))), None)
+    unused = next(((gpu, text) for gpu in _GPUS if (text := gpu.find(case.root))), None)
     if not devices:
-        yield _unused(*found) if found else _ok("none found: the processor does everything")
+        yield _unused(case, *unused) if unused else _ok("none found: the processor does everything")
 
 
-def _unused(gpu: _GPU, text: str) -> Finding:
+def _unused(case: _Case, gpu: _GPU, text: str) -> Finding:
     """Of a GPU that llama.cpp does not offer."""
-    if gpu.backend in backend_names():
+    if gpu.backend in case.system.backends():
         driver = "the driver, and CUDA_VISIBLE_DEVICES" if gpu.backend == "CUDA" else "the driver, and its permissions"
         return _problem(f"{gpu.maker} ({text}): {gpu.backend} is compiled in and sees none", f"check {driver}")
-    command = rebuild_command(gpu.option)
+    command = case.rebuild(GPU_OPTIONS[gpu.backend])
     return _problem(f"{gpu.maker} ({text}): {gpu.backend} is not compiled in", f"with {gpu.needs} installed: {command}")
 
 
@@ -267,21 +257,25 @@ def _unused(gpu: _GPU, text: str) -> Finding:
 
 
 def _check_layouts(case: _Case) -> Iterator[Finding]:
-    found = kernels.verdicts(case.types, threads=case.threads, say=case.say)
-    for buffer in dict.fromkeys(buffer for buffer, _ in found):
-        by_type = {name: text for (of, name), text in found.items() if of == buffer}
-        wrong = [f"{name} {text}" for name, text in by_type.items() if text not in (kernels.RIGHT, kernels.NOT_HELD)]
-        right = [name for name in case.types if by_type.get(name) == kernels.RIGHT]
+    verdicts = kernels.verdicts(
+        case.types, threads=case.threads, say=case.say, trial=case.system.trial, buffers=case.system.buffers()
+    )
+    for buffer in dict.fromkeys(buffer for buffer, _ in verdicts):
+        by_type = {name: text for (of, name), text in verdicts.items() if of == buffer}
+        wrong = [f"{name} {text}" for name, text in by_type.items() if text not in (RIGHT, NOT_HELD)]
+        right = [name for name in case.types if by_type.get(name) == RIGHT]
         if wrong:
-            yield _problem(f"{buffer}: {', '.join(wrong)}; not used", _with_clang() if buffer == "AMX" else "")
-        if not wrong or (right and buffer == kernels.REPACK):
+            yield _problem(f"{buffer}: {', '.join(wrong)}; not used", case.with_clang() if buffer == "AMX" else "")
+        if not wrong or (right and buffer == REPACK):
             yield _ok(
                 f"{buffer}: {'right for ' + ', '.join(right) if right else 'has none of ' + ', '.join(case.types)}"
             )
 
 
 def _check_speeds(case: _Case) -> Iterator[Finding]:
-    known = kernels.speeds(case.types, threads=case.threads, say=case.say)
+    known = kernels.speeds(
+        case.types, threads=case.threads, say=case.say, trial=case.system.trial, buffers=case.system.buffers()
+    )
     if not known.plain:
         yield _problem("no kernel could be measured")
         return
@@ -365,7 +359,7 @@ def _check_disk(case: _Case) -> Iterator[Finding]:
     folder = case.model.parent if case.model else folders.models_folder()
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     files = [case.model] if case.model else [path for path in folder.glob("*.gguf") if path.is_file()]
-    speed = max((kernels.disk_speed(path) for path in sorted(files, key=_size)[-1:]), default=0.0)
+    speed = max((disk_speed(path) for path in sorted(files, key=_size)[-1:]), default=0.0)
     reads = f"reads {format_bytes(speed)}/s" if speed else "no model here that is large enough to time its reading"
     yield _ok(f"{format_bytes(shutil.disk_usage(there).free)} free in {folder}; {reads}")
 
@@ -390,3 +384,4 @@ _CHECKS: dict[str, _Check] = {
     "files": _check_files,
     "disk": _check_disk,
 }
+TOPICS = tuple(_CHECKS)

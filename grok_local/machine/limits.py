@@ -1,4 +1,4 @@
-"""What a plan needs to know of a machine: memory, devices, and how fast each of them feeds the matrix products.
+"""What this process may use of the machine: memory, processors and their features.
 
 Containers count: what a control group (version 1 or 2) or a resource limit denies is not there.
 """
@@ -6,145 +6,17 @@ Containers count: what a control group (version 1 or 2) or a resource limit deni
 from __future__ import annotations
 
 import os
-import platform
 import re
 import resource
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
-from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices
+__all__ = ["core_count", "cpu_flags", "cpu_quota", "last_cache", "memory_limits"]
 
-__all__ = [
-    "REPACK_ROWS",
-    "Device",
-    "Machine",
-    "Speeds",
-    "assembled",
-    "core_count",
-    "cpu_flags",
-    "cpu_quota",
-    "local_devices",
-    "memory_limits",
-    "this_machine",
-]
-
-REPACK_ROWS = 8  # llama.cpp interleaves so many; kernels.py tests with an odd multiple of it
-
-_PROMPT_SHARE = 3  # tokens of prompts for each that is generated: long prompts are what hurts
-
-Kind = Literal["gpu", "integrated", "worker"]
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Bytes of weights a second that the CPU's matrix products get through, all threads together, by GGML type name.
-
-    `plain` is for weights as they lie in the file, `repacked` for llama.cpp's rearranged copies. A type is in
-    `repacked` only if a child process survived it and computed the right numbers. `all_extra`: llama.cpp may choose
-    its rearranged buffer types itself (on processors with AMX that is what crashes in some builds). The `prompt_`
-    speeds are with many tokens at once, as if each read its weights, for experts of the types that may be repacked.
-    """
-
-    plain: Mapping[str, float] = field(default_factory=dict)
-    repacked: Mapping[str, float] = field(default_factory=dict)
-    all_extra: bool = False
-    memory: float = 0.0  # bytes a second, all threads reading; the limit of decoding
-    prompt_plain: Mapping[str, float] = field(default_factory=dict)
-    prompt_repacked: Mapping[str, float] = field(default_factory=dict)
-
-    def gains(self, type: str, *, experts: bool) -> bool:
-        """Whether repacking makes it faster: decoding, and with experts a token decoded and some of a prompt together,
-        since llama.cpp takes the tokens of a prompt through repacked experts one by one.
-        """
-        if self.repacked.get(type, 0.0) <= self.plain.get(type, 0.0):
-            return False
-        before, after = self.prompt_plain.get(type), self.prompt_repacked.get(type)
-        if not (experts and before and after):
-            return True
-        return 1 / self.repacked[type] + _PROMPT_SHARE / after < 1 / self.plain[type] + _PROMPT_SHARE / before
-
-    def can_repack(self, type: str, rows: int) -> bool:
-        """Whether CPU_REPACK may be given a matrix of that many rows (ne[1]); others crash it."""
-        return type in self.repacked and rows % REPACK_ROWS == 0
-
-
-@dataclass(frozen=True)
-class Device:
-    """A place for weights other than the machine's own RAM. Sizes in bytes."""
-
-    name: str  # llama.cpp's: CUDA0, MTL0, RPC0
-    description: str
-    kind: Kind
-    total: int
-    free: int
-    speed: float = 0.0  # bytes of weights a second; 0: not known
-    endpoint: str = ""  # of a worker: HOST:PORT
-    most: int | None = None  # weights and KV cache it may get, where more turned out not to fit
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A machine, this one or a described one. Sizes in bytes, speeds in bytes a second, 0 where unknown."""
-
-    memory: int  # RAM that this process may use at all; a container's limit counts
-    available: int  # of it, what is not used by others
-    cores: int
-    speeds: Speeds
-    disk_speed: float = 0.0
-    devices: tuple[Device, ...] = ()
-    unified: bool = False  # the devices' memory is the RAM
-
-
-def this_machine(
-    types: Iterable[str],
-    *,
-    threads: int | None = None,
-    model: Path | None = None,
-    workers: Sequence[Device] = (),
-    say: Callable[[str], None] | None = None,
-) -> Machine:
-    """Everything about this machine; `types` are those whose speed matters (none: nothing is measured), `model` a file
-    on the disk that does.
-
-    The first time it measures for some seconds; `say` is told so, and what.
-    """
-    from grok_local.machine import kernels  # which needs Speeds
-
-    names = tuple(types)
-    known = kernels.speeds(names, threads=threads or core_count(), say=say) if names else Speeds()
-    devices = kernels.with_speeds(local_devices(), names, say=say)
-    return assembled(known, [*devices, *workers], disk_speed=kernels.disk_speed(model) if model else 0.0)
-
-
-def assembled(speeds: Speeds, devices: Iterable[Device], *, disk_speed: float = 0.0) -> Machine:
-    """This machine's memory and cores now, with what else is known of it."""
-    (total, available), found = memory_limits(), tuple(devices)
-    unified = any(device.kind == "integrated" for device in found)
-    return Machine(total, available, core_count(), speeds, disk_speed, found, unified)
-
-
-def local_devices() -> list[Device]:
-    """The GPUs llama.cpp knows, registered workers among them. An integrated one counts only where there is no other,
-    as llama.cpp has it: it is no faster than the processor whose memory it shares.
-    """
-    found = [
-        Device(found.name, found.description, _kind(found), found.total, found.free)
-        for found in backend_devices()
-        if found.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED)
-    ]
-    discrete = any(device.kind == "gpu" for device in found)
-    return [device for device in found if not (discrete and device.kind == "integrated")]
-
-
-def _kind(device: BackendDevice) -> Kind:
-    if device.backend == "RPC":
-        return "worker"
-    apple = device.backend == "MTL" and platform.machine() == "arm64"  # Metal reports a GPU there too
-    return "integrated" if apple or device.kind is DeviceKind.INTEGRATED else "gpu"
+_CACHE_GUESS = 128 << 20  # bytes, where the system does not tell the size of its last cache
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -259,3 +131,13 @@ def cpu_flags(*, root: Path = Path("/")) -> frozenset[str]:
     """The processor's features as Linux names them: avx2, amx_tile, asimddp; empty elsewhere."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
     return frozenset(found[1].split()) if found else frozenset()
+
+
+def last_cache(*, root: Path = Path("/")) -> int:
+    """Bytes of the processor's last cache, those of all its parts together."""
+    parts: dict[str, int] = {}
+    for folder in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3")):
+        with suppress(OSError, ValueError):
+            size = int((folder / "size").read_text().strip().removesuffix("K")) << 10
+            parts[(folder / "shared_cpu_list").read_text()] = size
+    return sum(parts.values()) or _CACHE_GUESS

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,35 @@ import pytest
 from grok_local.errors import GGUFError
 from grok_local.formats.gguf_file import read_model
 from grok_local.ggml.devices import cpu_features
-from grok_local.machine import doctor, kernels
-from grok_local.machine.doctor import Finding, examine, rebuild_command
-from grok_local.machine.kernels import REPACK, Item, Outcome
+from grok_local.machine.doctor import TOPICS, Finding, System, examine
+from grok_local.machine.rebuild import pinned_version, rebuild_command
+from grok_local.machine.trials import REPACK, Item, Outcome
 
 
-@pytest.fixture(autouse=True)
-def measured(monkeypatch: pytest.MonkeyPatch) -> dict[Item, Outcome]:
+class Canned:
     """What children answer, instead of children: 12 GB/s, and of every check that it is right."""
-    answers: dict[Item, Outcome] = {}
 
-    def run_items(items: Sequence[Item], **_: Any) -> dict[Item, Outcome]:
+    def __init__(self, answers: dict[Item, Outcome]) -> None:
+        self._answers = answers
+
+    def __call__(self, items: Sequence[Item], **_: Any) -> dict[Item, Outcome]:
         usual = {"prompt": Outcome(1e9), "speed": Outcome(12e9), "check": Outcome(1e-7)}
-        return {item: answers.get(item, usual[item.kind]) for item in items}
+        return {item: self._answers.get(item, usual[item.kind]) for item in items}
 
-    monkeypatch.setattr(kernels, "run_items", run_items)
-    monkeypatch.setattr(kernels, "extra_buffer_types", lambda: {"AMX": 1, REPACK: 2})
-    return answers
+
+def system(root: Path = Path("/"), answers: dict[Item, Outcome] | None = None, **described: Any) -> System:
+    """This machine, without measuring it, or one that is described."""
+    return replace(System(root=root, trial=Canned(answers or {}), buffers=lambda: ["AMX", REPACK]), **described)
+
+
+def examined(model: Path | None = None, **described: Any) -> list[Finding]:
+    return examine(model, system=system(**described))
+
+
+def rebuilt(options: str = "", *, clang: bool = False, backends: Sequence[str] = ()) -> str:
+    """The command of this environment."""
+    here = System()
+    return rebuild_command(options, backends=backends or here.backends(), clone=here.clone(), clang=clang)
 
 
 def about(topic: str, findings: Sequence[Finding]) -> list[Finding]:
@@ -50,8 +62,8 @@ def machine(root: Path, files: dict[str, str]) -> Path:
 
 
 def test_every_topic_has_a_finding_of_one_line() -> None:
-    findings = examine()
-    assert {finding.topic for finding in findings} >= set(doctor._CHECKS) - {"huge pages"}
+    findings = examined()
+    assert {finding.topic for finding in findings} >= set(TOPICS) - {"huge pages"}
     for finding in findings:
         assert finding.text
         assert len((finding.text + finding.remedy).splitlines()) == 1
@@ -59,16 +71,17 @@ def test_every_topic_has_a_finding_of_one_line() -> None:
         assert finding.status == "ok" or finding.remedy
 
 
-def test_the_version_is_the_one_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only("llama.cpp", examine()) == Finding("llama.cpp", "ok", f"llama-cpp-python {doctor.pinned_version()}")
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0.1")
-    finding = only("llama.cpp", examine())
-    assert (finding.status, finding.remedy) == ("problem", rebuild_command())
+def test_the_version_is_the_one_that_is_needed() -> None:
+    assert only("llama.cpp", examined()) == Finding("llama.cpp", "ok", f"llama-cpp-python {pinned_version()}")
+    for version, words in (("0.0.1", "llama-cpp-python 0.0.1 is installed"), (None, "is not installed")):
+        finding = only("llama.cpp", examined(version=lambda version=version: version))
+        assert words in finding.text
+        assert (finding.status, finding.remedy) == ("problem", rebuilt())
 
 
-def test_a_models_own_types_are_measured(packed: Path, measured: dict[Item, Outcome]) -> None:
-    measured[Item("speed", "Q4_K")] = Outcome(7e9)
-    _, *texts = [finding.text for finding in about("speed", examine(packed))]
+def test_a_models_own_types_are_measured(packed: Path) -> None:
+    answers = {Item("speed", "Q4_K"): Outcome(7e9)}
+    _, *texts = [finding.text for finding in about("speed", examined(packed, answers=answers))]
     assert "Q4_K: 7 GB/s, rearranged 12 GB/s" in texts
     types = {tensor.type.name for header in read_model(packed) for tensor in header.tensors}
     assert {text.partition(":")[0] for text in texts} == types
@@ -76,15 +89,14 @@ def test_a_models_own_types_are_measured(packed: Path, measured: dict[Item, Outc
 
 def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(GGUFError):
-        examine(tmp_path / "none.gguf")
+        examined(tmp_path / "none.gguf")
 
 
 # -- how to build it anew ----------------------------------------------------------------------------------------------
 
 
-def test_in_a_clone_the_command_tells_uv_for_good(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "_is_clone", lambda: True)
-    command = rebuild_command("-DGGML_CUDA=ON", clang=True)
+def test_in_a_clone_the_command_tells_uv_for_good(tmp_path: Path) -> None:
+    command = rebuild_command("-DGGML_CUDA=ON", backends=["CPU"], clone=True, clang=True)
     first, _, second = command.partition(" && ")
     subprocess.run(["sh", "-c", first], cwd=tmp_path, check=True)
     assert (tmp_path / "uv.toml").read_text() == (
@@ -95,21 +107,21 @@ def test_in_a_clone_the_command_tells_uv_for_good(monkeypatch: pytest.MonkeyPatc
     assert second == "uv sync --no-cache --reinstall-package llama-cpp-python"
 
 
-def test_elsewhere_the_command_is_pips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_is_clone", lambda: False)
-    version = doctor.pinned_version()
+def test_elsewhere_the_command_is_pips() -> None:
+    version = pinned_version()
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
-    assert rebuild_command(clang=True) == (
+    assert rebuild_command(backends=["CPU"], clone=False, clang=True) == (
         'CC=clang CXX=clang++ CMAKE_ARGS="-DGGML_RPC=ON -DLLAVA_BUILD=OFF" pip install --force-reinstall --no-deps '
         f"--no-cache-dir --no-binary llama-cpp-python llama-cpp-python=={version}"
     )
 
 
-def test_a_rebuild_keeps_the_backends_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "backend_names", lambda: ["CUDA", "CPU"])
-    assert '"-DGGML_CUDA=ON -DGGML_VULKAN=ON -DGGML_RPC=ON ' in rebuild_command("-DGGML_VULKAN=ON")
-    finding = about("backends", examine())[1]
-    assert (finding.status, finding.remedy) == ("note", rebuild_command())
+def test_a_rebuild_keeps_the_backends_there_are() -> None:
+    backends = ["CUDA", "CPU"]
+    command = rebuild_command("-DGGML_VULKAN=ON", backends=backends, clone=False)
+    assert '"-DGGML_CUDA=ON -DGGML_VULKAN=ON -DGGML_RPC=ON ' in command
+    finding = about("backends", examined(backends=lambda: backends))[1]
+    assert (finding.status, finding.remedy) == ("note", rebuilt(backends=backends))
 
 
 # -- GPUs --------------------------------------------------------------------------------------------------------------
@@ -138,19 +150,16 @@ def test_a_rebuild_keeps_the_backends_there_are(monkeypatch: pytest.MonkeyPatch)
 def test_a_gpu_that_this_build_cannot_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], text: str, option: str
 ) -> None:
-    monkeypatch.setattr(doctor, "local_devices", list)
-    monkeypatch.setattr(doctor, "backend_names", lambda: ["CPU", "RPC"])
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    finding = only("GPU", examine(root=machine(tmp_path, files)))
+    backends = ["CPU", "RPC"]
+    finding = only("GPU", examined(root=machine(tmp_path, files), devices=list, backends=lambda: backends))
     assert (finding.status, finding.text) == ("problem", text)
-    assert finding.remedy.endswith(rebuild_command(option))
+    assert finding.remedy.endswith(rebuilt(option, backends=backends))
 
 
-def test_a_gpu_whose_backend_sees_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "local_devices", list)
-    monkeypatch.setattr(doctor, "backend_names", lambda: ["CPU", "CUDA", "RPC"])
+def test_a_gpu_whose_backend_sees_none(tmp_path: Path) -> None:
     root = machine(tmp_path, {"proc/driver/nvidia/gpus/0/information": "Model: X9\n"})
-    finding = only("GPU", examine(root=root))
+    finding = only("GPU", examined(root=root, devices=list, backends=lambda: ["CPU", "CUDA", "RPC"]))
     assert finding.status == "problem"
     assert "CUDA_VISIBLE_DEVICES" in finding.remedy
 
@@ -162,31 +171,31 @@ def test_a_build_for_another_processor(tmp_path: Path) -> None:
     if "AVX2" not in cpu_features():
         pytest.skip("this build is for none with AVX2")
     root = machine(tmp_path, {"proc/cpuinfo": "flags : fpu fma f16c sve\n"})
-    foreign, unused = about("processor", examine(root=root))
+    foreign, unused = about("processor", examined(root=root))
     assert foreign.text.startswith("built for another processor: this one has no AVX2")
     assert unused.text == "built without SVE, which this processor has"
-    assert foreign.remedy == unused.remedy == rebuild_command()
+    assert foreign.remedy == unused.remedy == rebuilt()
 
 
-def test_a_build_without_amx_is_less_of_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "cpu_features", lambda: {"AVX2": "1"})
-    note, ok = about("processor", examine(root=machine(tmp_path, {"proc/cpuinfo": "flags : avx2 amx_int8\n"})))
+def test_a_build_without_amx_is_less_of_a_problem(tmp_path: Path) -> None:
+    root = machine(tmp_path, {"proc/cpuinfo": "flags : avx2 amx_int8\n"})
+    note, ok = about("processor", examined(root=root, features=lambda: {"AVX2": "1"}))
     assert (note.status, ok.status) == ("note", "ok")
-    assert note.remedy.endswith(rebuild_command(clang=True))
+    assert note.remedy.endswith(rebuilt(clang=True))
 
 
-def test_a_broken_layout_is_named_and_cured(measured: dict[Item, Outcome]) -> None:
-    measured[Item("check", "Q4_0", "AMX")] = Outcome(failure="crashed (SIGSEGV)")
-    amx, repack = about("layouts", examine())
+def test_a_broken_layout_is_named_and_cured() -> None:
+    answers = {Item("check", "Q4_0", "AMX"): Outcome(failure="crashed (SIGSEGV)")}
+    amx, repack = about("layouts", examined(answers=answers))
     assert (amx.status, amx.text) == ("problem", "AMX: Q4_0 crashed (SIGSEGV); not used")
-    assert amx.remedy == f"with clang 19 or newer installed: {rebuild_command(clang=True)}"
+    assert amx.remedy == f"with clang 19 or newer installed: {rebuilt(clang=True)}"
     assert (repack.status, repack.text) == ("ok", "CPU_REPACK: right for Q4_K, Q8_0, Q6_K, F32")
 
 
-def test_a_kernel_that_cannot_be_used(measured: dict[Item, Outcome]) -> None:
-    measured[Item("speed", "Q6_K")] = Outcome(failure="crashed (SIGILL)")
+def test_a_kernel_that_cannot_be_used() -> None:
+    answers = {Item("speed", "Q6_K"): Outcome(failure="crashed (SIGILL)")}
     assert Finding("speed", "problem", "Q6_K: no kernel here") in [
-        Finding(found.topic, found.status, found.text) for found in examine()
+        Finding(found.topic, found.status, found.text) for found in examined(answers=answers)
     ]
 
 
@@ -196,7 +205,7 @@ def test_a_kernel_that_cannot_be_used(measured: dict[Item, Outcome]) -> None:
 def test_a_containers_limits_are_said(tmp_path: Path) -> None:
     files = {"memory.max": "1000000000", "memory.current": "250000000", "cpu.max": "50000 100000"}
     groups = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    findings = examine(root=machine(tmp_path, {"proc/self/cgroup": "0::/\n", **groups}))
+    findings = examined(root=machine(tmp_path, {"proc/self/cgroup": "0::/\n", **groups}))
     memory, cores = only("memory", findings), only("cores", findings)
     assert (memory.status, memory.text.partition(";")[0]) == ("note", "750 MB of 1 GB available")
     assert (cores.status, cores.text.partition(" of")[0]) == ("note", "0.5 processors' time")
@@ -205,12 +214,12 @@ def test_a_containers_limits_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "status"), [("[always] madvise never", "ok"), ("always [madvise] never", "note")])
 def test_huge_pages(tmp_path: Path, text: str, status: str) -> None:
     root = machine(tmp_path, {"sys/kernel/mm/transparent_hugepage/enabled": text})
-    assert only("huge pages", examine(root=root)).status == status
+    assert only("huge pages", examined(root=root)).status == status
 
 
 def test_the_disk_is_that_of_the_models(home: Path, tmp_path: Path) -> None:
     folder = home / "models"
-    assert "no model here" in only("disk", examine()).text
+    assert "no model here" in only("disk", examined()).text
     folder.mkdir(parents=True)
     (folder / "large.gguf").write_bytes(b"x" * (40 << 20))
-    assert re.search(r"free in .*; reads [\d.]+ .B/s$", only("disk", examine()).text)
+    assert re.search(r"free in .*; reads [\d.]+ .B/s$", only("disk", examined()).text)

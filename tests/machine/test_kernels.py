@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grok_local import folders
 from grok_local.ggml.devices import extra_buffer_types
 from grok_local.machine import kernels
-from grok_local.machine.kernels import NOT_HELD, REPACK, RIGHT, Item, Outcome
-from grok_local.machine.limits import Device, Speeds
+from grok_local.machine.facts import Device, Speeds
+from grok_local.machine.kept import keep, kept
+from grok_local.machine.kernels import with_speeds
+from grok_local.machine.limits import last_cache, memory_limits
+from grok_local.machine.trials import NOT_HELD, REPACK, RIGHT, Item, Outcome, is_broken, run_items, working_set
 
 HAS_REPACK = pytest.mark.skipif(REPACK not in extra_buffer_types(), reason="this build rearranges nothing")
 
@@ -46,11 +48,16 @@ class Canned:
 
 
 @pytest.fixture
-def canned(monkeypatch: pytest.MonkeyPatch) -> Canned:
-    canned = Canned()
-    monkeypatch.setattr(kernels, "run_items", canned)
-    monkeypatch.setattr(kernels, "extra_buffer_types", lambda: {"AMX": 1, REPACK: 2})
-    return canned
+def canned() -> Canned:
+    return Canned()
+
+
+def speeds(canned: Canned, *types: str, threads: int = 2) -> Speeds:
+    return kernels.speeds(types, threads=threads, trial=canned, buffers=["AMX", REPACK])
+
+
+def no_trial(*_: Any, **__: Any) -> dict[Item, Outcome]:
+    raise AssertionError("something was measured that is known")
 
 
 # -- children ----------------------------------------------------------------------------------------------------------
@@ -59,7 +66,7 @@ def canned(monkeypatch: pytest.MonkeyPatch) -> Canned:
 @HAS_REPACK
 def test_a_crash_is_reported_and_the_rest_goes_on() -> None:
     crash, fine = Item("force", "IQ4_XS", REPACK), Item("check", "IQ4_XS", REPACK)
-    outcomes = kernels.run_items([crash, fine], threads=2)
+    outcomes = run_items([crash, fine], threads=2)
     assert outcomes[crash].verdict.startswith("crashed (SIG")
     assert not outcomes[crash].fleeting
     assert outcomes[fine].verdict == NOT_HELD
@@ -68,14 +75,14 @@ def test_a_crash_is_reported_and_the_rest_goes_on() -> None:
 @HAS_REPACK
 def test_repacked_products_are_right() -> None:
     item = Item("check", "Q4_0", REPACK)
-    outcome = kernels.run_items([item], threads=2)[item]
+    outcome = run_items([item], threads=2)[item]
     assert outcome.verdict == RIGHT
     assert outcome.value is not None
 
 
 def test_failures_have_their_reasons() -> None:
     abort, mistake = Item("check", "I32"), Item("check", "Q4_0", "no buffer type")
-    outcomes = kernels.run_items([abort, mistake], threads=1)
+    outcomes = run_items([abort, mistake], threads=1)
     assert re.fullmatch(r"crashed \(SIGABRT, ggml.c:\d+: GGML_ASSERT\(.*\) failed\)", outcomes[abort].failure)
     assert outcomes[mistake].failure == "failed (KeyError: 'no buffer type')"
     assert outcomes[mistake].fleeting
@@ -83,42 +90,46 @@ def test_failures_have_their_reasons() -> None:
 
 def test_a_child_that_takes_too_long_is_killed() -> None:
     items = [Item("check", "Q4_0"), Item("check", "Q8_0")]
-    outcomes = kernels.run_items(items, threads=1, timeout=0.001)
+    outcomes = run_items(items, threads=1, timeout=0.001)
     assert [outcomes[item].failure for item in items] == ["not finished after 0.001 s"] * 2
 
 
 def test_a_child_that_does_not_start_fails_every_item(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     items = [Item("check", "Q4_0"), Item("check", "Q8_0")]
-    outcomes = kernels.run_items(items, threads=1)
+    outcomes = run_items(items, threads=1)
     assert [outcomes[item].failure for item in items] == ["failed (exit code 1)"] * 2
 
 
-def test_the_first_run_measures_and_the_second_starts_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_working_set", lambda: 1)
+def test_the_first_run_measures_and_the_second_starts_no_child() -> None:
     said: list[str] = []
-    first = kernels.speeds(["Q8_0", "I32", "no type"], threads=1, say=said.append)
+    small = partial(run_items, size=1)
+    first = kernels.speeds(["Q8_0", "I32", "no type"], threads=1, say=said.append, trial=small)
     assert set(first.plain) == {"Q8_0"}
     assert 1e8 < first.plain["Q8_0"] <= first.memory
     assert "measuring this machine, once: speed of Q8_0" in said
-    monkeypatch.setattr(subprocess, "Popen", None)
-    assert kernels.speeds(["Q8_0"], threads=1) == first
+    assert kernels.speeds(["Q8_0"], threads=1, trial=no_trial) == first
 
 
-def test_a_device_is_measured_like_any_other_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_working_set", lambda: 1)
+def test_a_device_is_measured_like_any_other_and_once() -> None:
     # The CPU stands in for a GPU: ggml has both behind the same functions.
     given = [
         Device("CPU", "stand-in", "gpu", 1, 1),
         Device("GPU7", "", "gpu", 1, 1),
         Device("RPC0", "", "worker", 1, 1),
     ]
-    first = kernels.with_speeds(given, ["Q8_0"])
+    first = with_speeds(given, ["Q8_0"], trial=partial(run_items, size=1))
     assert 1e8 < first[0].speed < 1e13
     assert [device.speed for device in first[1:]] == [0.0, 0.0]
     assert first[1:] == given[1:]
-    monkeypatch.setattr(subprocess, "Popen", None)
-    assert kernels.with_speeds(given, ["Q8_0"]) == first
+    assert with_speeds(given, ["Q8_0"], trial=no_trial) == first
+
+
+def test_a_broken_buffer_type_is_given_up_within_a_run() -> None:
+    wrong, after = Item("check", "Q4_0", "no buffer type"), Item("check", "Q8_0", "no buffer type")
+    outcomes = run_items([wrong, after, Item("check", "Q8_0")], threads=1)
+    assert set(outcomes) == {wrong, Item("check", "Q8_0")}
+    assert not is_broken(REPACK, ["crashed"])  # it has kernels of its own for each type
 
 
 # -- what is made of it ------------------------------------------------------------------------------------------------
@@ -126,31 +137,28 @@ def test_a_device_is_measured_like_any_other_and_once(monkeypatch: pytest.Monkey
 
 def test_only_what_is_right_counts_as_repacked(canned: Canned) -> None:
     canned.answers[Item("check", "Q4_0", REPACK)] = Outcome(0.5)
-    found = kernels.speeds(["Q4_K", "Q4_0", "Q8_0"], threads=2)
+    found = speeds(canned, "Q4_K", "Q4_0", "Q8_0")
     plain = dict.fromkeys(["Q4_K", "Q4_0", "Q8_0"], 1e9)
     assert found == Speeds(plain, {"Q4_K": 2e9}, False, 2e9, {"Q4_K": 1e9}, {"Q4_K": 2e9})
     assert Item("speed", "Q4_0", REPACK) not in canned.tried
-    verdicts = kernels.verdicts(["Q4_K", "Q4_0", "Q8_0"], threads=2)
+    verdicts = kernels.verdicts(["Q4_K", "Q4_0", "Q8_0"], threads=2, trial=no_trial, buffers=["AMX", REPACK])
     assert verdicts[REPACK, "Q4_0"] == "wrong numbers (relative error 0.5)"
     assert verdicts[REPACK, "Q8_0"] == NOT_HELD
 
 
 def test_llama_may_choose_where_everything_is_right_or_left_alone(canned: Canned) -> None:
-    assert kernels.speeds(["Q4_K", "F32"], threads=2).all_extra
-    assert not kernels.speeds(["F32"], threads=2).all_extra
+    assert speeds(canned, "Q4_K", "F32").all_extra
+    assert not speeds(canned, "F32").all_extra
 
 
 @pytest.mark.parametrize("outcome", [Outcome(failure="crashed (SIGSEGV)"), Outcome(float("nan")), Outcome(1.0)])
 def test_one_failure_of_amx_and_llama_may_not_choose(canned: Canned, outcome: Outcome) -> None:
     canned.answers[Item("check", "Q8_0", "AMX")] = outcome
-    assert not kernels.speeds(["Q4_K", "Q8_0"], threads=2).all_extra
-    assert not any(item.buffer == "AMX" for item in list(kernels._checks(["Q6_K"], _kept_record())))
-
-
-def test_a_broken_buffer_type_is_given_up_within_a_run() -> None:
-    crashed = {Item("check", "Q4_0", "AMX"): Outcome(failure="crashed"), Item("check", "Q4_0", REPACK): Outcome(1.0)}
-    assert kernels._is_given_up(Item("check", "Q8_0", "AMX"), crashed)
-    assert not kernels._is_given_up(Item("check", "Q8_0", REPACK), crashed)
+    assert not speeds(canned, "Q4_K", "Q8_0").all_extra
+    canned.tried.clear()
+    speeds(canned, "Q6_K")
+    assert Item("check", "Q6_K", REPACK) in canned.tried
+    assert not any(item.buffer == "AMX" for item in canned.tried)
 
 
 def test_rows_that_eight_does_not_divide_are_never_repacked() -> None:
@@ -171,15 +179,9 @@ def test_repacking_gains_only_where_prompts_do_not_lose_more() -> None:
     assert not known.gains("Q8_0", experts=True)
 
 
-def test_the_working_set_does_not_fit_the_caches(tmp_path: Path) -> None:
-    for cpu, shared in ((0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3")):
-        folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/cache/index3"
-        folder.mkdir(parents=True)
-        (folder / "size").write_text("32768K\n")
-        (folder / "shared_cpu_list").write_text(shared)
-    assert kernels._last_cache(root=tmp_path) == 64 << 20
-    assert kernels._last_cache(root=tmp_path / "none") > 0
-    assert 64 << 20 <= kernels._working_set() <= 1 << 30
+def test_the_working_set_does_not_fit_the_caches() -> None:
+    assert 64 << 20 <= working_set() <= 1 << 30
+    assert working_set() >= min(last_cache(), memory_limits()[1] // 4, 1 << 30)
 
 
 # -- what is remembered ------------------------------------------------------------------------------------------------
@@ -189,48 +191,44 @@ def _cache() -> Path:
     return folders.cache_folder() / "speeds.json"
 
 
-def _kept_record() -> Any:
-    return kernels._remembered(json.loads(_cache().read_text())[kernels._mark(2)])
-
-
 def test_missing_types_are_added(canned: Canned) -> None:
-    kernels.speeds(["Q4_K"], threads=2)
+    speeds(canned, "Q4_K")
     before = len(canned.tried)
-    assert set(kernels.speeds(["Q4_K", "Q8_0"], threads=2).plain) == {"Q4_K", "Q8_0"}
+    assert set(speeds(canned, "Q4_K", "Q8_0").plain) == {"Q4_K", "Q8_0"}
     assert {item.type for item in canned.tried[before:]} == {"Q8_0"}
 
 
 def test_other_threads_are_another_measurement(canned: Canned) -> None:
-    kernels.speeds(["Q4_K"], threads=1)
+    speeds(canned, "Q4_K", threads=1)
     before = len(canned.tried)
-    kernels.speeds(["Q4_K"], threads=2)
+    speeds(canned, "Q4_K")
     assert len(canned.tried) == 2 * before
 
 
 def test_what_was_disturbed_is_not_believed_for_long(canned: Canned, monkeypatch: pytest.MonkeyPatch) -> None:
     canned.answers[Item("speed", "Q4_K")] = Outcome(1e8, fleeting=True)
-    kernels.speeds(["Q4_K"], threads=2)
+    speeds(canned, "Q4_K")
     before = len(canned.tried)
-    kernels.speeds(["Q4_K"], threads=2)
+    speeds(canned, "Q4_K")
     assert len(canned.tried) == before
     later = time.time() + 3600
     monkeypatch.setattr(time, "time", lambda: later)
     canned.answers.clear()
-    assert kernels.speeds(["Q4_K"], threads=2).plain == {"Q4_K": 1e9}
+    assert speeds(canned, "Q4_K").plain == {"Q4_K": 1e9}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"a": 1}', "\x00\xff", "null"])
 def test_a_damaged_cache_is_measured_anew(canned: Canned, text: str) -> None:
     _cache().parent.mkdir(parents=True)
     _cache().write_text(text)
-    assert kernels.speeds(["Q4_K"], threads=2).plain == {"Q4_K": 1e9}
-    assert _kept_record().plain["Q4_K"] == 1e9
+    assert speeds(canned, "Q4_K").plain == {"Q4_K": 1e9}
+    assert kernels.speeds(["Q4_K"], threads=2, trial=no_trial, buffers=["AMX", REPACK]).plain == {"Q4_K": 1e9}
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(canned: Canned, home: Path) -> None:
     home.write_text("no folder")
     for _ in range(2):
-        assert kernels.speeds(["Q4_K"], threads=2).plain == {"Q4_K": 1e9}
+        assert speeds(canned, "Q4_K").plain == {"Q4_K": 1e9}
 
 
 _JSON = st.recursive(
@@ -242,73 +240,24 @@ _TABLES = dict.fromkeys(("plain", "repacked", "prompt_plain", "prompt_repacked")
 _RECORD = st.fixed_dictionaries({**_TABLES, "verdicts": _JSON, "expires": _JSON})
 
 
-@given(_JSON | _RECORD)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=_JSON | _RECORD)
 def test_whatever_was_kept_speeds_are_numbers(data: Any) -> None:
-    record = kernels._remembered(data)
-    assert all(0 <= speed < float("inf") for speed in (*record.plain.values(), *record.repacked.values()))
+    canned = Canned()
+    speeds(canned, "Q4_K")
+    marks = list(json.loads(_cache().read_text()))
+    _cache().write_text(json.dumps(dict.fromkeys(marks, data)))
+    found = speeds(canned, "Q4_K")
+    assert all(0 < speed < float("inf") for speed in (*found.plain.values(), *found.repacked.values()))
 
 
 def test_several_that_keep_at_once_do_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
-    threads = [threading.Thread(target=kernels._keep, args=(path, str(i), [i])) for i in range(16)]
+    threads = [threading.Thread(target=keep, args=(path, str(i), [i])) for i in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    kept = json.loads(path.read_text())
-    assert kept
-    assert all(value == [int(mark)] for mark, value in kept.items())
+    assert kept(path)
+    assert all(value == [int(mark)] for mark, value in kept(path).items())
     assert list(tmp_path.iterdir()) == [path]
-
-
-# -- the disk ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("disk") / "large"
-    path.write_bytes(os.urandom(1 << 20) * 65)
-    return path
-
-
-def test_a_file_has_a_speed_and_it_is_remembered(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speed = kernels.disk_speed(large)
-    assert 1e6 < speed < 1e12
-    monkeypatch.setattr(kernels, "_read_speed", None)
-    assert kernels.disk_speed(large) == speed
-
-
-def test_a_speed_is_forgotten_after_a_day(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_read_speed", lambda *_: 5.0)
-    assert kernels.disk_speed(large) == 5.0
-    later = time.time() + 2 * 86_400
-    monkeypatch.setattr(kernels, "_read_speed", lambda *_: 6.0)
-    monkeypatch.setattr(time, "time", lambda: later)
-    assert kernels.disk_speed(large) == 6.0
-
-
-@pytest.mark.parametrize("kept", [None, 7, [], [1, 2, 3], ["a", "b"], {"a": 1}, [-1.0, 0.0]])
-def test_a_damaged_memory_of_disks_is_measured_anew(large: Path, kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_read_speed", lambda *_: 5.0)
-    kernels._keep(folders.cache_folder() / "disks.json", str(large.stat().st_dev), kept)
-    assert kernels.disk_speed(large) == 5.0
-
-
-def test_a_file_system_without_direct_reads(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, refused = os.open, []
-
-    def refuse(path: Path, flags: int, *mode: int) -> int:
-        if flags & getattr(os, "O_DIRECT", 0):
-            refused.append(path)
-            raise OSError(22, "Invalid argument")
-        return real(path, flags, *mode)
-
-    monkeypatch.setattr(os, "open", refuse)
-    assert kernels.disk_speed(large) > 0
-    assert refused or not hasattr(os, "O_DIRECT")
-
-
-def test_what_cannot_be_measured_is_zero(tmp_path: Path) -> None:
-    (tmp_path / "small").write_bytes(b"x" * 1000)
-    for name in ("small", "none", "."):
-        assert kernels.disk_speed(tmp_path / name) == 0.0

@@ -12,18 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grok_local.ggml.devices import BackendDevice, DeviceKind
-from grok_local.machine import kernels, limits
-from grok_local.machine.limits import (
-    Device,
-    Speeds,
-    core_count,
-    cpu_flags,
-    cpu_quota,
-    local_devices,
-    memory_limits,
-    this_machine,
-)
+from grok_local.machine.limits import core_count, cpu_flags, cpu_quota, last_cache, memory_limits
 
 GB = 10**9
 TOTAL = psutil.virtual_memory().total
@@ -188,43 +177,11 @@ def test_the_processors_flags(tmp_path: Path) -> None:
     assert cpu_flags(root=tmp_path / "none") == set()
 
 
-# -- devices -----------------------------------------------------------------------------------------------------------
-
-
-def test_devices_are_what_is_no_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def known(name: str, backend: str, kind: DeviceKind) -> BackendDevice:
-        return BackendDevice(name, "described", backend, kind, free=1, total=2, handle=0)
-
-    found = [
-        known("CPU", "CPU", DeviceKind.CPU),
-        known("CUDA0", "CUDA", DeviceKind.GPU),
-        known("Vulkan0", "Vulkan", DeviceKind.INTEGRATED),
-        known("RPC0", "RPC", DeviceKind.GPU),
-        known("MTL0", "MTL", DeviceKind.GPU),
-        known("BLAS", "BLAS", DeviceKind.ACCELERATOR),
-    ]
-    monkeypatch.setattr(limits, "backend_devices", lambda: found)
-    monkeypatch.setattr("platform.machine", lambda: "arm64")
-    kinds = [(device.name, device.kind) for device in local_devices()]
-    assert kinds == [("CUDA0", "gpu"), ("RPC0", "worker")]  # integrated ones count where there is no other
-    del found[1]
-    kinds = [(device.name, device.kind) for device in local_devices()]
-    assert kinds == [("Vulkan0", "integrated"), ("RPC0", "worker"), ("MTL0", "integrated")]
-
-
-def test_this_machine_is_put_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[object] = []
-
-    def speeds(types: object, **options: object) -> Speeds:
-        asked.append((types, options))
-        return Speeds(memory=7.0)
-
-    monkeypatch.setattr(kernels, "speeds", speeds)
-    monkeypatch.setattr(limits, "backend_devices", list)
-    worker = Device("RPC0", "box:50052", "worker", 2, 1, endpoint="box:50052")
-    found = this_machine(["Q4_K"], threads=3, model=tmp_path / "none", workers=[worker])
-    assert asked == [(("Q4_K",), {"threads": 3, "say": None})]
-    assert found.speeds.memory == 7.0
-    assert (found.devices, found.unified, found.disk_speed) == ((worker,), False, 0.0)
-    assert found.cores == core_count()
-    assert found.memory == memory_limits()[0]
+def test_the_last_cache(tmp_path: Path) -> None:
+    for cpu, shared in ((0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3")):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/cache/index3"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text("32768K\n")
+        (folder / "shared_cpu_list").write_text(shared)
+    assert last_cache(root=tmp_path) == 64 << 20
+    assert last_cache(root=tmp_path / "none") > 0

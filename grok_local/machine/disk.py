@@ -1,0 +1,71 @@
+"""How fast the disk is that a file is on."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from grok_local.files import DirectFile
+from grok_local.machine.kept import keep, kept, kept_path
+
+__all__ = ["disk_speed", "read_speed"]
+
+_SECONDS, _BYTES = 1.0, 1 << 30  # how long is read at most, and how much
+_BLOCK, _THREADS = 8 << 20, 4
+_BELIEVED = 86_400.0  # seconds
+
+
+def disk_speed(path: Path, *, measure: Callable[[Path], float] | None = None) -> float:
+    """Bytes a second that the disk reads of this file, past the page cache; remembered for a day by file system.
+
+    It is 0.0 where that cannot be measured: there is no file, or it is too small.
+    """
+    try:
+        mark = str(path.stat().st_dev)
+    except OSError:
+        return 0.0
+    memory = kept_path("disks.json")
+    with suppress(TypeError, ValueError):
+        speed, when = map(float, kept(memory).get(mark, ()))
+        if speed > 0 and 0 <= time.time() - when < _BELIEVED:
+            return speed
+    speed = (measure or read_speed)(path)
+    if speed:
+        keep(memory, mark, [speed, time.time()])
+    return speed
+
+
+def read_speed(path: Path) -> float:
+    """Bytes a second, of blocks all over the file, four at a time; 0.0 where it has too few of them to be timed."""
+    try:
+        with DirectFile(path) as file:
+            blocks = file.status().st_size // _BLOCK
+            return _speed(file, blocks) if blocks >= _THREADS else 0.0
+    except OSError:
+        return 0.0
+
+
+def _speed(file: DirectFile, blocks: int) -> float:
+    chosen = random.Random(0).sample(range(blocks), min(blocks, _BYTES // _BLOCK))
+    start = time.perf_counter()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = [chosen[thread::_THREADS] for thread in range(_THREADS)]
+        nbytes = sum(pool.map(lambda part: _read_blocks(file, part, until=start + _SECONDS), parts))
+    return nbytes / (time.perf_counter() - start)
+
+
+def _read_blocks(file: DirectFile, blocks: Sequence[int], *, until: float) -> int:
+    """Bytes read; from the page cache nothing, if it can be avoided."""
+    nbytes = 0
+    with mmap.mmap(-1, _BLOCK) as buffer, memoryview(buffer) as memory:
+        for block in blocks:
+            file.drop_cache(block * _BLOCK, _BLOCK)
+            nbytes += file.read(memory, block * _BLOCK)
+            if time.perf_counter() > until:
+                break
+    return nbytes

@@ -1,0 +1,68 @@
+"""The machine this process runs on, put together from what is read off the system and what is measured."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices
+from grok_local.machine.disk import disk_speed
+from grok_local.machine.facts import Device, DeviceClass, Machine, Say, Speeds
+from grok_local.machine.kernels import speeds, with_speeds
+from grok_local.machine.limits import core_count, memory_limits
+from grok_local.machine.trials import Trial, run_items
+
+__all__ = ["local_devices", "this_machine"]
+
+
+def this_machine(
+    types: Iterable[str] = (),
+    *,
+    threads: int | None = None,
+    disk: Path | None = None,
+    workers: Sequence[Device] = (),
+    say: Say | None = None,
+    trial: Trial = run_items,
+    devices: Callable[[], Sequence[BackendDevice]] = backend_devices,
+) -> Machine:
+    """This machine's memory, cores and devices as they are now, and `workers`, the devices of other machines.
+
+    `types` are the GGML types whose kernels' speed matters: with none, nothing is measured and no speed is known.
+    `disk` is a file on the disk whose speed matters. The first time it measures for some seconds, and tells `say` what.
+    """
+    names, cores = tuple(types), core_count()
+    own, kernels = local_devices(devices), Speeds()
+    if names:
+        kernels = speeds(names, threads=threads or cores, say=say, trial=trial)
+        own = with_speeds(own, names, say=say, trial=trial)
+    total, available = memory_limits()
+    return Machine(
+        memory=total,
+        available=available,
+        cores=cores,
+        speeds=kernels,
+        disk_speed=disk_speed(disk) if disk else 0.0,
+        devices=(*own, *workers),
+        unified=any(device.kind == "integrated" for device in own),
+    )
+
+
+def local_devices(devices: Callable[[], Sequence[BackendDevice]] = backend_devices) -> list[Device]:
+    """The GPUs of this machine that llama.cpp knows.
+
+    An integrated one counts only where there is no other, as llama.cpp has it: it is no faster than the processor whose
+    memory it shares. Workers, which llama.cpp lists once they are registered, are other machines'.
+    """
+    gpus = [
+        Device(device.name, device.description, _class_of(device), device.total, device.free)
+        for device in devices()
+        if device.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED) and device.backend != "RPC"
+    ]
+    discrete = any(device.kind == "gpu" for device in gpus)
+    return [device for device in gpus if not (discrete and device.kind == "integrated")]
+
+
+def _class_of(device: BackendDevice) -> DeviceClass:
+    apple = device.backend == "MTL" and platform.machine() == "arm64"  # Metal reports a GPU there too
+    return "integrated" if apple or device.kind is DeviceKind.INTEGRATED else "gpu"
