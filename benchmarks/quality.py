@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grok_local
-from grok_local.models import tiny
+from grok_local.library.built_in import CHECKPOINT
 from samples.quality import TYPES, held_out_documents, right_answers, routes, scores
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def _table(folder: Path) -> Iterator[str]:
     yield " | ".join(("", *columns, "right of 100 in chat", "in generate", "")).strip()
     yield "|---" * (len(columns) + 2) + "|"
     for name in TYPES:
-        report = grok_local.quantize_checkpoint(tiny.CHECKPOINT, folder / f"{name}.gguf", type=name)
+        report = grok_local.quantize_checkpoint(CHECKPOINT, folder / f"{name}.gguf", type=name)
         with grok_local.load(report.path, context=512, kv_type="f32") as model:
             measured = scores(model, documents)
             base = base or measured

@@ -78,15 +78,16 @@ def group(limit: int | None) -> Iterator[Group]:
 
 def child(model: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Load the model, evaluate tokens, and say how long each evaluation took."""
-    from grok_local.placement.planner import Wishes
-    from grok_local.runtime.engine.llama import Engine
+    from grok_local.placement.load_options import LoadRequest
+    from grok_local.placement.wishes import Wishes
+    from grok_local.runtime.engine.llama import LlamaEngine
 
     rng = random.Random(1)
     count, sequences = options.pop("tokens"), options.get("sequences", 1)
     prompt = options.pop("prompt", 0)
     wishes = Wishes(repack="off", **options)
     started = time.perf_counter()
-    engine = Engine(model, threads=2, wishes=wishes)
+    engine = LlamaEngine(LoadRequest(model, wishes, threads=2))
     loaded = time.perf_counter() - started
     steps: list[Callable[[], object]]
     if prompt:

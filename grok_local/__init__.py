@@ -17,7 +17,8 @@ from grok_local.errors import GrokLocalError
 if TYPE_CHECKING:
     from grok_local.library.names import load
     from grok_local.quantize.convert import Progress, QuantizeReport, quantize_checkpoint
-    from grok_local.runtime.text.model import Model, Reply, Stats
+    from grok_local.runtime.text.model import Model
+    from grok_local.runtime.text.reply import Reply, Stats
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,8 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Progress", "QuantizeReport", "quantize_checkpoint"), "grok_local.quantize.convert"),
-    **dict.fromkeys(("Model", "Reply", "Stats"), "grok_local.runtime.text.model"),
+    "Model": "grok_local.runtime.text.model",
+    **dict.fromkeys(("Reply", "Stats"), "grok_local.runtime.text.reply"),
     "load": "grok_local.library.names",
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 import grok_local
-from grok_local.models import tiny
+from grok_local.library.built_in import CHECKPOINT
 from grok_local.quantize.sources.checkpoint import open_checkpoint
 from samples.reference_model import ReferenceModel
 from training.documents import ANSWER, EOS, SYSTEM, Pieces, conversation
@@ -94,8 +94,8 @@ def right_answers(model: grok_local.Model, *, chat: bool = True) -> list[tuple[b
 
 def routes(model: grok_local.Model, documents: list[Pieces]) -> Floats:
     """Share of the tokens' routes that each expert gets, [layers, experts]; every row adds up to 1."""
-    dims = open_checkpoint(tiny.CHECKPOINT).dimensions
-    reference = ReferenceModel(tiny.CHECKPOINT, dims)
+    dims = open_checkpoint(CHECKPOINT).dimensions
+    reference = ReferenceModel(CHECKPOINT, dims)
     counts = np.zeros((dims.layers, dims.experts))
     for pieces in documents:
         _, chosen = reference.forward(document_ids(model, pieces)[0])

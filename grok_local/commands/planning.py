@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
@@ -18,13 +18,14 @@ from grok_local.commands.options import (
     say,
 )
 from grok_local.errors import OptionError
+from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
+    from grok_local.machine.facts import Machine
+    from grok_local.placement.load_options import LoadOptions, LoadRequest
     from grok_local.placement.shape import ModelShape
 
 __all__ = ["bench", "doctor", "plan", "worker"]
-
-_DEFAULT = "tiny"
 
 
 def _described_machine(
@@ -71,15 +72,11 @@ def plan(
     grok-local plan --like grok-1 --ram 128G --vram 24G
     """
     from grok_local.placement.forecast import forecast
-    from grok_local.placement.load_options import wishes_of
     from grok_local.placement.planner import make_plan
     from grok_local.views.plans import describe_plan, print_plan
 
-    shape, path = _shape(model, like, type)
-    options = dict(loading or {})
-    wishes = wishes_of(options)  # type: ignore[arg-type]
-    found = _machine(shape, machine or {}, threads=options["threads"], workers=options["workers"], path=path)
-    made = make_plan(shape, found, wishes)
+    shape, request = _asked(model, like, type, loading or {})
+    made = make_plan(shape, _supposed_machine(shape, request, machine or {}, measure_disk=like is None), request.wishes)
     prediction = forecast(made)
     if as_json:
         print_json(describe_plan(made, prediction))
@@ -89,7 +86,7 @@ def plan(
 
 @bundled(loading=load_options)
 def bench(
-    model: ModelOption = "tiny",
+    model: ModelOption = BUILT_IN,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1, max=1 << 20)] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1, max=1 << 20)] = 64,
     repeats: Annotated[int, typer.Option(help="How often each is measured.", min=1, max=1000)] = 5,
@@ -100,20 +97,18 @@ def bench(
 
     grok-local bench -m grok-1-q4_k
     """
-    from dataclasses import replace
-
     from grok_local.commands.running import loaded
-    from grok_local.machine.kernels import disk_speed, speeds, with_speeds
+    from grok_local.machine.this_machine import this_machine
     from grok_local.runtime.text.bench import bench as measure
     from grok_local.views import tables
     from grok_local.views.plans import bench_table
 
     with loaded(model, loading) as running:
-        planned, threads = running.placement.plan, running.engine.threads
-        known = speeds(planned.model.types, threads=threads, say=say)
-        devices = with_speeds(planned.machine.devices, planned.model.types, say=say)
-        disk = disk_speed(running.path) if planned.disk else 0.0
-        machine = replace(planned.machine, speeds=known, devices=tuple(devices), disk_speed=disk)
+        planned = running.placement.plan
+        workers = [device for device in planned.machine.devices if device.kind == "worker"]
+        disk = running.path if planned.disk else None
+        threads = running.engine.threads
+        machine = this_machine(planned.model.types, threads=threads, disk=disk, workers=workers, say=say)
         report = measure(running, machine, prompt=prompt, tokens=tokens, repeats=repeats, say=say)
     if as_json:
         print_json(report.described())
@@ -163,32 +158,38 @@ def worker(
     serve_worker(listen, threads=threads)
 
 
-def _shape(model: str | None, like: str | None, type: str) -> tuple[ModelShape, Any]:
-    """The model's shape, and its file if there is one."""
-    from grok_local.formats import gguf_file
-    from grok_local.library import names
+def _asked(model: str | None, like: str | None, type: str, loading: dict[str, Any]) -> tuple[ModelShape, LoadRequest]:
+    """The shape of the model, or of a release that is not here yet, and what is asked for it."""
+    from grok_local.formats.gguf_file import read_model
+    from grok_local.library.names import model_request
+    from grok_local.placement.load_options import load_request
     from grok_local.placement.shape import ModelShape
     from grok_local.quantize.outline import outline
 
+    options = cast("LoadOptions", loading)
     if model is not None and like is not None:
         raise OptionError("--model and --like: give one of them")
     if like is not None:
-        return ModelShape.from_headers([outline(like.lower(), type=type)]), None
-    path = names.resolve_model(model or _DEFAULT)
-    return ModelShape.from_headers(gguf_file.read_model(path)), path
+        header = outline(like.lower(), type=type)
+        return ModelShape.from_headers([header]), load_request(header.path, options)
+    request = model_request(model or BUILT_IN, options)
+    return ModelShape.from_headers(read_model(request.path)), request
 
 
-def _machine(
-    shape: ModelShape, described: dict[str, Any], *, threads: int | None, workers: list[str] | None, path: Any
-) -> Any:
-    from grok_local.machine.limits import Machine, Speeds, this_machine
-    from grok_local.placement.whatif import imagined
+def _supposed_machine(
+    shape: ModelShape, request: LoadRequest, described: dict[str, Any], *, measure_disk: bool
+) -> Machine:
+    """This machine, with what is described in place of its own; what is described is not measured."""
+    from grok_local.machine.this_machine import this_machine
+    from grok_local.placement import whatif
     from grok_local.runtime.remote.asking import probe_workers
 
-    imagined(Machine(0, 0, 1, Speeds()), types=shape.types, **described)  # mistakes are told before it takes long
-    devices = probe_workers(workers or ())
-    types = () if described.get("ram_speed") else shape.types
-    found = this_machine(
-        types, threads=threads, model=None if described.get("disk_speed") else path, workers=devices, say=say
+    supposed = whatif.described(**described)  # mistakes are told before it takes long
+    own = this_machine(
+        () if supposed.ram_speed else shape.types,
+        threads=request.threads,
+        disk=request.path if measure_disk and not supposed.disk_speed else None,
+        workers=probe_workers(request.workers),
+        say=say,
     )
-    return imagined(found, types=shape.types, **described)
+    return supposed.applied_to(own, types=shape.types)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
@@ -21,6 +21,12 @@ from grok_local.commands.options import (
     say,
 )
 from grok_local.errors import OptionError
+from grok_local.library.built_in import BUILT_IN
+
+if TYPE_CHECKING:
+    from grok_local.placement.load_options import LoadOptions
+    from grok_local.runtime.text.model import Model
+    from grok_local.views.progress import Show
 
 __all__ = ["chat", "generate", "loaded", "routing"]
 
@@ -31,7 +37,7 @@ Stop = Annotated[Optional[list[str]], typer.Option(help="End where this text wou
 @bundled(sampling=sampling_options, loading=load_options)
 def generate(
     prompt: Annotated[Optional[str], typer.Argument(help="The text to continue; - reads it from stdin.")] = None,
-    model: ModelOption = "tiny",
+    model: ModelOption = BUILT_IN,
     max_tokens: MaxTokens = 128,
     stop: Stop = None,
     sampling: Bundle = None,
@@ -62,7 +68,7 @@ def generate(
 
 @bundled(sampling=sampling_options, loading=load_options)
 def chat(
-    model: ModelOption = "tiny",
+    model: ModelOption = BUILT_IN,
     system: Annotated[Optional[str], typer.Option(help="What the model is told first.")] = None,
     max_tokens: MaxTokens = None,
     stop: Stop = None,
@@ -104,33 +110,36 @@ def routing(
 
 
 @contextmanager
-def loaded(model: str, options: Bundle) -> Iterator[Any]:
+def loaded(model: str, options: Bundle) -> Iterator[Model]:
     """The model, with what had to be said about its placement on stderr."""
-    from grok_local.ggml import libraries
-    from grok_local.library import names
+    from grok_local.ggml.libraries import exit_on_abort
+    from grok_local.library.names import model_request
+    from grok_local.runtime.text.model import load_model
 
-    libraries.exit_on_abort()
-    if not names.is_packed(model):
-        from grok_local.views import tables
-
-        print("the built-in model is packed to 4 bits, once", file=sys.stderr)
-        with tables.progress_view("pack", as_json=False) as show:
-            names.resolve_model(model, progress=show)
-    with names.load(model, **(options or {}), say=say) as running:
+    exit_on_abort()
+    request = model_request(model, cast("LoadOptions", options or {}), packing=_shown_packing)
+    with load_model(request, say=say) as running:
         for note in running.placement.notes:
             say(f"note: {note}")
         yield running
 
 
+@contextmanager
+def _shown_packing() -> Iterator[Show]:
+    from grok_local.views.progress import progress_view
+
+    say("the built-in model is packed to 4 bits, once")
+    with progress_view("pack", as_json=False) as show:
+        yield show
+
+
 def _sampling(options: Bundle, model: str) -> dict[str, Any]:
-    """What was given; the temperature by default what suits the model: the built-in one knows one answer to each
-    question.
-    """
-    from grok_local.library.names import BUILT_IN
+    """What was given; the temperature by default what suits the model."""
+    from grok_local.library.names import manner_of
 
     given = dict(options or {})
     if given["temperature"] is None:
-        given["temperature"] = 0.0 if model == BUILT_IN else 0.7
+        given["temperature"] = manner_of(model).temperature
     return given
 
 

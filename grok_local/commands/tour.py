@@ -12,16 +12,16 @@ from rich.table import Table
 
 from grok_local.errors import PlacementError, VerifyError
 from grok_local.library import names
-from grok_local.models import tiny
+from grok_local.library.built_in import CHECKPOINT
 from grok_local.models.grok1 import Kind
 from grok_local.units import format_bytes
-from grok_local.views import tables
+from grok_local.views import progress
 
 if TYPE_CHECKING:
     from grok_local.quantize.convert import QuantizeReport
     from grok_local.quantize.sources.checkpoint import Checkpoint
     from grok_local.quantize.verify import TensorCheck, VerifyReport
-    from grok_local.runtime.text.model import Stats
+    from grok_local.runtime.text.reply import Stats
 
 __all__ = ["QUESTIONS", "Tour"]
 
@@ -59,8 +59,8 @@ class Tour:
             "them active. What happens to it here is what happens to the 318 GB."
         )
         self._command(f"grok-local quantize tiny -o {output.name}")
-        with tables.progress_view("pack", as_json=False) as show:
-            report = quantize_checkpoint(tiny.CHECKPOINT, output, progress=show)
+        with progress.progress_view("pack", as_json=False) as show:
+            report = quantize_checkpoint(CHECKPOINT, output, progress=show)
         self._say(f"{report.tensors} tensors, {format_bytes(report.bytes)}, {report.seconds:.2f} s")
         return report
 
@@ -70,10 +70,10 @@ class Tour:
 
         self._title("2. Verify: pack again, compare every byte, and say what was lost")
         self._command(f"grok-local verify {path.name} --against tiny")
-        report = verify(path, tiny.CHECKPOINT)
+        report = verify(path, CHECKPOINT)
         if report.problems:
             raise VerifyError(report.problems)
-        self._console.print(_classes(open_checkpoint(tiny.CHECKPOINT), report))
+        self._console.print(_classes(open_checkpoint(CHECKPOINT), report))
 
     def _ask(self, path: Path) -> list[Stats]:
         self._title("3. Ask: llama.cpp runs it, weights mapped")
@@ -121,14 +121,13 @@ class Tour:
 
 def _fit() -> str:
     """Whether Grok-1 fits this machine, from arithmetic alone: its speed would have to be measured first."""
-    from grok_local.machine.limits import Speeds, assembled, local_devices
+    from grok_local.machine.this_machine import this_machine
     from grok_local.placement.planner import make_plan
     from grok_local.placement.shape import ModelShape
     from grok_local.quantize.outline import outline
 
-    machine = assembled(Speeds(), local_devices())
     try:
-        plan = make_plan(ModelShape.from_headers([outline("grok-1")]), machine)
+        plan = make_plan(ModelShape.from_headers([outline("grok-1")]), this_machine())
     except PlacementError as error:
         return f"On this machine:             {error}"
     places = [f"{format_bytes(share.used)} in {share.place}" for share in plan.shares if share.used]

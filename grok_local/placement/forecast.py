@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grok_local.machine.limits import Device, Machine
-from grok_local.placement.planner import RAM, Plan
+from grok_local.machine.facts import Device, Machine
+from grok_local.placement.plan import Plan
 from grok_local.placement.shape import Role, Weight
+from grok_local.placement.wishes import RAM
 
 __all__ = ["ASSUMED_DEVICE_SPEED", "Forecast", "Reading", "forecast"]
 

@@ -1,17 +1,22 @@
-"""What `load` may be told, in the words of its users, and what that means for the plan."""
+"""What `load` may be told, in the words of its users, and the one form in which it travels from there on."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from grok_local.errors import OptionError
-from grok_local.placement.planner import RAM, Wishes
+from grok_local.machine.limits import core_count
+from grok_local.placement.wishes import RAM, Wishes
 from grok_local.units import parse_size
 
-__all__ = ["LoadOptions", "wishes_of"]
+__all__ = ["LoadOptions", "LoadRequest", "load_request"]
+
+_MAX_CONTEXT = 1 << 24
+_MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
 class LoadOptions(TypedDict, total=False):
@@ -43,12 +48,33 @@ class LoadOptions(TypedDict, total=False):
     say: Callable[[str], None] | None
 
 
-def wishes_of(options: LoadOptions) -> Wishes:
+@dataclass(frozen=True)
+class LoadRequest:
+    """A model's file, and how it is to be loaded. `workers` are HOST:PORT each."""
+
+    path: Path
+    wishes: Wishes
+    threads: int
+    workers: tuple[str, ...] = ()
+
+    @property
+    def contained(self) -> bool:
+        """Whether the engine gets a process of its own: llama.cpp aborts the one it is in when a worker is lost."""
+        return bool(self.workers)
+
+
+def load_request(path: Path, options: LoadOptions) -> LoadRequest:
     """Raises OptionError for values out of range, TypeError for unknown names."""
     unknown = set(options) - set(LoadOptions.__annotations__)
     if unknown:
         raise TypeError(f"load() has no option {', '.join(sorted(unknown))}")
     _check_kinds(options)
+    _check_ranges(options)
+    threads, workers = options.get("threads"), options.get("workers")
+    return LoadRequest(path, _wishes(options), threads or core_count(), tuple(workers or ()))
+
+
+def _wishes(options: LoadOptions) -> Wishes:
     memory, trace = options.get("memory"), options.get("trace_experts")
     if trace is not None and not str(trace):
         raise OptionError("--trace-experts: name a file")
@@ -81,6 +107,14 @@ def _check_kinds(options: LoadOptions) -> None:
             raise OptionError(f"{name} {given!r}: a list of texts is wanted")
 
 
+def _check_ranges(options: LoadOptions) -> None:
+    context, threads = options.get("context"), options.get("threads")
+    if context is not None and not 1 <= context <= _MAX_CONTEXT:
+        raise OptionError(f"context {context}: must be 1 to {_MAX_CONTEXT}")
+    if threads is not None and not 1 <= threads <= _MAX_THREADS:
+        raise OptionError(f"{threads} threads: must be 1 to {_MAX_THREADS}")
+
+
 def _one_of(options: LoadOptions, name: str, values: Sequence[str]) -> Any:
     value = options.get(name, values[0])
     if value not in values:
@@ -93,7 +127,7 @@ def _number_or_word(value: Any) -> Any:
 
 
 def _override(text: str) -> tuple[str, str]:
-    pattern, found, place = text.rpartition("=")
-    if not (pattern and found and place):
+    pattern, separator, place = text.rpartition("=")
+    if not (pattern and separator and place):
         raise OptionError(f"--override {text}: write PATTERN=PLACE, for example 'blk\\.0\\.ffn_.*_exps={RAM}'")
     return pattern, RAM if place.upper() in (RAM, "CPU") else place

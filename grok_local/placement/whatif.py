@@ -3,55 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from grok_local.errors import OptionError
-from grok_local.machine.limits import Device, Machine, Speeds
+from grok_local.machine.facts import Device, Machine, Speeds
 from grok_local.units import parse_size
 
-__all__ = ["imagined"]
+__all__ = ["WhatIf", "described"]
 
 
-def imagined(
-    machine: Machine,
+@dataclass(frozen=True)
+class WhatIf:
+    """What a machine is supposed to have in place of its own; None leaves it as it is.
+
+    Sizes in bytes, speeds in bytes a second; `ram_speed` is what products with weights in RAM get through.
+    """
+
+    ram: int | None = None
+    gpus: tuple[int, ...] | None = None
+    ram_speed: int | None = None
+    vram_speed: int | None = None
+    disk_speed: int | None = None
+
+    def applied_to(self, machine: Machine, *, types: Sequence[str]) -> Machine:
+        """The machine with these instead; `types` are the GGML types whose speed `ram_speed` is."""
+        if self.ram is not None:
+            unified = machine.unified and self.gpus is None
+            machine = replace(machine, memory=self.ram, available=self.ram, unified=unified)
+        if self.gpus is not None:
+            workers = tuple(device for device in machine.devices if device.kind == "worker")
+            machine = replace(machine, devices=(*self._devices(self.gpus), *workers), unified=False)
+        elif self.vram_speed is not None:
+            machine = replace(machine, devices=tuple(replace(d, speed=float(self.vram_speed)) for d in machine.devices))
+        if self.ram_speed is not None:
+            speed = float(self.ram_speed)
+            machine = replace(machine, speeds=Speeds(plain=dict.fromkeys(types, speed), memory=speed))
+        if self.disk_speed is not None:
+            machine = replace(machine, disk_speed=float(self.disk_speed))
+        return machine
+
+    def _devices(self, sizes: Sequence[int]) -> list[Device]:
+        speed = float(self.vram_speed or 0)
+        return [Device(f"GPU{i}", "described", "gpu", size, size, speed) for i, size in enumerate(sizes)]
+
+
+def described(
     *,
-    types: Sequence[str],
     ram: str | None = None,
     vram: str | None = None,
     ram_speed: str | None = None,
     vram_speed: str | None = None,
     disk_speed: str | None = None,
-) -> Machine:
-    """`machine` with what is given in place of its own; sizes as in "128G", several GPUs as in "24G,24G", speeds in
-    bytes a second. `ram_speed` is what the products with weights get through. Raises OptionError.
+) -> WhatIf:
+    """What users write: sizes as in "128G", several GPUs as in "24G,24G" ("0": none), speeds as in "60G" or "60G/s".
+    Raises OptionError.
     """
-    workers = tuple(device for device in machine.devices if device.kind == "worker")
-    if ram is not None:
-        memory = _positive("--ram", ram)
-        machine = replace(machine, memory=memory, available=memory, unified=machine.unified and vram is None)
-    if vram is not None:
-        speed = 0 if vram_speed is None else _positive("--vram-speed", vram_speed)
-        machine = replace(machine, devices=(*_gpus(vram, speed), *workers), unified=False)
-    elif vram_speed is not None:
-        machine = replace(machine, devices=tuple(_faster(machine.devices, _positive("--vram-speed", vram_speed))))
-    if ram_speed is not None:
-        speed = _positive("--ram-speed", ram_speed)
-        machine = replace(machine, speeds=Speeds(plain=dict.fromkeys(types, float(speed)), memory=float(speed)))
-    if disk_speed is not None:
-        machine = replace(machine, disk_speed=float(_positive("--disk-speed", disk_speed)))
-    return machine
+    sizes = None if vram is None else [size for size in vram.split(",") if size.strip() not in ("", "0")]
+    return WhatIf(
+        ram=_positive("--ram", ram),
+        gpus=None if sizes is None else tuple(_positive("--vram", size) or 0 for size in sizes),
+        ram_speed=_positive("--ram-speed", ram_speed),
+        vram_speed=_positive("--vram-speed", vram_speed),
+        disk_speed=_positive("--disk-speed", disk_speed),
+    )
 
 
-def _gpus(vram: str, speed: int) -> list[Device]:
-    sizes = [_positive("--vram", size) for size in vram.split(",") if size.strip() not in ("", "0")]
-    return [Device(f"GPU{i}", "described", "gpu", size, size, float(speed)) for i, size in enumerate(sizes)]
-
-
-def _faster(devices: Sequence[Device], speed: int) -> list[Device]:
-    return [replace(device, speed=float(speed)) for device in devices]
-
-
-def _positive(name: str, text: str) -> int:
+def _positive(name: str, text: str | None) -> int | None:
+    if text is None:
+        return None
     size = parse_size(text.removesuffix("/s"))
     if size <= 0:
         raise OptionError(f"{name} {text}: must be more than 0")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import grok_local
+from grok_local.placement.forecast import forecast
+from grok_local.views.plans import describe_plan
 from tests.conftest import Run
 from tests.workers import Worker
 
@@ -62,6 +66,34 @@ def test_plan_of_a_file_on_this_machine(run: Run, packed: Path) -> None:
     with_worker = run("plan", "-m", packed, "--worker", "127.0.0.1:9")
     assert with_worker.returncode == 1
     assert with_worker.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"context": 300, "kv_type": "f32"},
+        {"memory": "700M", "stream": "on"},
+        {"memory": "40M", "context": 64},
+        {"repack": "on"},
+        {"repack": "off"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_what_is_planned_is_what_is_loaded(run: Run, packed: Path, name: str, options: dict[str, Any]) -> None:
+    model = name if name == "tiny" else str(packed)
+    given = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+    planned = json.loads(run("plan", "-m", model, *given, "--json").stdout)
+    with grok_local.load(model, **options) as loaded:
+        plan = loaded.placement.plan
+    carried_out = json.loads(json.dumps(describe_plan(plan, forecast(plan))))
+    for described in (planned, carried_out):
+        for place in described["places"]:
+            del place["capacity"]  # what others use meanwhile
+        for measured in ("token", "tokens_per_second", "tokens_per_second_full_context", "assumptions"):
+            del described[measured]
+    assert carried_out == planned
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pty
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import pytest
 import grok_local
 from grok_local.errors import GGUFError
 from grok_local.library import names
-from grok_local.models import tiny
+from grok_local.library.built_in import CHECKPOINT
 from tests.conftest import Run
 
 
@@ -45,13 +47,37 @@ def test_what_a_name_means(models: Path, packed: Path) -> None:
 
 def test_the_built_in_model_is_packed_once(home: Path) -> None:
     events: list[object] = []
-    path = names.resolve_model("tiny", progress=events.append)
+
+    @contextmanager
+    def watched() -> Iterator[Callable[[object], None]]:
+        yield events.append
+
+    path = names.resolve_model("tiny", packing=watched)
     assert path.parent == home / "cache"
     assert events
-    again: list[object] = []
-    assert names.resolve_model("tiny", progress=again.append) == path
-    assert not again
+    events.clear()
+    assert names.resolve_model("tiny", packing=watched) == path
+    assert not events
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+COUNTING = """
+import atexit, sys
+from grok_local import cli
+from grok_local.quantize import verify
+hashed, real = [], verify.verify
+verify.verify = lambda path: hashed.append(path) or real(path)
+atexit.register(lambda: print(len(hashed), file=sys.stderr))
+cli.main()
+"""
+
+
+def test_the_built_in_model_is_hashed_once_at_a_start(home: Path) -> None:
+    """It is what every first command waits for."""
+    names.resolve_model("tiny")
+    command = [sys.executable, "-c", COUNTING, "generate", "What is an expert?", "--max-tokens", "1"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert said.splitlines()[-1] == "1"
 
 
 def test_several_first_uses_at_once(home: Path) -> None:
@@ -112,7 +138,7 @@ def test_rm(run: Run, models: Path, home: Path) -> None:
     run("generate", "x", "--max-tokens", 1)
     assert run("rm", "tiny", "-y").returncode == 0
     assert not list((home / "cache").iterdir())
-    assert tiny.CHECKPOINT.is_dir()
+    assert CHECKPOINT.is_dir()
 
 
 @pytest.mark.parametrize(("answer", "kept"), [(b"n\n", True), (b"\n", True), (b"y\n", False)])

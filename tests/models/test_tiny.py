@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import grok_local
-from grok_local.models import tiny
+from grok_local.library.built_in import CHECKPOINT
 from grok_local.models.grok1 import HEAD_SIZE
 from grok_local.quantize.sources.checkpoint import open_checkpoint
 from samples.quality import QUESTIONS, TYPES, held_out_documents, right_answers, routes, scores
@@ -31,20 +31,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def q4_k(folder: Path) -> Iterator[grok_local.Model]:
-    path = grok_local.quantize_checkpoint(tiny.CHECKPOINT, folder / "q4_k.gguf").path
+    path = grok_local.quantize_checkpoint(CHECKPOINT, folder / "q4_k.gguf").path
     with grok_local.load(path, context=512, threads=2) as model:
         yield model
 
 
 def test_it_is_what_the_release_is() -> None:
-    checkpoint = open_checkpoint(tiny.CHECKPOINT)
+    checkpoint = open_checkpoint(CHECKPOINT)
     dims = checkpoint.dimensions
     assert (dims.experts, HEAD_SIZE, dims.width % 256) == (8, 128, 0)
     grouped = {t.leaf.path.rpartition("decoder_layer_0/")[2]: t.stored.scales for t in checkpoint.tensors}
     groups = {path: scales.shape[-2] for path, scales in grouped.items() if scales and "decoder" not in path}
     assert {path for path, count in groups.items() if count == 8} == {"moe/linear_1/w", "multi_head_attention/linear/w"}
     assert set(groups.values()) == {1, 8}
-    assert sum(path.stat().st_size for path in tiny.CHECKPOINT.rglob("*") if path.is_file()) <= LARGEST
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) <= LARGEST
 
 
 def test_the_corpus_is_whole() -> None:
@@ -83,7 +83,7 @@ def test_four_bits_keep_what_was_learnt(folder: Path) -> None:
     documents = held_out_documents(step=3)
     measured = {}
     for name in ("q8_0", "q4_k", "q4_0"):
-        path = grok_local.quantize_checkpoint(tiny.CHECKPOINT, folder / f"quality-{name}.gguf", type=name).path
+        path = grok_local.quantize_checkpoint(CHECKPOINT, folder / f"quality-{name}.gguf", type=name).path
         with grok_local.load(path, context=512, threads=2, kv_type="f32") as model:
             measured[name] = scores(model, documents)
     base = measured["q8_0"].perplexity()
@@ -99,11 +99,11 @@ def test_every_expert_is_used(q4_k: grok_local.Model) -> None:
 
 
 def test_llama_cpp_computes_what_the_formulas_say(folder: Path) -> None:
-    path = grok_local.quantize_checkpoint(tiny.CHECKPOINT, folder / "f32.gguf", type="f32").path
+    path = grok_local.quantize_checkpoint(CHECKPOINT, folder / "f32.gguf", type="f32").path
     with grok_local.load(path, context=512, threads=2, kv_type="f32") as model:
         ids = model.tokenize("How do I pack Grok-1 into 4 bits, and how much memory does it take?")
         logits = model.logits(ids)
-    expected, _ = ReferenceModel(tiny.CHECKPOINT, open_checkpoint(tiny.CHECKPOINT).dimensions).forward(ids)
+    expected, _ = ReferenceModel(CHECKPOINT, open_checkpoint(CHECKPOINT).dimensions).forward(ids)
     errors = np.sqrt(((logits - expected) ** 2).mean(-1) / (expected**2).mean(-1))
     assert np.median(errors) < 3e-3
     assert (logits.argmax(-1) == expected.argmax(-1)).all()

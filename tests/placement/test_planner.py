@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from grok_local.errors import GGUFError, OptionError, PlacementError
 from grok_local.formats.gguf_file import read_model
-from grok_local.machine.limits import Device, Machine, Speeds
+from grok_local.machine.facts import Device, Machine, Speeds
 from grok_local.placement.forecast import forecast
-from grok_local.placement.planner import RAM, Plan, Wishes, make_plan, ram_reserve
+from grok_local.placement.plan import Plan
+from grok_local.placement.planner import make_plan, ram_reserve
 from grok_local.placement.shape import ModelShape, Role
+from grok_local.placement.wishes import RAM, Wishes
 from grok_local.quantize.outline import outline
 from samples.giants import write_giant
 

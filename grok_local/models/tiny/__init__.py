@@ -1,7 +1,1 @@
-"""The built-in model: Grok-1 in miniature, trained to explain this program. `training/` makes it."""
-
-from pathlib import Path
-
-__all__ = ["CHECKPOINT"]
-
-CHECKPOINT = Path(__file__).parent
+"""The built-in model's checkpoint: Grok-1 in miniature, in the release's format. `training/` makes it."""

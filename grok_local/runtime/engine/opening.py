@@ -17,6 +17,7 @@ from typing import Any
 import llama_cpp
 
 from grok_local.errors import ModelError
+from grok_local.files import first_part
 from grok_local.formats.gguf_file import Header
 from grok_local.ggml.devices import (
     BackendDevice,
@@ -27,20 +28,23 @@ from grok_local.ggml.devices import (
     extra_buffer_types,
 )
 from grok_local.ggml.mapping import unread_mappings
-from grok_local.machine.kernels import Say, speeds
-from grok_local.machine.limits import Machine, Speeds, assembled, local_devices
-from grok_local.placement.planner import RAM, Plan, Share, Wishes, make_plan
+from grok_local.machine.facts import Device, Say
+from grok_local.machine.this_machine import this_machine
+from grok_local.placement.load_options import LoadRequest
+from grok_local.placement.plan import Plan, Share
+from grok_local.placement.planner import make_plan, needs_speeds
 from grok_local.placement.shape import ModelShape, Role
+from grok_local.placement.wishes import RAM
 from grok_local.runtime.engine import log
+from grok_local.runtime.engine.protocol import Held, Placement
 from grok_local.runtime.experts import RouterTap, new_tap
-from grok_local.runtime.graph.record import Row
+from grok_local.runtime.graph.rows import Row
 from grok_local.units import format_bytes
 
-__all__ = ["Held", "Opened", "Placement", "machine_for", "open_planned", "release"]
+__all__ = ["Opened", "open_planned"]
 
 _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
-_WORTH_REPACKING = 1_000_000_000  # bytes: smaller models are fast anyway, and should start at once
 _MOST_STEPS = 8
 _TOLERANCE = 0.01
 
@@ -51,89 +55,82 @@ class _Override(ctypes.Structure):
     _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a place really holds, in bytes, as llama.cpp reports it. RAM's weights may be a mapped file."""
-
-    place: str
-    weights: int = 0
-    kv: int = 0
-    compute: int = 0
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The plan that was carried out, what each place holds now, and what had to be changed on the way."""
-
-    plan: Plan
-    held: tuple[Held, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Opened:
-    """llama.cpp's pointers; freed by whoever has them."""
+    """llama.cpp's pointers, and what looks on while it computes."""
 
     model: Any
     context: Any
     placement: Placement
-    tap: RouterTap | None = None
+    tap: RouterTap | None
+
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""
+        _release(self.model, self.context, self.tap)
+        self.model = self.context = self.tap = None
 
 
-class _OutOfMemory(Exception):  # noqa: N818  # never leaves this module
+@dataclass(frozen=True)
+class _Target:
+    """What is opened; the same whatever the plan. `abort` is llama.cpp's callback."""
+
+    path: Path
+    threads: int
+    abort: Any
+
+
+class _OutOfMemoryError(Exception):
+    """A place had not enough memory. It never leaves this module."""
+
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(reason)
         self.place = place
 
 
-def machine_for(model: ModelShape, wishes: Wishes, *, threads: int, say: Say | None = None) -> Machine:
-    """This machine as far as loading `model` needs to know it; measures, the first time, if weights may be repacked."""
-    wanted = wishes.repack == "on" or (wishes.repack == "auto" and model.nbytes >= _WORTH_REPACKING)
-    known = speeds(model.types, threads=threads, say=say) if wanted else Speeds()
-    return assembled(known, local_devices())
-
-
 def open_planned(
-    path: Path,
+    request: LoadRequest,
     headers: Sequence[Header],
     *,
-    wishes: Wishes,
-    threads: int,
+    workers: Sequence[Device],
     interrupted: Callable[[], bool],
     abort: Any,
     say: Say | None = None,
 ) -> Opened:
-    """`abort` is llama.cpp's callback. Raises PlacementError, ModelError, GGUFError, OptionError, OutputError."""
-    shape = ModelShape.from_headers(headers)
-    plan = make_plan(shape, machine_for(shape, wishes, threads=threads, say=say), wishes)
-    notes = list(plan.notes)
+    """Plan for this machine and `workers`, and open what was planned. `abort` is llama.cpp's callback.
+
+    Raises PlacementError, ModelError, GGUFError, OptionError or OutputError.
+    """
+    shape, wishes = ModelShape.from_headers(headers), request.wishes
+    types = shape.types if needs_speeds(shape, wishes) else ()
+    plan = make_plan(shape, this_machine(types, threads=request.threads, workers=workers, say=say), wishes)
+    target, notes = _Target(first_part(request.path), request.threads, abort), list(plan.notes)
     for step in range(_MOST_STEPS):
         try:
             tap, told = new_tap(plan, headers, interrupted=interrupted)
-            return _open(path, plan, threads=threads, abort=abort, tap=tap, notes=[*notes, *told])
-        except _OutOfMemory as error:
+            return _open(target, plan, tap=tap, notes=[*notes, *told])
+        except _OutOfMemoryError as error:
             plan, note = _step_down(plan, error, units=2**step)
             notes.append(note)
-    raise ModelError(f"{path}: {notes[-1]}, and less does not fit either")
+    raise ModelError(f"{target.path}: {notes[-1]}, and less does not fit either")
 
 
-def _open(path: Path, plan: Plan, *, threads: int, abort: Any, tap: RouterTap | None, notes: Sequence[str]) -> Opened:
+def _open(target: _Target, plan: Plan, *, tap: RouterTap | None, notes: Sequence[str]) -> Opened:
     log.clear()
     model = context = None
     try:
-        model = _load_model(path, plan)
+        model = _load_model(target.path, plan)
         if tap:
             tap.attach()
-        watched = tap and not (tap.is_whole and _shown_once(model, plan, tap, threads=threads))
-        context = _new_context(model, plan, threads=threads, abort=abort, tap=tap if watched else None)
+        watched = tap and not (tap.is_whole and _shown_once(model, target, plan, tap))
+        context = _new_context(model, target, plan, tap=tap if watched else None)
         held = tuple(_held(plan))
     except BaseException:
-        release(model, context, tap)
+        _release(model, context, tap)
         raise
     return Opened(model, context, Placement(plan, held, (*notes, *_differences(plan, held))), tap)
 
 
-def release(model: Any, context: Any, tap: RouterTap | None) -> None:
+def _release(model: Any, context: Any, tap: RouterTap | None) -> None:
     """Free them, in the order in which they need each other."""
     if context:
         llama_cpp.llama_free(context)
@@ -211,15 +208,15 @@ def _patterns(names: Iterable[str]) -> Iterator[str]:
         yield f"^{prefix}{re.escape(rest)}$"
 
 
-def _new_context(model: Any, plan: Plan, *, threads: int, abort: Any, tap: RouterTap | None) -> Any:
+def _new_context(model: Any, target: _Target, plan: Plan, *, tap: RouterTap | None) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = plan.context
     params.n_batch = params.n_ubatch = plan.batch
     params.n_seq_max = plan.wishes.sequences
     params.kv_unified = plan.wishes.sequences > 1
-    params.n_threads = params.n_threads_batch = threads
+    params.n_threads = params.n_threads_batch = target.threads
     params.type_k = params.type_v = _KV_TYPES[plan.wishes.kv_type]
-    params.abort_callback = abort
+    params.abort_callback = target.abort
     if tap:
         params.cb_eval = tap.callback
     # A GPU would be given copies of experts before we know which are wanted.
@@ -234,10 +231,10 @@ def _new_context(model: Any, plan: Plan, *, threads: int, abort: Any, tap: Route
     return context
 
 
-def _shown_once(model: Any, plan: Plan, tap: RouterTap, *, threads: int) -> bool:
+def _shown_once(model: Any, target: _Target, plan: Plan, tap: RouterTap) -> bool:
     """Have a token evaluated in a context of its own, for `tap` to see: what looks on costs a few percent."""
     small, seen = replace(plan, context=min(plan.context, 256), batch=plan.wishes.sequences), log.buffer_count()
-    context = _new_context(model, small, threads=threads, abort=llama_cpp.ggml_abort_callback(), tap=tap)
+    context = _new_context(model, replace(target, abort=llama_cpp.ggml_abort_callback()), small, tap=tap)
     token = (llama_cpp.llama_token * 1)(0)
     try:
         tap.begin([Row(0, 0, 0, True)])
@@ -257,7 +254,7 @@ def _raise_if_out_of_memory(plan: Plan) -> None:
     for line in log.errors():
         found = _ALLOCATION.search(line)
         if found and (found[1] in places or (found[1] == "CPU_REPACK" and plan.repacked)):
-            raise _OutOfMemory(places.get(found[1], RAM), line)
+            raise _OutOfMemoryError(places.get(found[1], RAM), line)
 
 
 def _places_by_buffer(plan: Plan) -> dict[str, str]:
@@ -267,7 +264,7 @@ def _places_by_buffer(plan: Plan) -> dict[str, str]:
     return {buffer_name(buffer_type(handles[name])): name for name in names if name in handles}
 
 
-def _step_down(plan: Plan, error: _OutOfMemory, *, units: int) -> tuple[Plan, str]:
+def _step_down(plan: Plan, error: _OutOfMemoryError, *, units: int) -> tuple[Plan, str]:
     """A plan that takes less of the place that had not enough, and what to say about it."""
     if error.place == RAM:
         wishes = replace(plan.wishes, repack="off")

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from grok_local.errors import ModelError
 from grok_local.formats.gguf_file import Header
 from grok_local.ggml.tensors import layout_is_known
-from grok_local.placement.planner import RAM, Plan
+from grok_local.placement.plan import Plan
+from grok_local.placement.wishes import RAM
 from grok_local.runtime.experts.ahead import ReadAhead
 from grok_local.runtime.experts.memory import can_reserve
 from grok_local.runtime.experts.streamer import ExpertStreamer

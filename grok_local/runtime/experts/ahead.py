@@ -11,7 +11,7 @@ import numpy.typing as npt
 from grok_local.formats.gguf_file import Header
 from grok_local.runtime.experts.reader import Reader
 from grok_local.runtime.experts.weights import dense_tensors, expert_slices
-from grok_local.runtime.graph.record import Row
+from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import RouterTap
 
 __all__ = ["ReadAhead"]

@@ -20,7 +20,7 @@ from grok_local.ggml import tensors as ggml_tensors
 from grok_local.runtime.experts.reader import Reader, Ticket
 from grok_local.runtime.experts.residency import Expert, Residency
 from grok_local.runtime.experts.weights import Mapping, Weight, mappings, weights_of
-from grok_local.runtime.graph.record import Row
+from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Interrupted, RouterTap
 
 __all__ = ["ExpertStreamer"]

@@ -12,27 +12,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from grok_local.errors import OptionError, OutputError
 from grok_local.placement.shape import ModelShape
+from grok_local.runtime.graph.rows import Row
 
-__all__ = ["Recorder", "Routing", "Row", "read_routing"]
+__all__ = ["Recorder", "Routing", "read_routing"]
 
 _MOST_EXPERTS = 1 << 14  # of a layer
 _MOST_PAIRS = 1 << 20  # of a layer and an expert
-
-
-class Row(NamedTuple):
-    """A token in an evaluation; `output`: its logits are wanted."""
-
-    token: int
-    position: int
-    sequence: int
-    output: bool
 
 
 class Recorder:

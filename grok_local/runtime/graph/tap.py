@@ -18,7 +18,8 @@ import numpy.typing as npt
 from grok_local.errors import ModelError
 from grok_local.ggml import tensors as ggml_tensors
 from grok_local.runtime.experts.reader import Ticket
-from grok_local.runtime.graph.record import Recorder, Row
+from grok_local.runtime.graph.record import Recorder
+from grok_local.runtime.graph.rows import Row
 
 __all__ = ["ExpertStats", "Interrupted", "RouterTap"]
 

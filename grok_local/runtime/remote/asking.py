@@ -18,7 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 from grok_local.errors import OptionError, WorkerError
-from grok_local.machine.limits import Device
+from grok_local.machine.facts import Device
 
 __all__ = ["DEFAULT_PORT", "PROTOCOL", "complaints", "parse_endpoint", "probe_worker", "probe_workers"]
 

@@ -24,13 +24,15 @@ from typing import Any
 from grok_local.errors import GrokLocalError, ModelError
 from grok_local.ggml.libraries import on_abort
 from grok_local.ggml.rpc import register_worker
+from grok_local.machine.facts import Device
+from grok_local.placement.load_options import LoadRequest
 from grok_local.runtime.engine import log
-from grok_local.runtime.engine.llama import Engine
+from grok_local.runtime.engine.llama import LlamaEngine
 
 __all__ = ["FACTS", "INTERRUPT", "LOAD"]
 
 INTERRUPT = signal.SIGUSR1
-LOAD = "load"  # (path, workers) and the engine's options; the answer is the engine's FACTS, by name
+LOAD = "load"  # (request, devices of the workers); the answer is the engine's FACTS, by name
 FACTS = ("bos", "context_size", "headers", "placement", "threads", "vocabulary")
 
 _WATCH_SECONDS = 1.0
@@ -46,7 +48,7 @@ class _Host:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self._engine: Engine | None = None
+        self._engine: LlamaEngine | None = None
 
     def run(self) -> None:
         """Answer until the parent hangs up."""
@@ -71,15 +73,15 @@ class _Host:
 
     def _do(self, name: str, arguments: Sequence[Any], options: dict[str, Any], interrupted: bool) -> Any:
         if self._engine is None:
-            return self._load(*arguments, **options)
+            return self._load(*arguments)
         self._engine.interrupted = interrupted
         value = getattr(self._engine, name)
         return value(*arguments, **options) if callable(value) else value
 
-    def _load(self, path: Path, workers: Sequence[str], **options: Any) -> dict[str, Any]:
-        for worker in workers:
-            register_worker(worker)
-        self._engine = Engine(path, **options)
+    def _load(self, request: LoadRequest, workers: Sequence[Device]) -> dict[str, Any]:
+        for endpoint in dict.fromkeys(device.endpoint for device in workers):
+            register_worker(endpoint)
+        self._engine = LlamaEngine(request, workers=workers)
         return {name: getattr(self._engine, name) for name in FACTS}
 
     def _interrupt(self, *_: object) -> None:

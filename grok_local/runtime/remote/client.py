@@ -14,34 +14,35 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from grok_local.errors import ModelError, WorkerLost
 from grok_local.formats.gguf_file import Header
-from grok_local.machine.kernels import Say
-from grok_local.runtime.engine.llama import Engine
-from grok_local.runtime.engine.opening import Placement
+from grok_local.machine.facts import Say
+from grok_local.placement.load_options import LoadRequest
+from grok_local.runtime.engine.llama import LlamaEngine
+from grok_local.runtime.engine.protocol import Placement
 from grok_local.runtime.remote.asking import complaints, probe_workers
 from grok_local.runtime.remote.child import INTERRUPT, LOAD
 
-__all__ = ["AnyEngine", "RemoteEngine"]
+__all__ = ["RemoteEngine"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_GRACE = 20.0  # seconds that an interrupted call has to return: a worker computes its whole batch first
+GRACE = 20.0  # seconds that an interrupted call has to return: a worker computes its whole batch first
 _PATIENCE = 30.0  # seconds of silence, after which the user is told
 _LOOK = 50  # milliseconds after which a waiting call looks whether it is interrupted
 _ENDING = 3.0  # seconds
 _DYING = 0.1  # seconds in which a dead process may still accept connections
 
 
-def _forwarded(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[RemoteEngine, P], R]:
+def _forwarded(method: Callable[Concatenate[LlamaEngine, P], R]) -> Callable[Concatenate[RemoteEngine, P], R]:
     """The engine's method, executed in the child."""
 
     @functools.wraps(method)
@@ -52,7 +53,7 @@ def _forwarded(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concaten
     return call
 
 
-def _remembered(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[RemoteEngine, P], R]:
+def _remembered(method: Callable[Concatenate[LlamaEngine, P], R]) -> Callable[Concatenate[RemoteEngine, P], R]:
     """Likewise for a fact of the vocabulary: the child is asked once, not for every token."""
 
     @functools.wraps(method)
@@ -67,9 +68,9 @@ def _remembered(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concate
 
 
 class RemoteEngine:
-    """An `Engine` in a child process; `workers` are HOST:PORT, the `options` the engine's own.
+    """An `Engine` in a child process. The request's workers are asked what they have before it starts.
 
-    The constructor raises as the engine's does, and WorkerError for workers that cannot be used. Every method may
+    The constructor raises as LlamaEngine's does, and WorkerError for workers that cannot be used. Every method may
     raise WorkerLost, or without workers ModelError, when the child has died; then the engine is closed. Not
     thread-safe but for `interrupt`.
     """
@@ -81,10 +82,10 @@ class RemoteEngine:
     threads: int
     vocabulary: int
 
-    def __init__(self, path: Path, *, workers: Sequence[str], say: Say | None = None, **options: Any) -> None:
-        # Each one with its port, as llama.cpp wants it.
-        self._workers = tuple(dict.fromkeys(device.endpoint for device in probe_workers(workers)))
-        self._say = say
+    def __init__(self, request: LoadRequest, *, say: Say | None = None, grace: float = GRACE) -> None:
+        devices = probe_workers(request.workers)
+        self._workers = tuple(dict.fromkeys(device.endpoint for device in devices))
+        self._say, self._grace = say, grace
         self._facts: dict[tuple[Any, ...], Any] = {}
         self.interrupted = False
         # "idle"; "talking" while bytes go over the connection; "waiting" for an answer. An exception such as
@@ -96,24 +97,29 @@ class RemoteEngine:
         self._stop = weakref.finalize(self, _stop, self._process, self._connection)
         self._stop.atexit = False  # the child ends with this process anyway
         try:
-            self.__dict__.update(self._call(LOAD, path, self._workers, **options))
+            self.__dict__.update(self._call(LOAD, request, devices))
         except BaseException:
             self.close()
             raise
 
-    tokenize = _forwarded(Engine.tokenize)
-    continue_ids = _forwarded(Engine.continue_ids)
-    detokenize = _forwarded(Engine.detokenize)
-    piece = _remembered(Engine.piece)
-    special_text = _forwarded(Engine.special_text)
-    is_end = _remembered(Engine.is_end)
-    evaluate = _forwarded(Engine.evaluate)
-    extend = _forwarded(Engine.extend)
-    logits = _forwarded(Engine.logits)
-    evaluate_together = _forwarded(Engine.evaluate_together)
-    expert_stats = _forwarded(Engine.expert_stats)
-    begin_sampling = _forwarded(Engine.begin_sampling)
-    sample = _forwarded(Engine.sample)
+    tokenize = _forwarded(LlamaEngine.tokenize)
+    continue_ids = _forwarded(LlamaEngine.continue_ids)
+    detokenize = _forwarded(LlamaEngine.detokenize)
+    piece = _remembered(LlamaEngine.piece)
+    special_text = _forwarded(LlamaEngine.special_text)
+    is_end = _remembered(LlamaEngine.is_end)
+    evaluate = _forwarded(LlamaEngine.evaluate)
+    extend = _forwarded(LlamaEngine.extend)
+    logits = _forwarded(LlamaEngine.logits)
+    evaluate_together = _forwarded(LlamaEngine.evaluate_together)
+    expert_stats = _forwarded(LlamaEngine.expert_stats)
+    begin_sampling = _forwarded(LlamaEngine.begin_sampling)
+    sample = _forwarded(LlamaEngine.sample)
+
+    @property
+    def pid(self) -> int:
+        """The child's."""
+        return self._process.pid
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -178,9 +184,9 @@ class RemoteEngine:
                     self._say(f"no answer for {_PATIENCE:g} s: {self._suspects()}; Ctrl-C gives up")
                     patience += 10 * _PATIENCE
                 if interrupted or self.interrupted:
-                    deadline = deadline or time.monotonic() + _GRACE
+                    deadline = deadline or time.monotonic() + self._grace
                     if time.monotonic() > deadline:
-                        raise self._lost(f"no answer within {_GRACE:g} s of an interrupt")
+                        raise self._lost(f"no answer within {self._grace:g} s of an interrupt")
                     self._process.send_signal(INTERRUPT)
         except KeyboardInterrupt:
             self._process.send_signal(INTERRUPT)  # nobody wants the answer any more
@@ -199,9 +205,6 @@ class RemoteEngine:
         end = f"the model is lost ({reason or _cause(self._process.returncode)})"
         problems = [f"{end}: {line}" for line in complaints(self._workers)]
         return WorkerLost(problems or end) if self._workers else ModelError(end)
-
-
-AnyEngine: TypeAlias = Engine | RemoteEngine
 
 
 def _start() -> tuple[subprocess.Popen[bytes], Connection]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grok_local.errors import ContextError
-from grok_local.machine.limits import Machine
+from grok_local.machine.facts import Machine
 from grok_local.placement.forecast import forecast
 from grok_local.runtime.text.model import Model
 

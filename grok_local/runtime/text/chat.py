@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from grok_local.errors import ContextError, ModelError, OptionError
+from grok_local.runtime.text.reply import Reply
 
 if TYPE_CHECKING:
-    from grok_local.runtime.remote.client import AnyEngine
+    from grok_local.runtime.engine.protocol import Engine
 
-__all__ = ["DEFAULT_SYSTEM", "Conversation", "Layout", "Message", "Template", "Transcript"]
+__all__ = ["DEFAULT_SYSTEM", "ChatForm", "ChatReply", "Conversation", "Message", "Template", "Transcript"]
 
 Message: TypeAlias = Mapping[str, str]
 
@@ -26,7 +28,7 @@ _MARK = "\ue000answer\ue000"  # private use: no message has it
 _ROLES = ("system", "user", "assistant")
 
 
-class Layout(Protocol):
+class ChatForm(Protocol):
     """How messages become one text that ends where the assistant's answer begins."""
 
     stop: tuple[str, ...]
@@ -86,9 +88,9 @@ class Conversation:
     An answer's own tokens are kept: its text, tokenized again, might come out otherwise.
     """
 
-    def __init__(self, engine: AnyEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.layout = _layout_for(engine)
+        self.form = _form_for(engine)
         self._messages: list[Message] = []  # of the last prompt ...
         self._reply = ""  # ... what was answered ...
         self._ids: list[int] = []  # ... the ids of both, as far as whole tokens go ...
@@ -145,27 +147,42 @@ class Conversation:
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         kept = self._kept(messages)
-        return self._continued(kept) or self._tokenize(self.layout.render(kept))
+        return self._continued(kept) or self._tokenize(self.form.render(kept))
 
     def _continued(self, messages: list[Message]) -> list[int] | None:
-        """Ids of `messages` if they go on from the last answer: its ids, and those of what follows it in the layout."""
+        """Ids of `messages` if they go on from the last answer: its ids, and those of what follows it in the form."""
         at = len(self._messages)
         answer = messages[at] if self._messages and messages[:at] == self._messages and len(messages) > at else None
         if answer is None or answer["role"] != "assistant" or answer["content"].strip() != self._reply:
             return None
         marked = [*messages[:at], {**answer, "content": _MARK}, *messages[at + 1 :]]
-        _, found, following = self.layout.render(marked).partition(_MARK)
+        _, found, following = self.form.render(marked).partition(_MARK)
         if not found:
             return None
-        return self._ids + self.engine.continue_ids(self._rest + following, special=self.layout.special)
+        return self._ids + self.engine.continue_ids(self._rest + following, special=self.form.special)
 
     def _tokenize(self, text: str) -> list[int]:
-        ids = self.engine.tokenize(text, special=self.layout.special)
+        ids = self.engine.tokenize(text, special=self.form.special)
         # Many templates write BOS themselves.
         return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == self.engine.bos else ids
 
 
-def _layout_for(engine: AnyEngine) -> Layout:
+class ChatReply(Reply):
+    """A reply in a conversation: without white space at its start; remembered, so that the next turn costs only
+    its own tokens.
+    """
+
+    def __init__(self, conversation: Conversation, ids: Sequence[int], *, dropped: int, **options: Any) -> None:
+        super().__init__(conversation.engine, ids, strip=True, **options)
+        self.dropped_messages = dropped  # of the conversation's oldest, to make room
+        self._conversation = conversation
+
+    def _ended(self) -> None:
+        with suppress(ModelError):  # of a model that has died nothing needs to be remembered
+            self._conversation.remember(self.tokens, self.text)
+
+
+def _form_for(engine: Engine) -> ChatForm:
     source = engine.metadata.get("tokenizer.chat_template")
     if not isinstance(source, str):
         return Transcript()

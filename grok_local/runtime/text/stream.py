@@ -11,13 +11,15 @@ __all__ = ["TextStream"]
 class TextStream:
     """Decodes UTF-8 piece by piece and ends at the first stop string.
 
-    `push` and `flush` return text that is safe to show: what might still become a stop string is held back.
+    `push` and `flush` return text that is safe to show: what might still become a stop string is held back. With
+    `strip`, white space at the very start is left out.
     """
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
+    def __init__(self, stop: Sequence[str] = (), *, strip: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = [text for text in stop if text]
         self._held = ""
+        self._strip = strip
         self.stopped = False
 
     def push(self, data: bytes) -> str:
@@ -36,7 +38,9 @@ class TextStream:
         self.stopped = bool(ends)
         keep = min(ends) if ends else len(text) if final else len(text) - self._undecided(text)
         self._held = text[keep:]
-        return text[:keep]
+        shown = text[:keep].lstrip() if self._strip else text[:keep]
+        self._strip = self._strip and not shown
+        return shown
 
     def _undecided(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string starts with."""

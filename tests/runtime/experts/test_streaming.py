@@ -25,9 +25,10 @@ import grok_local
 from grok_local.errors import ModelError, OptionError, OutputError, PlacementError
 from grok_local.formats import gguf_file
 from grok_local.ggml import mapping, tensors
-from grok_local.placement.planner import Wishes
+from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.shape import ModelShape, Role
-from grok_local.runtime.engine.llama import Engine
+from grok_local.placement.wishes import Wishes
+from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.experts import reader
 from grok_local.runtime.experts.streamer import ExpertStreamer
 from tests.conftest import Run
@@ -102,7 +103,9 @@ def test_auto_streams_what_does_not_fit(path: Path) -> None:
 
 def test_a_wide_batch_reads_all_experts_once(path: Path, expected: Any) -> None:
     memory = memory_for(path, 24, batch=1024)
-    with closing(Engine(path, threads=2, wishes=Wishes(CONTEXT, batch=1024, memory=memory, repack="off"))) as engine:
+    with closing(
+        LlamaEngine(LoadRequest(path, Wishes(CONTEXT, batch=1024, memory=memory, repack="off"), threads=2))
+    ) as engine:
         engine.evaluate(IDS)
         stats = engine.expert_stats()
         assert stats is not None
@@ -125,7 +128,9 @@ def test_sequences_together_are_what_they_are_together_in_memory(path: Path) -> 
     steps += [{n: [rng.randrange(2000)] for n in rng.sample(range(16), 5)} for _ in range(4)]
 
     def run(**wishes: Any) -> list[npt.NDArray[np.float32]]:
-        with closing(Engine(path, threads=2, wishes=Wishes(CONTEXT, sequences=16, repack="off", **wishes))) as engine:
+        with closing(
+            LlamaEngine(LoadRequest(path, Wishes(CONTEXT, sequences=16, repack="off", **wishes), threads=2))
+        ) as engine:
             return [engine.evaluate_together(step) for step in steps]
 
     resident, streamed = run(stream="off"), run(memory=memory_for(path, 10))
@@ -134,11 +139,11 @@ def test_sequences_together_are_what_they_are_together_in_memory(path: Path) -> 
 
 
 def test_a_sequence_alone_is_what_it_is_among_others(path: Path) -> None:
-    with closing(Engine(path, threads=2, wishes=Wishes(CONTEXT, sequences=3, repack="off"))) as engine:
+    with closing(LlamaEngine(LoadRequest(path, Wishes(CONTEXT, sequences=3, repack="off"), threads=2))) as engine:
         engine.evaluate(IDS[:5])
         together = engine.evaluate_together({0: IDS[5:8], 2: IDS[20:40], 1: IDS[50:53]})
         assert engine.cached == IDS[:8]
-    with closing(Engine(path, threads=2, wishes=Wishes(CONTEXT, repack="off"))) as engine:
+    with closing(LlamaEngine(LoadRequest(path, Wishes(CONTEXT, repack="off"), threads=2))) as engine:
         for logits, ids in zip(together, (IDS[:8], IDS[20:40], IDS[50:53]), strict=True):
             alone = engine.logits(ids)[-1]
             assert np.corrcoef(alone, logits)[0, 1] > 0.9

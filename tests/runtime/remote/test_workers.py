@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 import grok_local
 from grok_local.errors import ContextError, GGUFError, ModelError, OptionError, WorkerError, WorkerLost
-from grok_local.placement.planner import Wishes
-from grok_local.runtime.engine.llama import Engine
-from grok_local.runtime.remote import client
+from grok_local.placement.load_options import LoadRequest
+from grok_local.placement.wishes import Wishes
+from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.remote.asking import PROTOCOL, parse_endpoint, probe_worker, probe_workers
 from grok_local.runtime.remote.client import RemoteEngine
 from grok_local.runtime.remote.server import serve_worker
@@ -56,14 +56,14 @@ def mortal() -> Iterator[Worker]:
 @contextmanager
 def engine(packed: Path, *workers: Worker, **options: Any) -> Iterator[RemoteEngine]:
     """With the whole model on the workers, if there are any."""
-    wishes = Wishes(context=512, gpu_layers=99 if workers else 0, **options)
-    endpoints = [worker.endpoint for worker in workers]
-    engine = RemoteEngine(packed, workers=endpoints, threads=1, wishes=wishes)
+    wishes = Wishes(context=512, gpu_layers=99 if workers else 0)
+    endpoints = tuple(worker.endpoint for worker in workers)
+    engine = RemoteEngine(LoadRequest(packed, wishes, 1, endpoints), **options)
     try:
         yield engine
     finally:
         engine.close()
-        assert engine._process.returncode is not None  # reaped: no zombie
+        assert not psutil.pid_exists(engine.pid)  # reaped: no zombie
 
 
 def compute(engine: RemoteEngine, seconds: float = 20) -> None:
@@ -156,7 +156,7 @@ def test_workers_given_wrongly(worker: Worker) -> None:
 def test_every_unusable_worker_has_its_line(worker: Worker, packed: Path) -> None:
     refusing, unknown = f"127.0.0.1:{free_port()}", "nowhere.invalid"
     with pytest.raises(WorkerError) as caught:
-        RemoteEngine(packed, workers=[refusing, worker.endpoint, unknown, "a..b"])
+        RemoteEngine(LoadRequest(packed, Wishes(), 1, (refusing, worker.endpoint, unknown, "a..b")))
     first, second, third = caught.value.problems
     assert f"worker {refusing} refuses the connection" in first
     assert f"worker {unknown} is not known" in second
@@ -250,8 +250,7 @@ def test_where_no_worker_can_listen(worker: Worker) -> None:
 
 def test_it_has_all_that_an_engine_has(packed: Path) -> None:
     wishes = Wishes(context=64)
-    local = Engine(packed, threads=1, wishes=wishes)
-    far = RemoteEngine(packed, workers=[], threads=1, wishes=wishes)
+    local, far = LlamaEngine(LoadRequest(packed, wishes, 1)), RemoteEngine(LoadRequest(packed, wishes, 1))
     assert [name for name in dir(local) if not name.startswith("_") and not hasattr(far, name)] == []
     for name in ("bos", "context_size", "threads", "vocabulary"):
         assert getattr(far, name) == getattr(local, name)
@@ -262,7 +261,7 @@ def test_it_has_all_that_an_engine_has(packed: Path) -> None:
 
 
 def test_a_model_on_a_worker_computes_the_same(packed: Path, worker: Worker) -> None:
-    local = Engine(packed, threads=1, wishes=Wishes(context=512, gpu_layers=0))
+    local = LlamaEngine(LoadRequest(packed, Wishes(context=512, gpu_layers=0), 1))
     ids = local.tokenize("Some words that are none, to begin with")
     expected = local.logits(ids)
     local.close()
@@ -301,9 +300,9 @@ def test_errors_come_over_as_they_are(packed: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "x.gguf"
     damaged.write_bytes(packed.read_bytes()[:-100_000])
     with pytest.raises(GGUFError, match="truncated"):
-        RemoteEngine(damaged, workers=[])
+        RemoteEngine(LoadRequest(damaged, Wishes(), 1))
     with pytest.raises(ModelError, match="TypeError"):
-        RemoteEngine(packed, workers=[], nonsense=1)
+        RemoteEngine(LoadRequest(packed, Wishes(), threads="one"))  # type: ignore[arg-type]
     with engine(packed) as far:
         with pytest.raises(OptionError, match="99999") as caught:
             far.detokenize([99_999])
@@ -363,14 +362,13 @@ def test_a_worker_dies_while_it_is_loaded(packed: Path, mortal: Worker) -> None:
     with relay(mortal.endpoint, limit=500_000, then=mortal.end) as endpoint:
         before, started = psutil.Process().children(), time.monotonic()
         with pytest.raises(WorkerLost, match=endpoint):
-            RemoteEngine(packed, workers=[endpoint], wishes=Wishes(context=512, gpu_layers=99))
+            RemoteEngine(LoadRequest(packed, Wishes(context=512, gpu_layers=99), 1, (endpoint,)))
         assert time.monotonic() - started < 5
     assert set(psutil.Process().children()) < set(before)  # no child, and the worker is gone
 
 
-def test_a_silent_worker_and_an_interrupt(packed: Path, mortal: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_GRACE", 2.0)  # not five: tests should be quick
-    with engine(packed, mortal) as far:
+def test_a_silent_worker_and_an_interrupt(packed: Path, mortal: Worker) -> None:
+    with engine(packed, mortal, grace=2.0) as far:
         mortal.process.send_signal(signal.SIGSTOP)
         started = time.monotonic()
         with after(0.1, far.interrupt), pytest.raises(WorkerLost, match=f"{mortal.endpoint} says nothing"):
@@ -382,7 +380,7 @@ def test_the_child_dies(packed: Path, worker: Worker) -> None:
     deaths = (((worker,), signal.SIGSEGV, WorkerLost), ((), signal.SIGKILL, ModelError))
     for workers, number, error in deaths:
         with engine(packed, *workers) as far:
-            kill = functools.partial(far._process.send_signal, number)
+            kill = functools.partial(os.kill, far.pid, number)
             with after(0.2, kill), pytest.raises(error, match=number.name):
                 compute(far)
 
@@ -393,16 +391,17 @@ def test_llama_cpps_own_words_come_over(packed: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "x.gguf"
     damaged.write_bytes(packed.read_bytes().replace(key + b"\x02", key + b"\x00"))
     with pytest.raises(ModelError, match=r"gave up \(\S+\.cpp:\d+: "):
-        RemoteEngine(damaged, workers=[])
+        RemoteEngine(LoadRequest(damaged, Wishes(), 1))
 
 
 def test_the_child_ends_with_its_parent(packed: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"  # as users write them: nothing keeps it from being imported
     script.write_text(
         "import sys, pathlib\n"
+        "from grok_local.placement.load_options import load_request\n"
         "from grok_local.runtime.remote.client import RemoteEngine\n"
-        "engine = RemoteEngine(pathlib.Path(sys.argv[1]), workers=[])\n"
-        "print(engine._process.pid, flush=True)\n"
+        "engine = RemoteEngine(load_request(pathlib.Path(sys.argv[1]), {}))\n"
+        "print(engine.pid, flush=True)\n"
         "while True:\n"
         "    engine.evaluate([5] * 500)\n"
         "    engine.evaluate([6])\n"

@@ -1,0 +1,63 @@
+"""Which tokens llama.cpp's memory holds of each sequence.
+
+That memory is a KV cache, or for a recurrent model a state that takes in one token after the other: such a model cannot
+forget a sequence's end, so the sequence is forgotten whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import llama_cpp
+
+from grok_local.runtime.graph.rows import Row
+
+__all__ = ["KVCache"]
+
+
+class KVCache:
+    """The memory of a llama_context, and the ids of `sequences` sequences that are in it."""
+
+    def __init__(self, context: Any, *, sequences: int) -> None:
+        self._memory = llama_cpp.llama_get_memory(context)
+        self._ids: list[list[int]] = [[] for _ in range(sequences)]
+
+    @property
+    def used(self) -> int:
+        """Tokens of all sequences together."""
+        return sum(map(len, self._ids))
+
+    def ids(self, sequence: int = 0) -> list[int]:
+        """The tokens of a sequence, by position."""
+        return self._ids[sequence]
+
+    def keep(self, ids: Sequence[int]) -> int:
+        """Forget of sequence 0 what does not begin as `ids` do, and the last of them, whose logits are to be had anew.
+        Returns how many of them remain.
+        """
+        length = min(_common_prefix(self._ids[0], ids), max(len(ids) - 1, 0))
+        if length < len(self._ids[0]):
+            self.truncate(0, length)
+        return len(self._ids[0])
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget a sequence from position `length` on, and what an unfinished evaluation may have left there."""
+        if not llama_cpp.llama_memory_seq_rm(self._memory, sequence, length, -1):
+            llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+            length = 0
+        del self._ids[sequence][length:]
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """The rows were evaluated."""
+        for row in rows:
+            self._ids[row.sequence].append(row.token)
+
+    def roll_back(self, rows: Iterable[Row]) -> None:
+        """The rows were not evaluated, or not all of them: each of their sequences is what it was before, or empty."""
+        for sequence in {row.sequence for row in rows}:
+            self.truncate(sequence, len(self._ids[sequence]))
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
