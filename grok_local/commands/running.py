@@ -97,7 +97,7 @@ def routing(
 
     grok-local generate -m grok-1-q4_k --trace-experts FILE "Once upon a time"; grok-local routing FILE
     """
-    from grok_local.runtime.graph.record import read_routing
+    from grok_local.runtime.experts.routing import read_routing
     from grok_local.views import heat_map
 
     found = read_routing(record)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from grok_local.ggml.devices import cpu_device
 from grok_local.ggml.libraries import open_library, prototype
 
-__all__ = ["unread_mappings"]
+__all__ = ["RegistryStruct", "unread_mappings"]
 
 _P = ctypes.c_void_p
 _LOOK_UP = ctypes.CFUNCTYPE(_P, _P, ctypes.c_char_p)
@@ -23,7 +24,7 @@ _IS_NUMA = b"ggml_backend_cpu_is_numa"
 _ANOTHER = b"ggml_backend_set_n_threads"
 
 
-class _Registry(ctypes.Structure):
+class RegistryStruct(ctypes.Structure):
     """struct ggml_backend_reg."""
 
     _fields_ = [
@@ -40,13 +41,15 @@ _yes = ctypes.CFUNCTYPE(ctypes.c_bool)(lambda: True)
 
 
 @contextmanager
-def unread_mappings() -> Iterator[bool]:
-    """Whether it works with this build: then files that llama.cpp maps meanwhile stay on the disk."""
+def unread_mappings(struct: Any = RegistryStruct) -> Iterator[bool]:
+    """Whether it works with this build: then files that llama.cpp maps meanwhile stay on the disk. `struct` is how the
+    build lays a registry out.
+    """
     base = open_library("ggml-base")
     prototype(base, "ggml_backend_dev_backend_reg", _P, _P)
     prototype(base, "ggml_backend_reg_get_proc_address", _P, _P, ctypes.c_char_p)
     handle = base.ggml_backend_dev_backend_reg(cpu_device().handle)
-    registry, look_up = _Registry.from_address(handle), base.ggml_backend_reg_get_proc_address
+    registry, look_up = struct.from_address(handle), base.ggml_backend_reg_get_proc_address
     original, another = registry.get_proc_address, look_up(handle, _ANOTHER)
     ours = _LOOK_UP(_answering(original))
     registry.get_proc_address = ctypes.cast(ours, _P)

@@ -9,20 +9,30 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from grok_local.ggml.libraries import open_library, prototype
 
-__all__ = ["data_address", "layout_is_known", "move_data", "read_ints", "size_of", "sources", "tensor_name"]
+__all__ = [
+    "TensorStruct",
+    "data_address",
+    "layout_is_known",
+    "move_data",
+    "read_ints",
+    "size_of",
+    "sources",
+    "tensor_name",
+]
 
 _P = ctypes.c_void_p
 _DIMS, _SOURCES, _NAME, _PARAMS = 4, 10, 64, 16  # GGML_MAX_DIMS, _SRC, _NAME, _OP_PARAMS / 4 of ggml.h
 _F32, _I32 = 0, 26  # enum ggml_type
 
 
-class _Tensor(ctypes.Structure):
+class TensorStruct(ctypes.Structure):
     """struct ggml_tensor."""
 
     _fields_ = [
@@ -97,17 +107,17 @@ def read_ints(tensor: int) -> npt.NDArray[np.int32]:
 
 def sources(tensor: int) -> Iterator[int]:
     """What a node of the graph is computed from."""
-    yield from filter(None, _Tensor.from_address(tensor).src)
+    yield from filter(None, TensorStruct.from_address(tensor).src)
 
 
 def move_data(tensor: int, address: int) -> None:
     """From now on the tensor's data is at `address`."""
-    _Tensor.from_address(tensor).data = address
+    TensorStruct.from_address(tensor).data = address
 
 
 @cache
-def layout_is_known() -> bool:
-    """Whether struct ggml_tensor is laid out as it is here: tried on tensors made for this, which nobody computes."""
+def layout_is_known(struct: Any = TensorStruct) -> bool:
+    """Whether struct ggml_tensor is laid out like `struct`: tried on tensors made for this, which nobody computes."""
     base = _base()
     context = base.ggml_init(_InitParams(8 * (base.ggml_tensor_overhead() + 64), None, True))
     try:
@@ -116,18 +126,18 @@ def layout_is_known() -> bool:
         ids = base.ggml_new_tensor_2d(context, _I32, 2, 7)
         product = base.ggml_mul_mat_id(context, weights, inputs, ids)
         base.ggml_set_name(weights, b"layout")
-        return _looks_right(weights, product, [weights, inputs, ids])
+        return _looks_right(struct, weights, product, [weights, inputs, ids])
     finally:
         base.ggml_free(context)
 
 
-def _looks_right(weights: int, product: int, used: list[int]) -> bool:
-    seen = _Tensor.from_address(weights)
-    if _base().ggml_tensor_overhead() < ctypes.sizeof(_Tensor) or (seen.type, list(seen.ne)) != (_F32, [32, 5, 3, 1]):
+def _looks_right(struct: Any, weights: int, product: int, used: list[int]) -> bool:
+    seen = struct.from_address(weights)
+    if _base().ggml_tensor_overhead() < ctypes.sizeof(struct) or (seen.type, list(seen.ne)) != (_F32, [32, 5, 3, 1]):
         return False
     if list(seen.nb) != [4, 128, 640, 1920] or seen.name != b"layout" or seen.data is not None:
         return False
-    if list(sources(product)) != used:
+    if list(filter(None, struct.from_address(product).src)) != used:
         return False
-    move_data(weights, 4096)
+    seen.data = 4096
     return data_address(weights) == 4096

@@ -15,7 +15,7 @@ from grok_local.errors import OptionError, OutputError
 from grok_local.units import printable
 
 if TYPE_CHECKING:
-    from grok_local.runtime.graph.record import Routing
+    from grok_local.runtime.experts.routing import Routing
 
 __all__ = ["describe_routing", "draw_routing", "print_routing"]
 

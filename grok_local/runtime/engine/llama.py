@@ -26,7 +26,7 @@ from grok_local.runtime.engine.sampling import Sampling, new_chain
 from grok_local.runtime.engine.tokens import Tokens
 from grok_local.runtime.experts.waiting import ExpertStats
 from grok_local.runtime.graph.rows import Row
-from grok_local.runtime.graph.tap import RouterTap as Tap
+from grok_local.runtime.graph.tap import Tap
 
 __all__ = ["LlamaEngine"]
 
@@ -59,7 +59,7 @@ class LlamaEngine:
             abort=self._abort,
             say=say,
         )
-        self._opened, self._tap = opened, opened.tap
+        self._opened, self._tap = opened, opened.watch.tap if opened.watch else None
         self.placement: Placement = opened.placement
         plan = self.placement.plan
         self._tokens = Tokens(opened.model, self.metadata)
@@ -234,7 +234,7 @@ class LlamaEngine:
 
     def expert_stats(self) -> ExpertStats | None:
         """What was read and waited for so far; None where no experts are streamed."""
-        return self._tap.stats.copy() if self._tap and self.placement.plan.streamed else None
+        return self._opened.watch.expert_stats() if self._opened.watch else None
 
     # -- sampling ------------------------------------------------------------------------------------------------------
 

@@ -37,8 +37,9 @@ from grok_local.placement.shape import ModelShape, Role
 from grok_local.placement.wishes import RAM
 from grok_local.runtime.engine import log
 from grok_local.runtime.engine.protocol import Held, Placement
-from grok_local.runtime.experts import RouterTap, new_tap
+from grok_local.runtime.engine.watching import Watch, watch_for
 from grok_local.runtime.graph.rows import Row
+from grok_local.runtime.graph.tap import Tap
 from grok_local.units import format_bytes
 
 __all__ = ["Opened", "open_planned"]
@@ -62,12 +63,12 @@ class Opened:
     model: Any
     context: Any
     placement: Placement
-    tap: RouterTap | None
+    watch: Watch | None
 
     def close(self) -> None:
         """Free everything. Safe to call twice."""
-        _release(self.model, self.context, self.tap)
-        self.model = self.context = self.tap = None
+        _release(self.model, self.context, self.watch)
+        self.model = self.context = self.watch = None
 
 
 @dataclass(frozen=True)
@@ -106,38 +107,38 @@ def open_planned(
     target, notes = _Target(first_part(request.path), request.threads, abort), list(plan.notes)
     for step in range(_MOST_STEPS):
         try:
-            tap, told = new_tap(plan, headers, interrupted=interrupted)
-            return _open(target, plan, tap=tap, notes=[*notes, *told])
+            watch = watch_for(plan, headers, interrupted=interrupted)
+            return _open(target, plan, watch=watch, notes=[*notes, *(watch.notes if watch else ())])
         except _OutOfMemoryError as error:
             plan, note = _step_down(plan, error, units=2**step)
             notes.append(note)
     raise ModelError(f"{target.path}: {notes[-1]}, and less does not fit either")
 
 
-def _open(target: _Target, plan: Plan, *, tap: RouterTap | None, notes: Sequence[str]) -> Opened:
+def _open(target: _Target, plan: Plan, *, watch: Watch | None, notes: Sequence[str]) -> Opened:
     log.clear()
     model = context = None
     try:
         model = _load_model(target.path, plan)
-        if tap:
-            tap.attach()
-        watched = tap and not (tap.is_whole and _shown_once(model, target, plan, tap))
-        context = _new_context(model, target, plan, tap=tap if watched else None)
+        if watch:
+            watch.attach()
+        done = watch and watch.only_once and _shown_once(model, target, plan, watch.tap)
+        context = _new_context(model, target, plan, tap=watch.tap if watch and not done else None)
         held = tuple(_held(plan))
     except BaseException:
-        _release(model, context, tap)
+        _release(model, context, watch)
         raise
-    return Opened(model, context, Placement(plan, held, (*notes, *_differences(plan, held))), tap)
+    return Opened(model, context, Placement(plan, held, (*notes, *_differences(plan, held))), watch)
 
 
-def _release(model: Any, context: Any, tap: RouterTap | None) -> None:
+def _release(model: Any, context: Any, watch: Watch | None) -> None:
     """Free them, in the order in which they need each other."""
     if context:
         llama_cpp.llama_free(context)
     if model:
         llama_cpp.llama_model_free(model)
-    if tap:
-        tap.close()
+    if watch:
+        watch.tap.close()
 
 
 def _load_model(path: Path, plan: Plan) -> Any:
@@ -208,7 +209,7 @@ def _patterns(names: Iterable[str]) -> Iterator[str]:
         yield f"^{prefix}{re.escape(rest)}$"
 
 
-def _new_context(model: Any, target: _Target, plan: Plan, *, tap: RouterTap | None) -> Any:
+def _new_context(model: Any, target: _Target, plan: Plan, *, tap: Tap | None) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = plan.context
     params.n_batch = params.n_ubatch = plan.batch
@@ -231,7 +232,7 @@ def _new_context(model: Any, target: _Target, plan: Plan, *, tap: RouterTap | No
     return context
 
 
-def _shown_once(model: Any, target: _Target, plan: Plan, tap: RouterTap) -> bool:
+def _shown_once(model: Any, target: _Target, plan: Plan, tap: Tap) -> bool:
     """Have a token evaluated in a context of its own, for `tap` to see: what looks on costs a few percent."""
     small, seen = replace(plan, context=min(plan.context, 256), batch=plan.wishes.sequences), log.buffer_count()
     context = _new_context(model, replace(target, abort=llama_cpp.ggml_abort_callback()), small, tap=tap)

@@ -11,9 +11,10 @@ import sys
 from contextlib import suppress
 from functools import cache
 
-__all__ = ["BLOCK", "HUGE", "Region", "can_reserve"]
+from grok_local.files import BLOCK
 
-BLOCK = 4096  # bytes: what O_DIRECT asks of addresses, offsets and lengths, on every disk of today
+__all__ = ["HUGE", "Region", "can_reserve"]
+
 HUGE = 2 << 20
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has it from 3.11 on
 _MAY_MOVE, _FIXED, _DONT_UNMAP = 1, 2, 4  # MREMAP_ of linux/mman.h

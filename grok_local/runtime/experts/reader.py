@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
 from grok_local.errors import ModelError
-from grok_local.runtime.experts.memory import BLOCK, Region
+from grok_local.files import BLOCK, DirectFile
+from grok_local.runtime.experts.memory import Region
 
 __all__ = ["Reader", "Ticket"]
 
 _CHUNK = 4 << 20  # bytes of one read
 _THREADS = 4  # enough for one NVMe disk
-_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Ticket:
@@ -95,7 +93,7 @@ class Reader:
     def drop_cache(self) -> None:
         """What the page cache has of the files is not needed."""
         for file in self._files:
-            file.drop_cache(0, 0)
+            file.drop_cache()
 
     def close(self) -> None:
         """Wait for what is being read, drop the rest, and close the files."""
@@ -129,57 +127,33 @@ class Reader:
 
 
 class _File:
+    """An open file, and what it was when it was opened."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._direct = -1
         try:
-            self._cached = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = DirectFile(path)
         except OSError as error:
             raise self.failed(error) from None
-        self._known = _identity(os.fstat(self._cached))
-        if _DIRECT:
-            with suppress(OSError):  # not every file system can
-                self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+        self._known = _identity(self._file.status())
 
     def read(self, piece: _Piece) -> None:
         if piece.target is None:
-            self._read_ahead(piece.offset, piece.nbytes)
+            self._file.read_ahead(piece.offset, piece.nbytes)
             return
         done = 0
         while done < piece.nbytes:
-            done += self._read_some(piece.target[done:], piece.offset + done)
+            count = self._file.read(piece.target[done:], piece.offset + done)
+            if not count:
+                raise ModelError(f"{self._path}: has become shorter while it was in use: {_ADVICE}")
+            done += count
 
-    def _read_some(self, target: memoryview, offset: int) -> int:
-        if self._direct >= 0 and offset % BLOCK == 0:
-            try:
-                return self._something(os.preadv(self._direct, [target], offset))
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._direct = -1  # larger blocks, or only in some places
-        count = self._something(os.preadv(self._cached, [target], offset))
-        self.drop_cache(offset, count)
-        return count
-
-    def _something(self, count: int) -> int:
-        if not count:
-            raise ModelError(f"{self._path}: has become shorter while it was in use: {_ADVICE}")
-        return count
-
-    def _read_ahead(self, offset: int, nbytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._cached, offset, nbytes, os.POSIX_FADV_WILLNEED)
-        else:
-            os.pread(self._cached, nbytes, offset)
-
-    def drop_cache(self, offset: int, nbytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):
-                os.posix_fadvise(self._cached, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    def drop_cache(self) -> None:
+        self._file.drop_cache()
 
     def check(self) -> None:
         try:
-            now = os.fstat(self._cached)
+            now = self._file.status()
         except OSError as error:
             raise self.failed(error) from None
         if not now.st_nlink:
@@ -193,8 +167,7 @@ class _File:
         )
 
     def close(self) -> None:
-        for descriptor in {self._cached, self._direct} - {-1}:
-            os.close(descriptor)
+        self._file.close()
 
 
 _ADVICE = "grok-local verify tells whether it is whole; then load the model again"

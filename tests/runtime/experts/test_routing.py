@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import grok_local
 from grok_local.errors import OptionError
-from grok_local.runtime.graph.record import Routing, read_routing
+from grok_local.runtime.experts.routing import Routing, read_routing
 from samples.checkpoints import Spec
 from samples.reference_model import ReferenceModel
 from tests.conftest import Run

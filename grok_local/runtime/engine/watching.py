@@ -1,0 +1,75 @@
+"""Which observers a plan needs, and what the engine needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from grok_local.errors import ModelError
+from grok_local.formats.gguf_file import Header
+from grok_local.ggml.tensors import layout_is_known
+from grok_local.placement.plan import Plan
+from grok_local.placement.wishes import RAM
+from grok_local.runtime.experts.ahead import ReadAhead
+from grok_local.runtime.experts.memory import can_reserve
+from grok_local.runtime.experts.streamer import ExpertStreamer
+from grok_local.runtime.experts.waiting import ExpertStats
+from grok_local.runtime.graph.record import Recorder
+from grok_local.runtime.graph.tap import Observer, Tap
+
+__all__ = ["Watch", "watch_for"]
+
+_READ_AHEAD = "experts cannot have memory of their own here: they are read ahead into the system's file cache"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The observers of a plan on their tap; `experts` is the one that brings experts to memory, if any does."""
+
+    tap: Tap
+    experts: ExpertStreamer | ReadAhead | None
+    recorder: Recorder | None
+    notes: tuple[str, ...] = ()
+
+    def attach(self) -> None:
+        """llama.cpp has loaded the model. Raises ModelError."""
+        if self.experts:
+            self.experts.attach()
+
+    @property
+    def only_once(self) -> bool:
+        """Whether nobody needs to look on after one evaluation."""
+        return self.recorder is None and self.experts is not None and self.experts.is_whole
+
+    def expert_stats(self) -> ExpertStats | None:
+        """What was read and waited for so far; None where no experts are streamed."""
+        return self.experts.stats.copy() if self.experts else None
+
+
+def watch_for(plan: Plan, headers: Sequence[Header], *, interrupted: Callable[[], bool]) -> Watch | None:
+    """What has to look on while the plan is computed, None where nobody has to. Raises ModelError, OutputError."""
+    trace = plan.wishes.trace_experts
+    if not (plan.streamed or trace):
+        return None
+    recorder = Recorder(trace, plan.model) if trace else None
+    try:
+        experts = _expert_observer(plan, headers, interrupted=interrupted) if plan.streamed else None
+    except BaseException:
+        if recorder:
+            recorder.close()
+        raise
+    observers: list[Observer] = [observer for observer in (experts, recorder) if observer is not None]
+    return Watch(Tap(observers), experts, recorder, (_READ_AHEAD,) if isinstance(experts, ReadAhead) else ())
+
+
+def _expert_observer(
+    plan: Plan, headers: Sequence[Header], *, interrupted: Callable[[], bool]
+) -> ExpertStreamer | ReadAhead:
+    names = [weight.name for weight in plan.model.weights if plan.place_of(weight) == RAM]
+    if not (can_reserve() and layout_is_known()):
+        return ReadAhead(headers, names, interrupted=interrupted)
+    try:
+        used, budget = plan.model.experts_used, plan.ram.experts
+        return ExpertStreamer(headers, names, used=used, budget=budget, interrupted=interrupted)
+    except OSError as error:
+        raise ModelError(f"no memory can be reserved for the experts ({error.strerror or error})") from None
