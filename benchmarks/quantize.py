@@ -15,7 +15,6 @@ import argparse
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,14 +27,16 @@ import ml_dtypes
 import numpy as np
 
 from grok_local.ggml import quants
-from grok_local.models import grok1
-from grok_local.quantize.layout.output_plan import Piece, PlannedTensor, piece_rows, plan_tensors
-from grok_local.quantize.packing.blocks import Workspace, read_slab, slab_bytes, weights_of
+from grok_local.models import grok1, release
+from grok_local.quantize.layout.pieces import Piece, PlannedTensor, piece_rows, plan_tensors
+from grok_local.quantize.packing.blocks import Workspace, weights_of
+from grok_local.quantize.packing.slabs import read_slab, slab_bytes
 from grok_local.quantize.recipe import recipe_named
-from grok_local.quantize.sources.checkpoint import open_checkpoint
+from grok_local.quantize.sources.recognise import open_checkpoint
 from samples.checkpoints import REFERENCE, QuantizedWeight8bit, dump
+from samples.processes import measured
 
-DIMENSIONS = grok1.Dimensions(layers=1, width=6144, expert_width=32768, experts=8, kv_width=1024, vocabulary=2048)
+DIMENSIONS = release.Dimensions(layers=1, width=6144, expert_width=32768, experts=8, kv_width=1024, vocabulary=2048)
 THREADS = os.cpu_count() or 1
 
 
@@ -53,7 +54,7 @@ def make_layer(folder: Path) -> None:
 
 
 def _leaf_value(rng: np.random.Generator, leaf: grok1.Leaf, tile: Any) -> Any:
-    if leaf.kind not in (grok1.Kind.EXPERTS, grok1.Kind.ATTENTION):
+    if leaf.kind not in (release.Kind.EXPERTS, release.Kind.ATTENTION):
         return rng.standard_normal(leaf.shape, dtype=np.float32) * np.float32(0.02)
     size = int(np.prod(leaf.shape))
     # Prime-sized repeats, so that no two rows or experts are alike.
@@ -67,17 +68,7 @@ def ours(checkpoint: Path, output: Path, kind: str) -> tuple[float, int]:
     """Seconds and peak resident bytes of a whole run."""
     output.unlink(missing_ok=True)
     command = [sys.executable, "-m", "grok_local", "quantize", str(checkpoint), "-o", str(output), "--type", kind]
-    return _measured([*command, "--memory", "1.5G", "--threads", str(THREADS)])
-
-
-def _measured(command: list[str]) -> tuple[float, int]:
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment())
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.monotonic() - started
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return measured([*command, "--memory", "1.5G", "--threads", str(THREADS)], env=_environment())
 
 
 def _environment() -> dict[str, str]:
@@ -120,7 +111,7 @@ def llama(checkpoint: Path, folder: Path, kind: str, program: Path) -> tuple[flo
     middle, output = folder / "middle-bf16.gguf", folder / "llama.gguf"
     to_bf16, _ = ours(checkpoint, middle, "bf16")
     options = ["--tensor-type", "attn=q8_0", "--token-embedding-type", "q6_k"]
-    seconds, peak = _measured([str(program), *options, str(middle), str(output), kind.upper(), str(THREADS)])
+    seconds, peak = measured([str(program), *options, str(middle), str(output), kind.upper(), str(THREADS)])
     disk = middle.stat().st_size + output.stat().st_size
     middle.unlink()
     output.unlink()

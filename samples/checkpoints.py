@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.models import grok1
+from grok_local.models import grok1, release
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference"
 
@@ -41,8 +41,8 @@ class Spec:
     experts: int = 8
     groups: int = 2
 
-    def dimensions(self) -> grok1.Dimensions:
-        return grok1.Dimensions(
+    def dimensions(self) -> release.Dimensions:
+        return release.Dimensions(
             self.layers, self.width, self.expert_width, self.experts, self.kv_width, self.vocabulary
         )
 
@@ -83,16 +83,16 @@ def _is_grouped(leaf: grok1.Leaf) -> bool:
 
 def _value(rng: np.random.Generator, leaf: grok1.Leaf, groups: int) -> Any:
     shape = leaf.shape
-    if leaf.kind in (grok1.Kind.EXPERTS, grok1.Kind.ATTENTION):
+    if leaf.kind in (release.Kind.EXPERTS, release.Kind.ATTENTION):
         drawn = np.rint(rng.standard_normal(shape, dtype=np.float32) * 36)
         weight = np.clip(drawn, -127, 127).astype(np.int8)
         scales = rng.uniform(0.7, 1.4, size=(*shape[:-2], groups, shape[-1])).astype(np.float32)
         scales = scales / (36 * np.sqrt(shape[-2])) * 1.5
         return QuantizedWeight8bit(weight, scales.astype(ml_dtypes.bfloat16))
-    if leaf.kind is grok1.Kind.NORM:
+    if leaf.kind is release.Kind.NORM:
         return rng.uniform(0.5, 1.5, size=shape).astype(np.float32)
     drawn = rng.standard_normal(shape, dtype=np.float32)
-    if leaf.kind is grok1.Kind.ROUTER:
+    if leaf.kind is release.Kind.ROUTER:
         return (drawn / np.sqrt(shape[0]) * 2).astype(np.float32)
     return (drawn * (1.0 / 78.38)).astype(np.float32)
 

@@ -33,7 +33,6 @@ def write_header(path: Path, header: Header, *, alignment: int = 32) -> None:
     for key, value in header.metadata.items():
         if key != "general.architecture":
             _add(writer, key, value)
-    writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("no_vocab")
     for tensor in header.tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
@@ -46,5 +45,7 @@ def write_header(path: Path, header: Header, *, alignment: int = 32) -> None:
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, str):
         writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
     else:
         writer.add_uint32(key, value)

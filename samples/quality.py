@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 import grok_local
 from grok_local.library.built_in import CHECKPOINT
-from grok_local.quantize.sources.checkpoint import open_checkpoint
+from grok_local.quantize.sources.recognise import open_checkpoint
 from samples.reference_model import ReferenceModel
 from training.documents import ANSWER, EOS, SYSTEM, Pieces, conversation
 from training.facts import is_right, read_facts

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.models import grok1
+from grok_local.models import grok1, release
 from samples.checkpoints import QuantizedWeight8bit
 
 __all__ = ["ReferenceModel"]
@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float32]
 class ReferenceModel:
     """`forward` gives logits and the experts each token was routed to."""
 
-    def __init__(self, folder: Path, dims: grok1.Dimensions) -> None:
+    def __init__(self, folder: Path, dims: release.Dimensions) -> None:
         self.dims = dims
         leaves = list(grok1.leaves(dims))
         self._weights = {leaf.gguf_name: _load(folder / "ckpt-0" / leaf.file_name) for leaf in leaves}
@@ -47,9 +47,9 @@ class ReferenceModel:
 
     def _attention(self, weights: dict[str, Floats], x: Floats) -> Floats:
         tokens, group = len(x), self.dims.heads // self.dims.kv_heads
-        query = _rotated((x @ weights["attn_q"]).reshape(tokens, self.dims.heads, grok1.HEAD_SIZE))
-        key = _rotated((x @ weights["attn_k"]).reshape(tokens, self.dims.kv_heads, grok1.HEAD_SIZE))
-        value = (x @ weights["attn_v"]).reshape(tokens, self.dims.kv_heads, grok1.HEAD_SIZE)
+        query = _rotated((x @ weights["attn_q"]).reshape(tokens, self.dims.heads, release.HEAD_SIZE))
+        key = _rotated((x @ weights["attn_k"]).reshape(tokens, self.dims.kv_heads, release.HEAD_SIZE))
+        value = (x @ weights["attn_v"]).reshape(tokens, self.dims.kv_heads, release.HEAD_SIZE)
         key, value = key.repeat(group, 1), value.repeat(group, 1)
         scores = np.einsum("qhd,khd->hqk", query, key) * grok1.CONSTANTS.attention_scale
         capped = grok1.CONSTANTS.attention_softcap * np.tanh(scores / grok1.CONSTANTS.attention_softcap)
@@ -102,7 +102,7 @@ def _gelu(x: Floats) -> Floats:
 
 
 def _rotated(x: Floats) -> Floats:
-    half = grok1.HEAD_SIZE // 2
+    half = release.HEAD_SIZE // 2
     angles = np.arange(len(x))[:, None, None] * grok1.CONSTANTS.rope_base ** (-np.arange(half) / half)
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     first, second = x[..., :half], x[..., half:]

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.models import grok1
+from grok_local.models import grok1, release
 from samples.checkpoints import QuantizedWeight8bit, dump
 from training import network
 
@@ -35,7 +35,7 @@ _NAMES = {
 Floats = npt.NDArray[np.float32]
 
 
-def export(params: network.Parameters, dims: grok1.Dimensions, folder: Path) -> None:
+def export(params: network.Parameters, dims: release.Dimensions, folder: Path) -> None:
     """Write the leaves to folder/ckpt-0."""
     target = folder / "ckpt-0"
     target.mkdir(parents=True, exist_ok=True)
@@ -44,13 +44,13 @@ def export(params: network.Parameters, dims: grok1.Dimensions, folder: Path) -> 
 
 
 def _value(params: network.Parameters, leaf: grok1.Leaf) -> Any:
-    if leaf.kind is grok1.Kind.EMBEDDING:
+    if leaf.kind is release.Kind.EMBEDDING:
         embedding: Floats = np.asarray(network.unit_embedding(params), np.float32)
         return _short(embedding / np.float32(grok1.CONSTANTS.embedding_scale))
     if leaf.layer is None:
         return np.asarray(network.final_gain(params), np.float32)
     value = np.asarray(params["layers"][_NAMES[leaf.gguf_name.split(".")[2]]][leaf.layer], np.float32)
-    if leaf.kind in (grok1.Kind.NORM, grok1.Kind.ROUTER):
+    if leaf.kind in (release.Kind.NORM, release.Kind.ROUTER):
         return value
     grouped = leaf.path.endswith(("moe/linear_1/w", "multi_head_attention/linear/w"))
     return quantized(value, groups=_GROUPS if grouped else 1)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grok_local.models.grok1 import CONSTANTS, HEAD_SIZE, Dimensions
+from grok_local.models.grok1 import CONSTANTS
+from grok_local.models.release import HEAD_SIZE, Dimensions
 
 __all__ = ["SLOTS", "Parameters", "final_gain", "forward", "initial", "loss", "unit_embedding"]
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from grok_local.models.grok1 import Dimensions
+from grok_local.models.release import Dimensions
 from training import network
 from training.documents import Batch, Documents
 

@@ -105,7 +105,7 @@ def inspect(
 
     source = names.resolve_checkpoint(path)
     if source.is_dir():
-        from grok_local.quantize.sources.checkpoint import open_checkpoint
+        from grok_local.quantize.sources.recognise import open_checkpoint
 
         checkpoint = open_checkpoint(source)
         described, shown = inspection.describe_checkpoint(checkpoint), inspection.checkpoint_tables(checkpoint)

@@ -13,7 +13,7 @@ from rich.table import Table
 from grok_local.errors import PlacementError, VerifyError
 from grok_local.library import names
 from grok_local.library.built_in import CHECKPOINT
-from grok_local.models.grok1 import Kind
+from grok_local.models.release import Kind
 from grok_local.units import format_bytes
 from grok_local.views import progress
 
@@ -65,7 +65,7 @@ class Tour:
         return report
 
     def _verify(self, path: Path) -> None:
-        from grok_local.quantize.sources.checkpoint import open_checkpoint
+        from grok_local.quantize.sources.recognise import open_checkpoint
         from grok_local.quantize.verify import verify
 
         self._title("2. Verify: pack again, compare every byte, and say what was lost")
@@ -137,11 +137,11 @@ def _fit() -> str:
 
 def _classes(checkpoint: Checkpoint, report: VerifyReport) -> Table:
     """What became of each class of tensors."""
-    kinds = {tensor.leaf.gguf_name: tensor.leaf.kind for tensor in checkpoint.tensors}
-    sizes = {tensor.leaf.gguf_name: tensor.stored.weight.nbytes for tensor in checkpoint.tensors}
-    stored = {tensor.leaf.kind: "int8" if tensor.stored.scales else "float32" for tensor in checkpoint.tensors}
+    kinds = {tensor.target.name: tensor.target.kind for tensor in checkpoint.tensors}
+    sizes = {tensor.target.name: tensor.nbytes for tensor in checkpoint.tensors}
+    stored = {tensor.target.kind: "int8" if tensor.scales else "float32" for tensor in checkpoint.tensors}
     table = Table("tensors", "count", "in the release", "size", "in the GGUF", "relative RMS error")
-    for kind in Kind:
+    for kind in (kind for kind in Kind if kind in stored):
         checks = [check for check in report.tensors if kinds[check.name] is kind]
         size = format_bytes(sum(sizes[check.name] for check in checks))
         types = ", ".join(sorted({check.type for check in checks}))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from grok_local.errors import GGUFError
+from grok_local.files import is_part, part_names
 
 __all__ = [
     "KEYS",
@@ -26,16 +26,13 @@ __all__ = [
     "Header",
     "Tensor",
     "all_parts",
-    "first_part",
-    "is_part",
+    "fill_string",
     "metadata_is_intact",
-    "part_name",
     "read_header",
     "read_model",
     "replace_strings",
 ]
 
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
     GGUFValueType.INT8: "<b",
@@ -117,11 +114,6 @@ def read_model(path: Path) -> list[Header]:
     return headers
 
 
-def is_part(path: Path) -> bool:
-    """Whether the name is one that llama.cpp gives to a part."""
-    return _PART.fullmatch(path.name) is not None
-
-
 def metadata_is_intact(headers: list[Header]) -> bool:
     """Whether metadata and tensor tables are still those that grok-local wrote; true for files of other programs."""
     plan = headers[0].metadata.get(KEYS.PLAN)
@@ -142,29 +134,20 @@ def replace_strings(data: bytes, old: list[str], new: list[str]) -> bytes:
     return data.replace(b"".join(map(_stored_string, old)), b"".join(map(_stored_string, new)), 1)
 
 
+def fill_string(data: bytes, key: str, text: str) -> bytes:
+    """`data` with the value NO_DIGEST of a key replaced by `text`, of the same length."""
+    before = _stored_string(key) + struct.pack("<I", GGUFValueType.STRING)
+    return data.replace(before + _stored_string(NO_DIGEST), before + _stored_string(text), 1)
+
+
 def _stored_string(text: str) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode()
 
 
-def first_part(path: Path) -> Path:
-    """The part of a split model that llama.cpp wants to be given; `path` itself if it is no part."""
-    match = _PART.fullmatch(path.name)
-    return path.with_name(part_name(match["stem"], 1, int(match["count"]))) if match else path
-
-
-def part_name(name: str, number: int, count: int) -> str:
-    """llama.cpp's name for part `number`, from 1, of the model `name`."""
-    return f"{name.removesuffix('.gguf')}-{number:05d}-of-{count:05d}.gguf"
-
-
 def all_parts(path: Path) -> list[Path]:
     """All files of the model that `path` is a part of. Raises GGUFError naming those that are missing."""
-    match = _PART.fullmatch(path.name)
-    if not match:
-        return [path]
-    count = int(match["count"])
-    parts = [path.with_name(part_name(match["stem"], number, count)) for number in range(1, count + 1)]
-    missing = [part for part in parts if not part.exists()]
+    parts = part_names(path)
+    missing = [part for part in parts if is_part(path) and not part.exists()]
     problems = [f"{part}: this part of the model is missing" for part in missing[:_MAX_LISTED]]
     if len(missing) > _MAX_LISTED:
         problems.append(f"{path}: {len(missing) - _MAX_LISTED} more parts are missing")

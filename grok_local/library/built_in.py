@@ -91,7 +91,8 @@ def _packed_path() -> Path:
 
 @cache
 def _mark() -> str:
-    from grok_local.quantize.sources.checkpoint import fingerprint, open_checkpoint
+    from grok_local.quantize.sources.checkpoint import fingerprint
+    from grok_local.quantize.sources.recognise import open_checkpoint
 
     return fingerprint(open_checkpoint(CHECKPOINT))[:8]
 

@@ -112,7 +112,7 @@ def _model_entry(name: str, path: Path) -> Entry:
 
 
 def _checkpoint_entry(folder: Path) -> Entry:
-    from grok_local.quantize.sources.checkpoint import open_checkpoint
+    from grok_local.quantize.sources.recognise import open_checkpoint
     from grok_local.quantize.sources.sentencepiece import find_tokenizer
 
     try:

@@ -9,53 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 
-__all__ = ["CONSTANTS", "HEAD_SIZE", "LEAVES_PER_LAYER", "RELEASE", "Constants", "Dimensions", "Kind", "Leaf", "leaves"]
+from grok_local.models.release import HEAD_SIZE, Dimensions, Kind, Target
 
-HEAD_SIZE = 128
+__all__ = ["CONSTANTS", "LEAVES_PER_LAYER", "RELEASE", "Leaf", "leaves"]
+
 LEAVES_PER_LAYER = 12
-
-
-class Kind(Enum):
-    """What a tensor is for; the recipe chooses its type by this."""
-
-    EMBEDDING = "embedding"
-    NORM = "norm"
-    EXPERTS = "experts"
-    ATTENTION = "attention"
-    ROUTER = "router"
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """Sizes of a checkpoint in the release's format; `RELEASE` holds the published ones."""
-
-    layers: int
-    width: int
-    expert_width: int
-    experts: int
-    kv_width: int
-    vocabulary: int
-
-    @property
-    def heads(self) -> int:
-        return self.width // HEAD_SIZE
-
-    @property
-    def kv_heads(self) -> int:
-        return self.kv_width // HEAD_SIZE
-
-
-RELEASE = Dimensions(layers=64, width=6144, expert_width=32768, experts=8, kv_width=1024, vocabulary=131072)
+_PUBLISHED = Dimensions(64, 6144, expert_width=32768, experts=8, kv_width=1024, vocabulary=131072)
 
 
 @dataclass(frozen=True)
 class Constants:
     """Numbers of run.py that no tensor's shape tells."""
 
-    name: str = "Grok-1"
-    license: str = "apache-2.0"
     context: int = 8192
     experts_used: int = 2
     norm_epsilon: float = 1e-5
@@ -67,6 +33,48 @@ class Constants:
 
 
 CONSTANTS = Constants()
+
+
+@dataclass(frozen=True)
+class Grok1:
+    """The release's facts."""
+
+    name: str = "grok-1"
+    title: str = "Grok-1"
+    license: str = "apache-2.0"
+    url: str = "https://github.com/xai-org/grok-1"
+    hub: str = "xai-org/grok-1"
+    published: Dimensions = _PUBLISHED
+
+    def targets(self, dims: Dimensions) -> Iterator[Target]:
+        """In the order of the release's files."""
+        return (leaf.target for leaf in leaves(dims))
+
+    def metadata(self, dims: Dimensions) -> dict[str, int | float]:
+        """The graph's numbers: sizes, and the constants of run.py."""
+        return {
+            "block_count": dims.layers,
+            "context_length": CONSTANTS.context,
+            "embedding_length": dims.width,
+            "feed_forward_length": dims.expert_width,
+            "vocab_size": dims.vocabulary,
+            "attention.head_count": dims.heads,
+            "attention.head_count_kv": dims.kv_heads,
+            "attention.key_length": HEAD_SIZE,
+            "attention.value_length": HEAD_SIZE,
+            "rope.dimension_count": HEAD_SIZE,
+            "rope.freq_base": CONSTANTS.rope_base,
+            "attention.layer_norm_rms_epsilon": CONSTANTS.norm_epsilon,
+            "expert_count": dims.experts,
+            "expert_used_count": CONSTANTS.experts_used,
+            "embedding_scale": CONSTANTS.embedding_scale,
+            "logit_scale": CONSTANTS.logit_scale,
+            "attention.output_scale": CONSTANTS.attention_scale,
+            "attn_logit_softcapping": CONSTANTS.attention_softcap,
+        }
+
+
+RELEASE = Grok1()
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,18 @@ class Leaf:
     @property
     def file_name(self) -> str:
         return f"tensor{self.index:05d}_000"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored [in, out], where a GGUF has [out, in]."""
+        return self.kind not in (Kind.EMBEDDING, Kind.NORM)
+
+    @property
+    def target(self) -> Target:
+        """What it becomes."""
+        *outer, rows, columns = (1, *self.shape)
+        shape = (*outer, columns, rows)[1:] if self.transposed else self.shape
+        return Target(self.gguf_name, self.kind, self.layer, shape)
 
 
 def leaves(dims: Dimensions) -> Iterator[Leaf]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from grok_local.errors import OptionError
-from grok_local.models.grok1 import Kind
+from grok_local.models.release import Kind
 
 __all__ = ["PACKED_TYPES", "RECIPES", "Recipe", "choose_type", "recipe_named"]
 
@@ -31,7 +31,13 @@ class Recipe:
     file_type: LlamaFileType
 
     def wanted(self, kind: Kind) -> GGMLQuantizationType:
-        large = {Kind.EXPERTS: self.experts, Kind.ATTENTION: self.attention, Kind.EMBEDDING: self.embedding}
+        large = {
+            Kind.EXPERTS: self.experts,
+            Kind.DENSE: self.experts,
+            Kind.ATTENTION: self.attention,
+            Kind.EMBEDDING: self.embedding,
+            Kind.OUTPUT: self.embedding,
+        }
         return large.get(kind, _Q.F32)
 
 

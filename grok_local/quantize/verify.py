@@ -18,11 +18,12 @@ from grok_local.errors import GGUFError, VerifyError
 from grok_local.formats import gguf_file
 from grok_local.formats.gguf_file import KEYS, Header, Tensor
 from grok_local.ggml import quants
-from grok_local.quantize.layout.output_plan import PIECE_WEIGHTS, Piece, PlannedTensor, piece_rows, plan_tensors
-from grok_local.quantize.packing.blocks import Workspace, pack_piece, read_slab, slab_bytes, weights_of
-from grok_local.quantize.packing.pool import Progress, slabs
+from grok_local.quantize.layout.pieces import PIECE_WEIGHTS, Piece, PlannedTensor, piece_rows, pieces_of, plan_tensors
+from grok_local.quantize.packing.blocks import Workspace, pack_piece, weights_of
+from grok_local.quantize.packing.pool import Progress, slab_runs
+from grok_local.quantize.packing.slabs import read_slab, slab_bytes
 from grok_local.quantize.recipe import PACKED_TYPES, RECIPES
-from grok_local.quantize.sources.checkpoint import open_checkpoint
+from grok_local.quantize.sources.recognise import open_checkpoint
 
 __all__ = ["TensorCheck", "VerifyReport", "verify"]
 
@@ -125,13 +126,13 @@ def _against(headers: list[Header], checkpoint: Path, progress: Report | None) -
     """Pack every tensor again and compare."""
     pairs = _match(headers, checkpoint)
     sums = {planned.name: _Sums() for planned, _ in pairs}
-    pieces = [piece for planned, _ in pairs for piece in _pieces(planned)]
+    pieces = list(pieces_of(planned for planned, _ in pairs))
     total, done = sum(piece.weights for piece in pieces), 0
     memory = np.empty(max(_SLAB, *(slab_bytes(p.tensor, p.rows) for p in pieces)), np.uint8)
     files = {planned.name: tensor for planned, tensor in pairs}
     compare = _Comparison(files)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for run in slabs(pieces, _SLAB):
+        for run in slab_runs(pieces, _SLAB):
             slab = read_slab(run, memory)
             for piece, result in zip(run, pool.map(lambda p, s=slab: compare(p, s), run), strict=True):
                 sums[piece.tensor.name].add(result)
@@ -162,13 +163,6 @@ def _match(headers: list[Header], path: Path) -> list[tuple[PlannedTensor, Tenso
     if problems:
         raise VerifyError(sorted(problems))
     return [(replace(planned[n], type=t.type, wanted=t.type, offset=t.offset), t) for n, t in present.items()]
-
-
-def _pieces(tensor: PlannedTensor) -> Iterator[Piece]:
-    step = piece_rows(tensor.width)
-    for expert in range(tensor.experts):
-        for start in range(0, tensor.rows, step):
-            yield Piece(0, tensor, expert, start, min(start + step, tensor.rows))
 
 
 @dataclass

@@ -81,19 +81,19 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `inspect --json` prints for a checkpoint."""
     return {
         "kind": "checkpoint",
-        "release": "grok-1",
+        "release": checkpoint.release.name,
         "folder": str(checkpoint.folder),
         "bytes": checkpoint.nbytes,
         "dimensions": asdict(checkpoint.dimensions),
         "tensors": [
             {
-                "name": tensor.leaf.path,
-                "type": "int8" if tensor.stored.scales else "float32",
-                "shape": tensor.stored.weight.shape,
-                "bytes": tensor.stored.weight.nbytes,
-                "scales": tensor.stored.scales.shape if tensor.stored.scales else None,
-                "file": tensor.path.name,
-                "becomes": tensor.leaf.gguf_name,
+                "name": tensor.where,
+                "type": "int8" if tensor.scales else "float32",
+                "shape": tensor.stored_shape,
+                "bytes": tensor.nbytes,
+                "scales": tensor.scales.shape if tensor.scales else None,
+                "file": tensor.file_name,
+                "becomes": tensor.target.name,
             }
             for tensor in checkpoint.tensors
         ],
@@ -103,7 +103,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
     """Dimensions, then tensors."""
     described = describe_checkpoint(checkpoint)
-    title = cell(f"{checkpoint.folder}: a checkpoint in Grok-1's format, {format_bytes(checkpoint.nbytes)}")
+    title = cell(
+        f"{checkpoint.folder}: a checkpoint in {checkpoint.release.title}'s format, {format_bytes(checkpoint.nbytes)}"
+    )
     dims = Table("dimension", "size", title=title, title_justify="left")
     for name, size in described["dimensions"].items():
         dims.add_row(name.replace("_", " "), str(size))

@@ -15,8 +15,8 @@ import pytest
 
 import grok_local
 from grok_local.library.built_in import CHECKPOINT
-from grok_local.models.grok1 import HEAD_SIZE
-from grok_local.quantize.sources.checkpoint import open_checkpoint
+from grok_local.models.release import HEAD_SIZE
+from grok_local.quantize.sources.recognise import open_checkpoint
 from samples.quality import QUESTIONS, TYPES, held_out_documents, right_answers, routes, scores
 from samples.reference_model import ReferenceModel
 from training.facts import CORPUS, is_right, read_facts, read_prose
@@ -40,7 +40,7 @@ def test_it_is_what_the_release_is() -> None:
     checkpoint = open_checkpoint(CHECKPOINT)
     dims = checkpoint.dimensions
     assert (dims.experts, HEAD_SIZE, dims.width % 256) == (8, 128, 0)
-    grouped = {t.leaf.path.rpartition("decoder_layer_0/")[2]: t.stored.scales for t in checkpoint.tensors}
+    grouped = {t.where.rpartition("decoder_layer_0/")[2]: t.scales for t in checkpoint.tensors}
     groups = {path: scales.shape[-2] for path, scales in grouped.items() if scales and "decoder" not in path}
     assert {path for path, count in groups.items() if count == 8} == {"moe/linear_1/w", "multi_head_attention/linear/w"}
     assert set(groups.values()) == {1, 8}

@@ -1,20 +1,21 @@
 """Remembers which pieces are packed, so that a killed run goes on where it stopped.
 
-One JSON line per piece: its index, the SHA-256 of its bytes, and the size and time of the file it came from. A line
-counts only if those bytes are really in the output and the source is unchanged; so neither a torn line, nor a power
-cut, nor a tensor fetched again in between does any harm.
+One JSON line per piece: its index, the SHA-256 of its bytes, and the stamp of the source it came from. A line counts
+only if those bytes are really in the output and the source is unchanged; so neither a torn line, nor a power cut, nor a
+tensor fetched again in between does any harm.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
+import errno
 import os
 from pathlib import Path
 from typing import Any
 
 from grok_local.errors import InUseError, OutputError
-from grok_local.quantize.layout.output_plan import Piece, Plan
+from grok_local.files import JsonLines, lock
+from grok_local.quantize.layout.output_plan import OutputPlan
+from grok_local.quantize.layout.pieces import Piece
 
 __all__ = ["Journal"]
 
@@ -22,48 +23,42 @@ __all__ = ["Journal"]
 class Journal:
     """The open journal of one output; holds the lock that keeps a second run away. A context manager."""
 
-    def __init__(self, path: Path, plan: Plan, *, force: bool = False) -> None:
+    def __init__(self, path: Path, plan: OutputPlan, *, force: bool = False) -> None:
         """Open or start it. Raises OutputError if another run has it, or (without `force`) if it is of another plan."""
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        self._lines = JsonLines(path, flags=os.O_NOFOLLOW | os.O_NONBLOCK)
         self.entries: dict[int, dict[str, Any]] = {}
         self._recorded = False
         try:
             self._lock()
-            self.resumed = self._read(plan, force)
+            self.resumed = self._read(plan.layout_digest, force)
         except BaseException:
-            os.close(self._fd)
+            self._lines.close()
             raise
 
     def _lock(self) -> None:
+        free = lock(self._lines.fileno(), self.path)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(self._fd), self.path.stat())  # it may have been removed before the lock
-        except OSError:
-            same = False
-        if not same:
+            same = os.path.samestat(os.fstat(self._lines.fileno()), self.path.stat())
+        except FileNotFoundError:
+            same = False  # it was removed before the lock
+        if not (free and same):
             raise InUseError(f"{self.path}: another grok-local is packing this output")
 
-    def _read(self, plan: Plan, force: bool) -> bool:
+    def _read(self, plan: str, force: bool) -> bool:
         """Whether there was something of the same plan to go on from."""
-        with open(self._fd, "rb", closefd=False) as file:
-            lines = file.read().split(b"\n")
-        complete, torn = lines[:-1], lines[-1]
-        header = _parse(complete[0]) if complete else {}
-        if header.get("plan") == plan.layout_digest:
-            for entry in map(_parse, complete[1:]):
-                if isinstance(entry.get("piece"), int):
-                    self.entries[entry["piece"]] = entry
-            if torn:
-                self._append(b"\n")
+        header, *entries = self._lines.read() or [None]
+        if isinstance(header, dict) and header.get("plan") == plan:
+            known = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("piece"), int)]
+            self.entries = {entry["piece"]: entry for entry in known}
             return True
         if header and not force:
             raise OutputError(
                 f"{self.path.name}: an unfinished run with other options is in "
                 f"{self.path.parent}: finish that one, or start anew with --force"
             )
-        os.ftruncate(self._fd, 0)
-        self._append(json.dumps({"plan": plan.layout_digest}).encode() + b"\n")
+        self._lines.clear()
+        self._append({"plan": plan})
         return False
 
     @property
@@ -71,16 +66,18 @@ class Journal:
         """Whether no piece is known, from this run or an earlier one."""
         return not self.entries and not self._recorded
 
-    def record(self, piece: Piece, digest: bytes, stamp: list[int]) -> None:
+    def record(self, piece: Piece, digest: bytes) -> None:
         """Note that the piece's bytes are written. Safe from any thread."""
         self._recorded = True
-        entry = {"piece": piece.index, "sha256": digest.hex(), "source": stamp}
-        self._append(json.dumps(entry).encode() + b"\n")
+        self._append({"piece": piece.index, "sha256": digest.hex(), "source": list(piece.tensor.source.stamp)})
 
-    def _append(self, line: bytes) -> None:
-        # One write to a file opened for appending: lines of several threads never mix.
-        if os.write(self._fd, line) != len(line):
-            raise OutputError(f"{self.path}: the disk is full")
+    def _append(self, entry: dict[str, Any]) -> None:
+        try:
+            self._lines.append(entry)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OutputError(f"{self.path}: the disk is full") from None
 
     def finish(self) -> None:
         """Remove the journal: the output is complete."""
@@ -90,12 +87,4 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
+        self._lines.close()

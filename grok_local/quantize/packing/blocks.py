@@ -1,8 +1,7 @@
-"""Turns the release's numbers into packed rows: read -> transpose -> dequantize -> ggml_quantize_chunk.
+"""Turns the release's numbers into packed rows: transpose -> dequantize -> ggml_quantize_chunk.
 
 The release stores weights [in, out], GGUF rows are [out, in], so every weight is transposed, and that decides the
 speed of the cheap types. What measured fastest (numpy alone copies a transposed int8 matrix at 0.1 GB/s):
- * a slab's rows are 64 bytes apart from a power of two, or each column of a tile would land in the same cache set;
  * words of eight columns are transposed first, in tiles of 512 rows, then the bytes inside them: 2.5 x byte by byte;
  * floats are made and packed a few rows at a time, so that they never leave the core's cache.
 """
@@ -10,7 +9,6 @@ speed of the cheap types. What measured fastest (numpy alone copies a transposed
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,39 +20,20 @@ from gguf.constants import GGMLQuantizationType
 
 from grok_local.errors import CheckpointError
 from grok_local.ggml import quants
-from grok_local.quantize.layout.output_plan import Piece, PlannedTensor
+from grok_local.quantize.layout.pieces import Piece, PlannedTensor
 from grok_local.quantize.output.part_file import aligned_empty
-from grok_local.quantize.sources.checkpoint import SourceTensor, read_scales
+from grok_local.quantize.packing.slabs import WORD, Floats, Slab
 
-__all__ = ["Slab", "Workspace", "pack_piece", "read_slab", "slab_bytes", "weights_of"]
+__all__ = ["Workspace", "pack_piece", "weights_of"]
 
-_PITCH_PADDING = 64  # bytes
 _TILE_ROWS = 512
-_WORD = 8  # int8 columns in a 64-bit word
 _WORD_COLUMNS = 128
 _BLOCK_WEIGHTS = 1 << 19
 _F16_MAX = 65504.0
-_BATCH = 1000  # buffers in one preadv; Linux takes 1024
 
 _Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("weights", "i1", 32)])
 # The largest weight a type can hold; the others have half-precision scales.
 _LIMITS = dict.fromkeys((GGMLQuantizationType.F32, GGMLQuantizationType.BF16), float(np.finfo(np.float32).max))
-
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Slab:
-    """The numbers behind some consecutive pieces of one matrix.
-
-    `values` is [in, out columns] as the release has it where the tensor is transposed, else [rows, in].
-    `scales` is [G, out columns]; row k of `values` belongs to group k // (in / G).
-    """
-
-    values: npt.NDArray[Any]
-    scales: Floats | None
-    start: int  # the row of the output that comes first
-    bound: float  # no weight is larger; not a number if that is unknown
 
 
 class Workspace(threading.local):
@@ -74,77 +53,6 @@ class Workspace(threading.local):
     def nbytes(tensor: PlannedTensor) -> int:
         """What it takes at most while rows of `tensor` are packed."""
         return block_rows(tensor.width) * tensor.width * (4 + 1) + _WORD_COLUMNS * tensor.width
-
-
-def slab_bytes(tensor: PlannedTensor, rows: int) -> int:
-    """Memory that a slab for `rows` rows of the output takes."""
-    item = 4 if tensor.source.stored.scales is None else 1
-    return tensor.width * (_padded(rows) if tensor.transposed else rows) * item
-
-
-def _padded(columns: int) -> int:
-    return -(-columns // _WORD) * _WORD + _PITCH_PADDING
-
-
-def read_slab(pieces: list[Piece], memory: npt.NDArray[np.uint8]) -> Slab:
-    """Read what `pieces`, consecutive ones of one matrix, are made from into `memory`. Raises CheckpointError."""
-    tensor, expert = pieces[0].tensor, pieces[0].expert
-    start, stop = pieces[0].start, pieces[-1].stop
-    dtype = np.dtype(np.float32 if tensor.source.stored.scales is None else np.int8)
-    if tensor.transposed:
-        rows, columns, pitch, stride = tensor.width, stop - start, _padded(stop - start), tensor.rows
-        first = expert * tensor.width * tensor.rows + start
-    else:
-        rows, columns, pitch, stride = stop - start, tensor.width, tensor.width, tensor.width
-        first = start * tensor.width
-    _read_rows(
-        tensor.source,
-        memoryview(memory)[: rows * pitch * dtype.itemsize],
-        offset=first * dtype.itemsize,
-        row=columns * dtype.itemsize,
-        pitch=pitch * dtype.itemsize,
-        stride=stride * dtype.itemsize,
-    )
-    values = memory[: rows * pitch * dtype.itemsize].view(dtype).reshape(rows, pitch)[:, :columns]
-    scales = _scales(tensor.source, expert)
-    if scales is None:
-        return Slab(values, None, start, math.nan)
-    inside = np.ascontiguousarray(scales[:, start:stop])
-    return Slab(values, inside, start, 128 * float(np.abs(inside).max()))
-
-
-def _scales(source: SourceTensor, expert: int) -> Floats | None:
-    if source.stored.scales is None:
-        return None
-    scales = read_scales(source)
-    return scales[expert] if scales.ndim == 3 else scales
-
-
-def _read_rows(source: SourceTensor, memory: memoryview, *, offset: int, row: int, pitch: int, stride: int) -> None:
-    """Read rows of `row` bytes, `stride` apart from `offset` of the payload on, to places `pitch` apart in `memory`."""
-    views = [memory] if row == pitch == stride else [memory[at : at + row] for at in range(0, len(memory), pitch)]
-    batch = _BATCH if row == stride else 1
-    at = source.stored.weight.offset + offset
-    try:
-        with source.path.open("rb", buffering=0) as file:
-            for first in range(0, len(views), batch):
-                _fill(file.fileno(), views[first : first + batch], at + first * stride)
-    except EOFError:
-        raise CheckpointError(f"{source.path.name}: became shorter while it was read") from None
-    except OSError as error:
-        raise CheckpointError(f"{source.path.name}: cannot be read ({error.strerror or error})") from None
-
-
-def _fill(fd: int, views: list[memoryview], offset: int) -> None:
-    while views:
-        read = os.preadv(fd, views, offset)
-        if read == 0:
-            raise EOFError
-        offset += read
-        while views and read >= len(views[0]):
-            read -= len(views.pop(0))
-        if read:
-            views[0] = views[0][read:]
 
 
 def pack_piece(piece: Piece, slab: Slab, workspace: Workspace, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -176,17 +84,17 @@ def _blocks(piece: Piece, slab: Slab, workspace: Workspace) -> Iterator[_Block]:
     for start in range(piece.start, piece.stop, _WORD_COLUMNS):
         stop = min(start + _WORD_COLUMNS, piece.stop)
         words = None
-        if slab.scales is not None and (stop - start) % _WORD == 0:
+        if slab.scales is not None and (stop - start) % WORD == 0:
             words = _transposed_words(slab.values[:, start - slab.start : stop - slab.start], workspace)
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            inside = None if words is None else words[:, (first - start) // _WORD : (last - start) // _WORD]
+            inside = None if words is None else words[:, (first - start) // WORD : (last - start) // WORD]
             yield _Block(piece.tensor, slab, first, last - first, inside, workspace)
 
 
 def block_rows(width: int) -> int:
     """Rows that are dequantized and packed at once: about 2 MB of float32."""
-    rows = _WORD
+    rows = WORD
     while rows < _WORD_COLUMNS and rows * 2 * width <= _BLOCK_WEIGHTS:
         rows *= 2
     return rows
@@ -198,7 +106,7 @@ def _transposed_words(columns: npt.NDArray[np.int8], workspace: Workspace) -> np
     The tiles stand outermost, so that one call copies tile by tile; a call for each would fight for the interpreter's
     lock.
     """
-    width, count = len(columns), columns.shape[1] // _WORD
+    width, count = len(columns), columns.shape[1] // WORD
     tiles = width // math.gcd(width, _TILE_ROWS)
     words: npt.NDArray[np.int64] = workspace.array("words", (tiles, count, width // tiles), np.int64)
     np.copyto(words, columns.view(np.int64).reshape(tiles, width // tiles, count).transpose(0, 2, 1))
@@ -236,8 +144,8 @@ class _Block:
             out[:] = self.slab.values[:, self.columns].T
         else:
             tiles, words, width = self.words.shape
-            inside = self.words.view(np.int8).reshape(tiles, words, width, _WORD)
-            np.copyto(out.reshape(words, _WORD, tiles, width), inside.transpose(1, 3, 0, 2))
+            inside = self.words.view(np.int8).reshape(tiles, words, width, WORD)
+            np.copyto(out.reshape(words, WORD, tiles, width), inside.transpose(1, 3, 0, 2))
         return out
 
     def scales(self) -> Floats:
@@ -264,10 +172,10 @@ class _Block:
         floats = self.floats()
         limit = _LIMITS.get(self.tensor.type, _F16_MAX)
         if not self.slab.bound <= limit and not (largest := np.abs(floats).max(initial=0)) <= limit:
-            leaf = self.tensor.source.leaf
+            source = self.tensor.source
             advice = "" if np.isnan(largest) else ": use --type f32"
-            found = f"{leaf.path} has weights of {largest:.3g}"
-            raise CheckpointError(f"{leaf.file_name}: {found}, more than {self.tensor.type.name} can hold{advice}")
+            what = f"{source.where} has weights of {largest:.3g}"
+            raise CheckpointError(f"{source.file_name}: {what}, more than {self.tensor.type.name} can hold{advice}")
         return floats
 
     def exact_rows(self) -> npt.NDArray[np.bool_]:

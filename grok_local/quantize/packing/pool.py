@@ -9,23 +9,23 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from grok_local import units
 from grok_local.errors import OptionError
-from grok_local.quantize.layout.output_plan import Piece, Plan, piece_rows
+from grok_local.quantize.layout.output_plan import OutputPlan
+from grok_local.quantize.layout.pieces import Piece, piece_rows
 from grok_local.quantize.output.journal import Journal
 from grok_local.quantize.output.part_file import PartFile, aligned_empty
-from grok_local.quantize.packing.blocks import Slab, Workspace, pack_piece, read_slab, slab_bytes
+from grok_local.quantize.packing.blocks import Workspace, pack_piece
+from grok_local.quantize.packing.slabs import Slab, read_slab, slab_bytes
 
-__all__ = ["Budget", "Progress", "pack", "slabs", "source_stamp"]
+__all__ = ["Budget", "PackingRun", "Progress", "slab_runs"]
 
 # The interpreter, numpy, the tokenizer and the header of 131,072 pieces, measured 210 MB; the rest is the allocator's.
 _FIXED_MEMORY = 350_000_000
@@ -58,7 +58,7 @@ class Budget:
     piece: int
 
     @classmethod
-    def of(cls, memory: int, threads: int, plan: Plan) -> Budget:
+    def of(cls, memory: int, threads: int, plan: OutputPlan) -> Budget:
         """What fits into `memory` bytes: fewer threads if need be. Raises OptionError below the least that works."""
         tensors = plan.tensors
         piece = max(piece.nbytes for piece in plan.pieces)
@@ -75,31 +75,7 @@ class Budget:
         return cls(threads, min(slab, most), piece)
 
 
-def pack(
-    plan: Plan,
-    partials: list[Path],
-    journal: Journal,
-    *,
-    budget: Budget,
-    progress: Callable[[Progress], None] | None,
-) -> tuple[list[bytes], int]:
-    """Pack what the journal does not know yet. Returns the digests of all pieces, and how many were there already."""
-    with ExitStack() as stack:
-        paired = zip(partials, plan.parts, strict=True)
-        files = [stack.enter_context(PartFile(path, part.size)) for path, part in paired]
-        run = _Run(plan, files, journal, progress)
-        resumed = run.check(budget.threads)
-        run.pack(budget)
-    return [run.digests[piece.index] for piece in plan.pieces], resumed
-
-
-def source_stamp(piece: Piece) -> list[int]:
-    """Size and modification time of the piece's source: a file fetched again has another."""
-    stat = piece.tensor.source.path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def slabs(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
+def slab_runs(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
     """Runs of consecutive pieces of one matrix whose slab takes at most `limit` bytes (or a single piece's)."""
     run: list[Piece] = []
     for piece in pieces:
@@ -124,13 +100,13 @@ class _Load:
     left: int
 
 
-class _Run:
-    """What the threads of one run share."""
+class PackingRun:
+    """Packs a plan's pieces into `files`, one for each part, and writes down in the journal which are done."""
 
     def __init__(
-        self, plan: Plan, files: list[PartFile], journal: Journal, progress: Callable[[Progress], None] | None
+        self, plan: OutputPlan, files: Sequence[PartFile], journal: Journal, progress: Callable[[Progress], None] | None
     ) -> None:
-        self.digests: dict[int, bytes] = {}
+        self.digests: dict[int, bytes] = {}  # SHA-256 by piece index
         self._plan = plan
         self._files = files
         self._journal = journal
@@ -159,7 +135,7 @@ class _Run:
 
     def _check_piece(self, piece: Piece) -> bytes | None:
         entry = self._journal.entries[piece.index]
-        if entry.get("source") != source_stamp(piece):
+        if entry.get("source") != list(piece.tensor.source.stamp):
             return None
         memory = self._workspace.array("out", (piece.nbytes,), np.uint8)
         self._files[piece.tensor.part].read(memory, piece.offset)
@@ -176,7 +152,7 @@ class _Run:
         # The packers are left first, so that the writers get all they packed.
         with ThreadPoolExecutor(_WRITERS) as writers, ThreadPoolExecutor(budget.threads) as packers:
             try:
-                for pieces in slabs(pending, budget.slab):
+                for pieces in slab_runs(pending, budget.slab):
                     memory = self._slabs.get()
                     if self._failure:
                         break
@@ -195,9 +171,8 @@ class _Run:
         try:
             if self._failure:
                 raise self._failure
-            stamp = source_stamp(piece)
             packed = pack_piece(piece, load.slab, self._workspace, output)
-            writers.submit(self._store, piece, packed, hashlib.sha256(packed).digest(), stamp, output)
+            writers.submit(self._store, piece, packed, hashlib.sha256(packed).digest(), output)
         except BaseException as error:
             self._failure = self._failure or error
             self._outputs.put(output)
@@ -212,12 +187,11 @@ class _Run:
         piece: Piece,
         packed: npt.NDArray[np.uint8],
         digest: bytes,
-        stamp: list[int],
         output: npt.NDArray[np.uint8],
     ) -> None:
         try:
             self._files[piece.tensor.part].write(packed, piece.offset)
-            self._journal.record(piece, digest, stamp)
+            self._journal.record(piece, digest)
             with self._lock:
                 self.digests[piece.index] = digest
                 self._written += piece.nbytes

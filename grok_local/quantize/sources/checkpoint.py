@@ -1,41 +1,90 @@
-"""Opens a checkpoint in Grok-1's release format: finds its files, reads their headers, and lists all that is wrong.
-
-No payload is read here but for `fingerprint`, which samples every tensor.
-"""
+"""The seam between releases and packing: a checkpoint as tensors, and each tensor as the pieces of files it lies in."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from grok_local.errors import CheckpointError
-from grok_local.formats.pickles import Array, StoredTensor, read_pickle
-from grok_local.models import grok1
-from grok_local.models.grok1 import Kind
+from grok_local.models.release import Dimensions, Release, Target
 
-__all__ = ["Checkpoint", "SourceTensor", "fingerprint", "open_checkpoint", "read_scales"]
+__all__ = ["Checkpoint", "Scales", "Shard", "SourceTensor", "check_scales", "fingerprint", "read_scales"]
 
-_FILE_NAME = re.compile(r"tensor(\d{5,9})_000")
 _SAMPLE = 1 << 16  # bytes
 _SAMPLES = 16
-_NAMES = {"i1": "int8", "f4": "float32", "bf16": "bfloat16"}
+_ITEM_SIZES = {"i1": 1, "f4": 4}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a stored matrix, in C order, that lies at `offset` of a file: those rows and columns of the whole."""
+
+    path: Path
+    offset: int
+    rows: range
+    columns: range
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Bfloat16 scales [..., groups, columns] at `offset` of a file; each group is of as many rows of the matrix."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A leaf of the release and where its numbers lie."""
+    """A tensor of the release: what it becomes, and where its numbers lie.
 
-    leaf: grok1.Leaf
-    path: Path
-    stored: StoredTensor
+    `where` is what the release calls it, `role` the same within its layer. It has a matrix for each expert, each in one
+    or more shards; `transposed` matrices are stored [in, out]. `stamp` tells versions of its files apart, as they were
+    when they were listed.
+    """
+
+    target: Target
+    where: str
+    role: str
+    dtype: Literal["i1", "f4"]
+    transposed: bool
+    matrices: tuple[tuple[Shard, ...], ...]
+    scales: Scales | None
+    stamp: tuple[int, ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Its files."""
+        return tuple(dict.fromkeys(shard.path for matrix in self.matrices for shard in matrix))
+
+    @property
+    def file_name(self) -> str:
+        """Its first file's, for messages."""
+        return self.paths[0].name
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of a number."""
+        return _ITEM_SIZES[self.dtype]
+
+    @cached_property
+    def stored_shape(self) -> tuple[int, ...]:
+        """As the release has it."""
+        *outer, rows, columns = (1, *self.target.shape)
+        return (*outer, columns, rows)[1:] if self.transposed else self.target.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the numbers without their scales."""
+        return math.prod(self.target.shape) * self.item_size
 
 
 @dataclass(frozen=True)
@@ -43,244 +92,75 @@ class Checkpoint:
     """A checkpoint whose files are all there and fit together; `tensors` are in the release's order."""
 
     folder: Path
-    dimensions: grok1.Dimensions
+    release: Release
+    dimensions: Dimensions
     tensors: tuple[SourceTensor, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.path.stat().st_size for tensor in self.tensors)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Recognise the checkpoint in `path`, or in its folder ckpt-0 or ckpt. Raises CheckpointError listing every
-    problem.
-    """
-    folder = _find_folder(path)
-    files, problems = _list_files(folder)
-    stored: dict[int, StoredTensor] = {}
-    for index, file in files.items():
-        try:
-            stored[index] = _read(file)
-        except CheckpointError as error:
-            problems += error.problems
-    dims, expected = _expected(stored, files)
-    problems += _missing(expected, files) + _unexpected(expected, files)
-    if dims:
-        problems += _misshapen(dims, expected, stored)
-    if problems or dims is None:
-        raise CheckpointError(sorted(set(problems)) or f"{folder}: its shapes tell no dimensions")
-    tensors = tuple(SourceTensor(leaf, files[leaf.index], stored[leaf.index]) for leaf in expected.values())
-    return Checkpoint(folder, dims, tensors)
-
-
-def _find_folder(path: Path) -> Path:
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such folder")
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: not a folder; give the one that holds tensor00000_000, or its parent")
-    for folder in (path, path / "ckpt-0", path / "ckpt"):
-        if folder.is_dir() and any(_FILE_NAME.fullmatch(name) for name in _names(folder)):
-            return folder
-    raise CheckpointError(f"{path}: no Grok-1 checkpoint here: neither it nor its ckpt-0 or ckpt holds tensor00000_000")
-
-
-def _list_files(folder: Path) -> tuple[dict[int, Path], list[str]]:
-    files, problems = {}, []
-    for name in sorted(_names(folder)):
-        match = _FILE_NAME.fullmatch(name)
-        if match:
-            files[int(match[1])] = folder / name
-        elif re.fullmatch(r"tensor\d+_\d+", name):
-            problems.append(f"{name}: a tensor nobody expects; the release has none of this name")
-    return files, problems
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return [entry.name for entry in folder.iterdir()]
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error.strerror or error})") from None
-
-
-def _read(path: Path) -> StoredTensor:
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path.name}: not a file")
-        with path.open("rb") as file:
-            start = file.read(24)
-    except OSError as error:
-        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror or error})") from None
-    if not start:
-        raise CheckpointError(f"{path.name}: empty, fetch it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path.name}: a git-lfs pointer, not the tensor: run git lfs pull in its folder")
-    return read_pickle(path)
-
-
-def _expected(
-    stored: dict[int, StoredTensor], files: Iterable[int]
-) -> tuple[grok1.Dimensions | None, dict[int, grok1.Leaf]]:
-    """The dimensions most files agree on, and the leaves those call for, by index."""
-    layers = _count_layers(set(files))
-    votes = _vote(stored)
-    if votes and (votes["width"], votes["vocabulary"]) == (grok1.RELEASE.width, grok1.RELEASE.vocabulary):
-        layers = max(layers, grok1.RELEASE.layers)
-    dims = grok1.Dimensions(layers=layers, **votes) if votes else None
-    leaves = grok1.leaves(dims or grok1.Dimensions(layers, 1, 1, 1, 1, 1))
-    return dims, {leaf.index: leaf for leaf in leaves}
-
-
-def _count_layers(present: set[int]) -> int:
-    per_layer = grok1.LEAVES_PER_LAYER
-    guesses = [(len(present) - 2) // per_layer, (max(present) - 1) // per_layer]
-
-    def cost(layers: int) -> int:
-        known = 2 + per_layer * layers
-        inside = sum(index < known for index in present)
-        # Half-fetched checkpoints are more common than ones with tensors too many.
-        return (known - inside) + 3 * (len(present) - inside)
-
-    return min((max(n, 1) for guess in guesses for n in (guess, guess + 1)), key=cost)
-
-
-def _vote(stored: dict[int, StoredTensor]) -> dict[str, int] | None:
-    ballots: dict[str, Counter[int]] = {}
-    for index, tensor in stored.items():
-        for name, size in _dimensions_told_by(index, tensor.weight.shape):
-            ballots.setdefault(name, Counter())[size] += 1
-    if set(ballots) != {"width", "vocabulary", "experts", "expert_width", "kv_width"}:
-        return None
-    return {name: counter.most_common(1)[0][0] for name, counter in ballots.items()}
-
-
-def _dimensions_told_by(index: int, shape: tuple[int, ...]) -> list[tuple[str, int]]:
-    slot = (index - 2) % grok1.LEAVES_PER_LAYER if index >= 2 else index - 2
-    names: dict[int, tuple[str, ...]] = {
-        -2: ("vocabulary", "width"),
-        -1: ("width",),
-        0: ("experts", "width", "expert_width"),
-        1: ("experts", "expert_width", "width"),
-        2: ("experts", "width", "expert_width"),
-        3: ("width", "kv_width"),
-        6: ("width", "kv_width"),
-        **dict.fromkeys((7, 8, 9, 10), ("width",)),
-    }
-    dims = names.get(slot, ())
-    return list(zip(dims, shape, strict=True)) if len(dims) == len(shape) else []
-
-
-def _missing(expected: Iterable[int], files: dict[int, Path]) -> list[str]:
-    absent = [index for index in expected if index not in files]
-    problems = []
-    for _, run in itertools.groupby(enumerate(absent), lambda pair: pair[1] - pair[0]):
-        names = [f"tensor{index:05d}_000" for _, index in run]
-        if len(names) > 24:
-            problems.append(f"{names[0]} to {names[-1]}: {len(names)} files are missing")
-        else:
-            problems += [f"{name}: missing" for name in names]
-    return problems
-
-
-def _unexpected(expected: dict[int, grok1.Leaf], files: dict[int, Path]) -> list[str]:
-    layers = (len(expected) - 2) // grok1.LEAVES_PER_LAYER
-    return [
-        f"{path.name}: a tensor nobody expects; {layers} layers end with tensor{max(expected):05d}_000"
-        for index, path in files.items()
-        if index not in expected
-    ]
-
-
-def _misshapen(dims: grok1.Dimensions, expected: dict[int, grok1.Leaf], stored: dict[int, StoredTensor]) -> list[str]:
-    problems = _unrunnable(dims)
-    query_widths = {
-        stored[i].weight.shape[-1]
-        for i, leaf in expected.items()
-        if i in stored and leaf.gguf_name.endswith("attn_q.weight")
-    }
-    if len(query_widths) == 1 and dims.width not in query_widths:
-        width = query_widths.pop()
-        return [
-            *problems,
-            f"tensor00007_000: the query is {width} wide and the embedding {dims.width}: llama.cpp's graph for Grok "
-            "cannot run a model where they differ",
-        ]
-    for index, leaf in expected.items():
-        if index in stored:
-            problems += [f"{leaf.file_name}: {problem}" for problem in _misfit(leaf, stored[index])]
-    return problems
-
-
-def _unrunnable(dims: grok1.Dimensions) -> list[str]:
-    problems = []
-    if dims.width % grok1.HEAD_SIZE or dims.kv_width % grok1.HEAD_SIZE:
-        problems.append(f"width {dims.width} or key width {dims.kv_width} is no multiple of Grok-1's head size, 128")
-    elif dims.heads % dims.kv_heads:
-        problems.append(f"{dims.heads} query heads cannot share {dims.kv_heads} key heads evenly")
-    if dims.experts < grok1.CONSTANTS.experts_used:
-        problems.append(f"{dims.experts} expert: Grok-1 routes every token to 2")
-    return problems
-
-
-def _misfit(leaf: grok1.Leaf, stored: StoredTensor) -> Iterator[str]:
-    weight, scales = stored.weight, stored.scales
-    quantized = leaf.kind in (Kind.EXPERTS, Kind.ATTENTION)
-    if weight.shape != leaf.shape:
-        yield f"{leaf.path} has shape {list(weight.shape)} where {list(leaf.shape)} is due"
-    elif weight.dtype != ("i1" if quantized else "f4") or (scales is not None) != quantized:
-        due = "int8 with scales" if quantized else "plain float32"
-        yield f"{leaf.path} is {_NAMES[weight.dtype]}{' with scales' if scales else ''} where {due} is due"
-    elif scales and not _scales_fit(weight, scales):
-        yield f"{leaf.path} has {_NAMES[scales.dtype]} scales of shape {list(scales.shape)} for {list(weight.shape)}"
-
-
-def _scales_fit(weight: Array, scales: Array) -> bool:
-    *outer, rows, columns = weight.shape
-    *scales_outer, groups, scales_columns = scales.shape if len(scales.shape) >= 2 else (0, 0)
-    return (
-        scales.dtype == "bf16"
-        and (scales_outer, scales_columns) == (outer, columns)
-        and groups > 0
-        and rows % groups == 0
-    )
+        """Of all its files."""
+        return sum(path.stat().st_size for path in {path for tensor in self.tensors for path in tensor.paths})
 
 
 def read_scales(tensor: SourceTensor) -> npt.NDArray[np.float32]:
-    """The scales [..., G, N] as float32, which holds every bfloat16."""
-    scales = tensor.stored.scales
+    """The scales [..., G, N] as float32, which holds every bfloat16. Raises CheckpointError."""
+    scales = tensor.scales
     if scales is None:
-        raise AssertionError(f"{tensor.leaf.path} has no scales")
-    with tensor.path.open("rb") as file:
-        file.seek(scales.offset)
-        raw = np.frombuffer(file.read(scales.nbytes), np.uint16)
+        raise AssertionError(f"{tensor.where} has no scales")
+    raw = np.frombuffer(_read(scales.path, scales.offset, 2 * math.prod(scales.shape)), np.uint16)
     return (raw.astype(np.uint32) << 16).view(np.float32).reshape(scales.shape)
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError listing the tensors whose scales are not finite: nothing can be packed from those."""
+    problems = [
+        f"{tensor.file_name}: {tensor.where} has scales that are not finite"
+        for tensor in checkpoint.tensors
+        if tensor.scales and not np.isfinite(read_scales(tensor)).all()
+    ]
+    if problems:
+        raise CheckpointError(problems)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 over names, shapes, all scales, and up to 16 samples of 64 KiB of every tensor.
 
-    Tells checkpoints apart without reading 318 GB; `verify --against` reads them whole. Raises CheckpointError listing
-    the tensors whose scales are not finite, since nothing sensible can be packed from those.
+    It tells checkpoints apart without reading 318 GB; `verify --against` reads them whole. Raises CheckpointError.
     """
     digest = hashlib.sha256()
-    problems = []
     for tensor in checkpoint.tensors:
-        digest.update(f"{tensor.leaf.path} {tensor.stored.weight.shape} {tensor.stored.weight.dtype}\n".encode())
-        if tensor.stored.scales:
-            scales = read_scales(tensor)
-            digest.update(scales)
-            if not np.isfinite(scales).all():
-                problems.append(f"{tensor.path.name}: {tensor.leaf.path} has scales that are not finite")
+        digest.update(f"{tensor.where} {tensor.stored_shape} {tensor.dtype}\n".encode())
+        if tensor.scales:
+            digest.update(read_scales(tensor))
         for sample in _samples(tensor):
             digest.update(sample)
-    if problems:
-        raise CheckpointError(problems)
     return digest.hexdigest()
 
 
 def _samples(tensor: SourceTensor) -> Iterator[bytes]:
-    weight = tensor.stored.weight
-    with tensor.path.open("rb") as file:
-        step = max(weight.nbytes // _SAMPLES, _SAMPLE)
-        for start in range(0, weight.nbytes, step):
-            file.seek(weight.offset + start)
-            yield file.read(min(_SAMPLE, weight.nbytes - start))
+    step = max(tensor.nbytes // _SAMPLES, _SAMPLE)
+    for start in range(0, tensor.nbytes, step):
+        yield b"".join(_stored_bytes(tensor, start, min(start + _SAMPLE, tensor.nbytes)))
+
+
+def _stored_bytes(tensor: SourceTensor, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes from `start` to `stop` of all shards, one after the other."""
+    at = 0
+    for shard in (shard for matrix in tensor.matrices for shard in matrix):
+        size = len(shard.rows) * len(shard.columns) * tensor.item_size
+        first, last = max(start, at), min(stop, at + size)
+        if first < last:
+            yield _read(shard.path, shard.offset + first - at, last - first)
+        at += size
+
+
+def _read(path: Path, offset: int, nbytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(nbytes)
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror or error})") from None
+    if len(data) < nbytes:
+        raise CheckpointError(f"{path.name}: became shorter while it was read")
+    return data

@@ -31,6 +31,11 @@ class Tokenizer:
     types: tuple[int, ...]
     special: tuple[tuple[str, int], ...]  # ("bos", 1) and so on
 
+    @property
+    def size(self) -> int:
+        """The number of pieces."""
+        return len(self.pieces)
+
     def add_to(self, writer: GGUFWriter) -> None:
         """Write the vocabulary's keys."""
         writer.add_tokenizer_model("llama")

@@ -1,0 +1,130 @@
+"""Where an output goes, and in which state its files are: absent, unfinished, complete, or something else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from grok_local.errors import GGUFError, OutputError
+from grok_local.files import journal_of, partial_of, sync_folder
+from grok_local.formats.gguf_file import KEYS, read_header
+from grok_local.quantize.layout.output_plan import OutputPlan, Part
+from grok_local.quantize.output.journal import Journal
+from grok_local.quantize.output.part_file import PartFile
+from grok_local.units import format_bytes
+
+__all__ = ["Destination", "cannot_write", "missing_room"]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The files of an output planned for the name `target`.
+
+    Until they are complete they have other names. `fingerprint` tells the checkpoint's, which is asked for only when it
+    is needed: where a complete output seems to be there, and at the end.
+    """
+
+    target: Path
+    plan: OutputPlan
+    fingerprint: Callable[[], str]
+
+    @property
+    def finals(self) -> list[Path]:
+        """The files' names when they are complete."""
+        return [self.target.with_name(part.name) for part in self.plan.parts]
+
+    @property
+    def partials(self) -> list[Path]:
+        """Their names until then."""
+        return [partial_of(final) for final in self.finals]
+
+    def is_complete(self, *, force: bool) -> bool:
+        """Whether the output is there already. Raises OutputError if something else is, unless `force` is given."""
+        present = [final for final in self.finals if final.exists()]
+        if force or not present:
+            return False
+        held = [self._holds(final, part) for final, part in zip(self.finals, self.plan.parts, strict=True)]
+        if sum(held) < len(present):
+            raise OutputError(
+                f"{self.finals[0]}: exists, and is not what this command would write: choose another name with -o, "
+                "or replace it with --force"
+            )
+        return all(held)
+
+    def _holds(self, path: Path, part: Part) -> bool:
+        """Whether `path` is that part of the finished plan."""
+        try:
+            header = read_header(path)
+        except GGUFError:
+            return False
+        return header.size == part.size and header.metadata.get(KEYS.PLAN) == self.plan.digest(self.fingerprint())
+
+    @contextmanager
+    def unfinished(self, *, force: bool) -> Iterator[tuple[list[PartFile], Journal]]:
+        """The files to pack into, and the journal, for this process alone; what an earlier run left is kept unless
+        `force` is given. Raises OutputError, InUseError.
+        """
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        with Journal(journal_of(self.target), self.plan, force=force) as journal:
+            self._prepare(resumed=journal.resumed and not force)
+            try:
+                self._check_room()
+                with ExitStack() as stack:
+                    paired = zip(self.partials, self.plan.parts, strict=True)
+                    yield [stack.enter_context(PartFile(path, part.size)) for path, part in paired], journal
+            except BrokenPipeError:  # of whoever is shown the progress
+                raise
+            except OSError as error:
+                text = f"{cannot_write(error, self.target)}; what is packed so far is kept: run the same command again"
+                raise OutputError(text) from error
+            finally:
+                if journal.empty:  # nothing to go on from: leave nothing behind
+                    for partial in self.partials:
+                        partial.unlink(missing_ok=True)
+                    journal.finish()
+
+    def _prepare(self, *, resumed: bool) -> None:
+        """Leave only what the run may go on from: stray bytes of another would stay in the padding."""
+        for partial, final, part in zip(self.partials, self.finals, self.plan.parts, strict=True):
+            if not resumed:
+                partial.unlink(missing_ok=True)
+            elif not partial.exists() and final.exists() and self._holds(final, part):
+                final.rename(partial)  # killed between the parts' renames
+
+    def _check_room(self) -> None:
+        present = sum(partial.stat().st_blocks * 512 for partial in self.partials if partial.exists())
+        problems = missing_room(self.target, self.plan.nbytes - present)
+        if problems:
+            raise OutputError(problems)
+
+    def publish(self, files: list[PartFile], journal: Journal, digests: Mapping[int, bytes]) -> None:
+        """Write the headers, wait until everything is on the disk, then give the files their names."""
+        fingerprint = self.fingerprint()
+        for file, part in zip(files, self.plan.parts, strict=True):
+            file.write_header(self.plan.final_header(part, fingerprint, digests))
+        for partial, final in zip(self.partials, self.finals, strict=True):
+            partial.rename(final)
+        sync_folder(self.target.parent)
+        journal.finish()
+
+
+def missing_room(target: Path, needed: int) -> list[str]:
+    """What to say where the disk of `target` has not `needed` bytes free."""
+    folder = target.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed <= free:
+        return []
+    return [
+        f"{folder}: {format_bytes(needed - free)} of disk space are missing: {target.name} takes "
+        f"{format_bytes(needed)} more and {format_bytes(free)} are free; make room, or choose another disk with -o"
+    ]
+
+
+def cannot_write(error: OSError, target: Path) -> str:
+    """What to say of an error of the output's files."""
+    return f"{error.filename or target}: cannot be written ({error.strerror or error})"
