@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grok_local.quantize.verify import TensorCheck, VerifyReport
     from grok_local.runtime.text.reply import Stats
 
-__all__ = ["QUESTIONS", "Tour"]
+__all__ = ["Tour"]
 
 QUESTIONS = (
     "What is an expert?",

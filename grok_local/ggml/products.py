@@ -23,16 +23,7 @@ from grok_local.ggml.devices import BackendDevice, DeviceKind, buffer_name, buff
 from grok_local.ggml.libraries import open_library, prototype
 from grok_local.ggml.quants import bytes_per_row, quantize_rows
 
-__all__ = [
-    "Timing",
-    "Weights",
-    "can_multiply",
-    "decode_speed",
-    "largest_error",
-    "multiply",
-    "prompt_speed",
-    "random_weights",
-]
+__all__ = ["Weights", "can_multiply", "decode_speed", "largest_error", "multiply", "prompt_speed", "random_weights"]
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]

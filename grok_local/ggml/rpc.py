@@ -14,7 +14,7 @@ from grok_local.errors import ModelError, WorkerError
 from grok_local.ggml.devices import BackendDevice, backend_devices
 from grok_local.ggml.libraries import library_path, open_library, prototype
 
-__all__ = ["has_rpc", "register_worker", "require_rpc", "serve"]
+__all__ = ["register_worker", "require_rpc", "serve"]
 
 _P = ctypes.c_void_p
 

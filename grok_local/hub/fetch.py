@@ -20,7 +20,7 @@ from grok_local.hub.listing import Listing, RemoteFile, is_offline, list_release
 from grok_local.hub.reasons import is_disk_full, reason
 from grok_local.units import format_bytes
 
-__all__ = ["REPOSITORIES", "FetchProgress", "FetchReport", "fetch_release"]
+__all__ = ["FetchProgress", "FetchReport", "fetch_release"]
 
 REPOSITORIES = {"grok-1": "xai-org/grok-1"}
 FILES = 770  # of the release

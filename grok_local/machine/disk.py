@@ -13,7 +13,7 @@ from pathlib import Path
 from grok_local.files import DirectFile
 from grok_local.machine.kept import keep, kept, kept_path
 
-__all__ = ["disk_speed", "read_speed"]
+__all__ = ["disk_speed"]
 
 _SECONDS, _BYTES = 1.0, 1 << 30  # how long is read at most, and how much
 _BLOCK, _THREADS = 8 << 20, 4

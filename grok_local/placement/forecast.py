@@ -13,7 +13,7 @@ from grok_local.placement.plan import Plan
 from grok_local.placement.shape import Role, Weight
 from grok_local.placement.wishes import RAM
 
-__all__ = ["ASSUMED_DEVICE_SPEED", "Forecast", "Reading", "forecast"]
+__all__ = ["Forecast", "forecast"]
 
 ASSUMED_DEVICE_SPEED = 600e9  # bytes a second, of a GPU nobody measured: two thirds of a 24 GB card's nominal 936e9
 _UNKNOWN_DISK = 2e9  # bytes a second

@@ -9,7 +9,7 @@ from grok_local.errors import OptionError
 from grok_local.machine.facts import Device, Machine, Speeds
 from grok_local.units import parse_size
 
-__all__ = ["WhatIf", "described"]
+__all__ = ["described"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grok_local.runtime.text.model import Model
     from grok_local.runtime.text.reply import Reply, Stats
 
-__all__ = ["Repl", "experts_line", "interruptible", "stats_line"]
+__all__ = ["Repl", "interruptible", "stats_line"]
 
 _HELP = """/help           this list
 /reset          forget the conversation

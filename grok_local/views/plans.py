@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from grok_local.placement.plan import Plan, Share
     from grok_local.runtime.text.bench import BenchReport
 
-__all__ = ["bench_table", "describe_plan", "findings_table", "llama_options", "print_plan"]
+__all__ = ["bench_table", "describe_plan", "findings_table", "print_plan"]
 
 _BAR = 48
 _USUAL_BATCH = 512  # llama.cpp's

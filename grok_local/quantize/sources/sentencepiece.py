@@ -16,7 +16,7 @@ from gguf.constants import TokenType
 
 from grok_local.errors import TokenizerError
 
-__all__ = ["Tokenizer", "find_tokenizer", "read_tokenizer"]
+__all__ = ["find_tokenizer", "read_tokenizer"]
 
 _FILE_NAME = "tokenizer.model"
 _WHERE = "it is in the git repository github.com/xai-org/grok-1 (2,229,219 bytes); give it with --tokenizer FILE"

@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 
-__all__ = ["Buffer", "buffer_count", "buffers", "clear", "errors", "forget_buffers", "listen", "reason"]
+__all__ = ["buffer_count", "buffers", "clear", "errors", "forget_buffers", "listen", "reason"]
 
 _INFO, _ERROR = 2, 4  # enum ggml_log_level of ggml.h
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")

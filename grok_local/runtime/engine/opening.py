@@ -42,7 +42,7 @@ from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Tap
 from grok_local.units import format_bytes
 
-__all__ = ["Opened", "open_planned"]
+__all__ = ["open_planned"]
 
 _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")

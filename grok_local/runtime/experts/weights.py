@@ -11,7 +11,7 @@ from grok_local.placement.shape import EXPERTS
 from grok_local.runtime.experts.memory import HUGE, Region
 from grok_local.runtime.experts.reader import Reader, Ticket
 
-__all__ = ["Slices", "StreamedTensor", "dense_tensors", "expert_slices", "streamed_tensors"]
+__all__ = ["StreamedTensor", "dense_tensors", "expert_slices", "streamed_tensors"]
 
 _LAYER = re.compile(rf"blk\.(\d+)\.{EXPERTS}\.weight")
 # Bytes from which on what huge pages take beyond the end of a tensor, or beyond both ends of a slice, is little.

@@ -29,7 +29,7 @@ from grok_local.placement.load_options import LoadRequest
 from grok_local.runtime.engine import log
 from grok_local.runtime.engine.llama import LlamaEngine
 
-__all__ = ["FACTS", "INTERRUPT", "LOAD"]
+__all__ = ["INTERRUPT", "LOAD"]
 
 INTERRUPT = signal.SIGUSR1
 LOAD = "load"  # (request, devices of the workers); the answer is the engine's FACTS, by name

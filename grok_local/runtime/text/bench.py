@@ -16,7 +16,7 @@ from grok_local.machine.facts import Machine
 from grok_local.placement.forecast import forecast
 from grok_local.runtime.text.model import Model
 
-__all__ = ["BenchReport", "Measurement", "bench"]
+__all__ = ["BenchReport", "bench"]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from grok_local.runtime.text.reply import Reply
 if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Engine
 
-__all__ = ["DEFAULT_SYSTEM", "ChatForm", "ChatReply", "Conversation", "Message", "Template", "Transcript"]
+__all__ = ["DEFAULT_SYSTEM", "ChatReply", "Conversation", "Message", "Template", "Transcript"]
 
 Message: TypeAlias = Mapping[str, str]
 
