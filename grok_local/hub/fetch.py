@@ -18,11 +18,12 @@ from grok_local.files import JsonLines, locked
 from grok_local.hub.download import StopError, digest_is_right, download
 from grok_local.hub.listing import Listing, RemoteFile, is_offline, list_release
 from grok_local.hub.reasons import is_disk_full, reason
+from grok_local.models import grok1
 from grok_local.units import format_bytes
 
 __all__ = ["FetchProgress", "FetchReport", "fetch_release"]
 
-REPOSITORIES = {"grok-1": "xai-org/grok-1"}
+_REPOSITORIES = {grok1.RELEASE.name: grok1.RELEASE.hub}
 FILES = 770  # of the release
 SPARE = 1 << 30  # bytes of the disk that stay free
 _CONNECTIONS = 8
@@ -71,12 +72,12 @@ def fetch_release(
     Raises OptionError, FetchError (the hub refuses, a connection stays cut, a wrong hash, no space) or TokenizerError.
     """
     began = time.monotonic()
-    if name not in REPOSITORIES:
-        raise OptionError(f"no release {name!r} to pull: choose {', '.join(REPOSITORIES)}")
+    if name not in _REPOSITORIES:
+        raise OptionError(f"no release {name!r} to pull: choose {', '.join(_REPOSITORIES)}")
     if tokenizer is not None and not tokenizer.is_file():
         raise TokenizerError(f"{tokenizer}: no such tokenizer file")
     try:
-        listing = list_release(REPOSITORIES[name], folder / ".pull" / "listing.json")
+        listing = list_release(_REPOSITORIES[name], folder / ".pull" / "listing.json")
         with _alone(folder / ".pull"):
             run = _Run(listing, folder, progress)
             run.check_space()
