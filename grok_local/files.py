@@ -164,14 +164,15 @@ class JsonLines:
     def read(self) -> list[Any]:
         """The values of all whole lines, None for one that is no JSON.
 
-        A torn end is closed, so that what is appended stands on lines of its own.
+        A torn end is cut off: what was not a line once must not become one when something is appended.
         """
         os.lseek(self._fd, 0, os.SEEK_SET)
         with open(self._fd, "rb", closefd=False) as file:
             data = file.read()
-        if data and not data.endswith(b"\n"):
-            self._write(b"\n")
-        return [_parsed(line) for line in data.split(b"\n")[:-1]]
+        lines = data.split(b"\n")
+        if torn := lines.pop():
+            os.ftruncate(self._fd, len(data) - len(torn))
+        return [_parsed(line) for line in lines]
 
     def append(self, *values: Any) -> None:
         """Write a line for each of the values, all in one call: lines of several threads never mix."""

@@ -12,7 +12,13 @@ from pathlib import Path
 
 from grok_local.errors import ModelError
 
-__all__ = ["exit_on_abort", "library_path", "on_abort", "open_library", "prototype"]
+__all__ = ["InitParams", "exit_on_abort", "library_path", "on_abort", "open_library", "prototype"]
+
+
+class InitParams(ctypes.Structure):
+    """struct ggml_init_params. A function of a library has one prototype, so all that call it share this one."""
+
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
 def library_path(name: str) -> Path:

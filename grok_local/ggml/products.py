@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from grok_local.errors import ModelError
 from grok_local.ggml.devices import BackendDevice, DeviceKind, buffer_name, buffer_type, cpu_device
-from grok_local.ggml.libraries import open_library, prototype
+from grok_local.ggml.libraries import InitParams, open_library, prototype
 from grok_local.ggml.quants import bytes_per_row, quantize_rows
 
 __all__ = ["Weights", "can_multiply", "decode_speed", "largest_error", "multiply", "prompt_speed", "random_weights"]
@@ -45,12 +45,6 @@ _SLICE_SECONDS = 0.005  # what is timed at once takes at least so long, and star
 _QUANTILE = 0.05  # of those times
 
 
-class _InitParams(ctypes.Structure):
-    """struct ggml_init_params."""
-
-    _fields_ = [("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", _BOOL)]
-
-
 class _CPUTypeTraits(ctypes.Structure):
     """struct ggml_type_traits_cpu."""
 
@@ -60,7 +54,7 @@ class _CPUTypeTraits(ctypes.Structure):
 @cache
 def _base() -> ctypes.CDLL:
     lib = open_library("ggml-base")
-    prototype(lib, "ggml_init", _P, _InitParams)
+    prototype(lib, "ggml_init", _P, InitParams)
     prototype(lib, "ggml_free", None, _P)
     prototype(lib, "ggml_tensor_overhead", _SIZE)
     prototype(lib, "ggml_graph_overhead_custom", _SIZE, _SIZE, _BOOL)
@@ -353,7 +347,7 @@ def _context(products: int) -> Iterator[int]:
     """Room for so many products and, twice, their graphs."""
     base = _base()
     size = products * (_NODES * base.ggml_tensor_overhead() + 2 * base.ggml_graph_overhead_custom(_NODES, False))
-    context = base.ggml_init(_InitParams(size, None, True))
+    context = base.ggml_init(InitParams(size, None, True))
     try:
         yield context
     finally:

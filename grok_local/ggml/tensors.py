@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.ggml.libraries import open_library, prototype
+from grok_local.ggml.libraries import InitParams, open_library, prototype
 
 __all__ = [
     "TensorStruct",
@@ -51,16 +51,10 @@ class TensorStruct(ctypes.Structure):
     ]
 
 
-class _InitParams(ctypes.Structure):
-    """struct ggml_init_params."""
-
-    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool)]
-
-
 @cache
 def _base() -> ctypes.CDLL:
     lib = open_library("ggml-base")
-    prototype(lib, "ggml_init", _P, _InitParams)
+    prototype(lib, "ggml_init", _P, InitParams)
     prototype(lib, "ggml_free", None, _P)
     prototype(lib, "ggml_tensor_overhead", ctypes.c_size_t)
     prototype(lib, "ggml_new_tensor_2d", _P, _P, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -119,7 +113,7 @@ def move_data(tensor: int, address: int) -> None:
 def layout_is_known(struct: Any = TensorStruct) -> bool:
     """Whether struct ggml_tensor is laid out like `struct`: tried on tensors made for this, which nobody computes."""
     base = _base()
-    context = base.ggml_init(_InitParams(8 * (base.ggml_tensor_overhead() + 64), None, True))
+    context = base.ggml_init(InitParams(8 * (base.ggml_tensor_overhead() + 64), None, True))
     try:
         weights = base.ggml_new_tensor_3d(context, _F32, 32, 5, 3)
         inputs = base.ggml_new_tensor_3d(context, _F32, 32, 1, 7)
