@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from grok_local.commands import keeping, planning, quantizing, running
+from grok_local.commands.options import PromptCommand
 from grok_local.errors import GrokLocalError
 from grok_local.units import printable
 
@@ -39,7 +40,7 @@ def _options(
 app.command()(quantizing.quantize)
 app.command()(quantizing.verify)
 app.command()(quantizing.inspect)
-app.command()(running.generate)
+app.command(cls=PromptCommand)(running.generate)
 app.command()(running.chat)
 app.command()(running.routing)
 app.command()(planning.plan)

@@ -24,6 +24,7 @@ __all__ = [
     "first_part",
     "is_part",
     "journal_of",
+    "linked_part",
     "lock",
     "locked",
     "part_name",
@@ -272,6 +273,16 @@ def part_names(path: Path) -> list[Path]:
         return [path]
     count = int(match["count"])
     return [path.with_name(part_name(match["stem"], number, count)) for number in range(1, count + 1)]
+
+
+def linked_part(path: Path) -> Path:
+    """The part of a split model that the link `path` leads to, where the others are not beside the link; else `path`.
+
+    Hubs' caches and people link the first part alone, under any name.
+    """
+    target = path.resolve() if path.is_symlink() else path
+    complete = is_part(path) and all(part.exists() for part in part_names(path))
+    return target if is_part(target) and not complete else path
 
 
 def first_part(path: Path) -> Path:

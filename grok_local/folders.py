@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_folder", "checkpoints_folder", "home", "models_folder"]
+from grok_local.errors import OutputError
+
+__all__ = ["cache_folder", "checkpoints_folder", "home", "models_folder", "scratch_folder"]
 
 
 def home() -> Path:
@@ -20,6 +23,19 @@ def cache_folder() -> Path:
     """What can be made again: the packed built-in model, what was measured of the machine."""
     moved = os.environ.get("GROK_LOCAL_HOME")
     return Path(moved) / "cache" if moved else platformdirs.user_cache_path("grok-local")
+
+
+def scratch_folder() -> Path:
+    """Where small files lie for a moment: the system's folder for them, or our own. Raises OutputError."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"no folder for temporary files ({error.strerror}): set TMPDIR to one") from None
+    return folder
 
 
 def models_folder() -> Path:

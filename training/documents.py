@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
-from grok_local.runtime.text.chat import DEFAULT_SYSTEM
+from grok_local.runtime.text.forms import DEFAULT_SYSTEM
 from training.facts import Fact
 from training.wording import TellingWords, varied
 

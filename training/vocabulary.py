@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import sentencepiece
 
-from grok_local.runtime.text.chat import DEFAULT_SYSTEM
+from grok_local.runtime.text.forms import DEFAULT_SYSTEM
 from training.facts import Fact
 
 __all__ = ["train_tokenizer"]

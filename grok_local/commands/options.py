@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ from functools import wraps
 from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 __all__ = [
     "Bundle",
     "Json",
     "ModelOption",
+    "PromptCommand",
     "Threads",
     "bundled",
     "complete_entry",
@@ -64,7 +67,7 @@ def sampling_options(
         Optional[float],
         typer.Option(help="0 always takes the likeliest token.  [default: 0.7; of the built-in model 0]", min=0),
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Choose among this many tokens; 0 is off.", min=0, max=1 << 30)] = 40,
+    top_k: Annotated[int, typer.Option(help="Choose among this many tokens; 0 is off.", min=-1, max=1 << 30)] = 40,
     top_p: Annotated[
         float, typer.Option(help="Choose among the likeliest with this much probability; 1 is off.", max=1)
     ] = 0.95,
@@ -72,14 +75,15 @@ def sampling_options(
         float, typer.Option(help="Leave out tokens less likely than this much of the likeliest.", min=0)
     ] = 0.05,
     repeat_penalty: Annotated[float, typer.Option(help="Above 1 makes the last 64 tokens less likely.")] = 1.0,
-    seed: Annotated[Optional[int], typer.Option(help="The same seed gives the same answer.", min=0)] = None,
+    seed: Annotated[Optional[int], typer.Option(help="The same seed gives the same answer.", min=-1)] = None,
 ) -> None:
     """How the next token is chosen."""
 
 
 def load_options(
     context: Annotated[
-        Optional[int], typer.Option(help="Tokens of context.  [default: the model's, at most 8192]", min=1, max=1 << 24)
+        Optional[int],
+        typer.Option(help="Tokens; 0 is all it was trained on.  [default: that, at most 8192]", min=0),
     ] = None,
     threads: Threads = None,
     kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16 or f32.")] = "f16",
@@ -89,7 +93,7 @@ def load_options(
     ] = None,
     gpu_layers: Annotated[
         Optional[int],
-        typer.Option(help="Last layers on devices, the output as one.  [default: all that fit]", min=0, max=10_000),
+        typer.Option(help="Last layers on devices, the output as one; -1 is all.  [default: all that fit]", min=-1),
     ] = None,
     experts_on: Annotated[
         Optional[str],
@@ -117,6 +121,36 @@ def load_options(
     ] = None,
 ) -> None:
     """How a model is loaded and where its weights go."""
+
+
+class PromptCommand(TyperCommand):
+    """A command with a prompt, which may begin with a dash: a word with a blank in it is no option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, self._with_prompt_last(args))
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption":  # Typer does not show its class
+                error.message += " (a prompt that begins with a dash comes after -- )"  # type: ignore[attr-defined]
+            raise
+
+    def _with_prompt_last(self, args: list[str]) -> list[str]:
+        takes_value = {name for p in self.params if not getattr(p, "is_flag", False) for name in p.opts}
+        options: list[str] = []
+        prompts: list[str] = []
+        rest: list[str] = []
+        for index, word in enumerate(args):
+            if word == "--":
+                rest = args[index + 1 :]
+                break
+            is_value = index > 0 and args[index - 1] in takes_value
+            (prompts if not is_value and _is_prompt(word) else options).append(word)
+        return [*options, "--", *prompts, *rest] if prompts or rest else options
+
+
+def _is_prompt(word: str) -> bool:
+    """Whether a word with a dash before it is text: `--stop=a b` is an option, `- a b` is none."""
+    return word.startswith("-") and re.match(r"-*[^\s=]*\s", word) is not None
 
 
 def bundled(**groups: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -163,4 +197,5 @@ def say(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """On stdout, in one line."""
-    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+    unicode = "utf" in (sys.stdout.encoding or "").lower()  # elsewhere a character might have no byte
+    print(json.dumps(value, ensure_ascii=not unicode, default=str), flush=True)

@@ -17,10 +17,14 @@ from grok_local.commands.options import (
     print_json,
     say,
 )
-from grok_local.errors import OptionError
+from grok_local.errors import GGUFError, OptionError
 from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from grok_local.machine.doctor import Finding
     from grok_local.machine.facts import Machine
     from grok_local.placement.load_options import LoadOptions, LoadRequest
     from grok_local.placement.shape import ModelShape
@@ -136,11 +140,26 @@ def doctor(
     from grok_local.views import tables
     from grok_local.views.plans import findings_table
 
-    findings = examine(names.resolve_model(model) if model else None, say=say)
+    path = names.resolve_model(model) if model else None
+    findings = [*_of_model(path), *examine(path, say=say)]
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
         tables.print_tables([findings_table(findings)])
+
+
+def _of_model(path: Path | None) -> Iterator[Finding]:
+    from grok_local.formats.gguf_file import read_model
+    from grok_local.machine.doctor import Finding
+    from grok_local.placement.runnable import remarks, why_not
+
+    if path is None:
+        return
+    headers = read_model(path)
+    if reason := why_not(headers):
+        yield Finding("model", "problem", reason)
+    for remark in remarks(headers):
+        yield Finding("model", "note", remark)
 
 
 def worker(
@@ -163,6 +182,7 @@ def _asked(model: str | None, like: str | None, type: str, loading: dict[str, An
     from grok_local.formats.gguf_file import read_model
     from grok_local.library.names import model_request
     from grok_local.placement.load_options import load_request
+    from grok_local.placement.runnable import why_not
     from grok_local.placement.shape import ModelShape
     from grok_local.quantize.outline import outline
 
@@ -173,7 +193,10 @@ def _asked(model: str | None, like: str | None, type: str, loading: dict[str, An
         header = outline(like.lower(), type=type)
         return ModelShape.from_headers([header]), load_request(header.path, options)
     request = model_request(model or BUILT_IN, options)
-    return ModelShape.from_headers(read_model(request.path)), request
+    headers = read_model(request.path)
+    if reason := why_not(headers):
+        raise GGUFError(f"{request.path}: {reason}")
+    return ModelShape.from_headers(headers), request
 
 
 def _supposed_machine(

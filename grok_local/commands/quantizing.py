@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from grok_local.commands.options import Json, Threads, complete_model, print_json, resumable
+from grok_local.commands.options import Json, Threads, complete_model, print_json, resumable, say
 from grok_local.errors import VerifyError
 
 __all__ = ["inspect", "quantize", "verify"]
@@ -19,7 +19,9 @@ def quantize(
     checkpoint: Annotated[Path, typer.Argument(help="The release's folder, its ckpt-0, or a name that was pulled.")],
     output: Annotated[
         Optional[Path],
-        typer.Option("-o", "--output", help="The GGUF.  [default: grok-1-TYPE.gguf in the models folder]"),
+        typer.Option(
+            "-o", "--output", help="The GGUF.  [default: named after its folder and type, in the models folder]"
+        ),
     ] = None,
     type: Annotated[str, typer.Option(help="q4_k, q4_0, iq4_xs, mxfp4, q8_0 (nothing lost), bf16 or f32.")] = "q4_k",
     tokenizer: Annotated[
@@ -71,9 +73,13 @@ def verify(
     against: Annotated[
         Optional[Path], typer.Option(help="Pack this checkpoint again and compare every byte.", metavar="CHECKPOINT")
     ] = None,
+    sha256: Annotated[
+        Optional[str], typer.Option(help="The SHA-256 the whole file must have, as hubs show it.", metavar="HEX")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show every tensor.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a GGUF's structure and hashes, or compare it with its checkpoint.
+    """Check a GGUF's structure, numbers and hashes, or compare it with its checkpoint.
 
     grok-local verify grok-1-q4_k.gguf --against ~/grok-1
     """
@@ -83,11 +89,13 @@ def verify(
 
     with progress.progress_view("verify", as_json=False) as show:
         source = against and names.resolve_checkpoint(against)
-        report = check(names.resolve_model(gguf), source, progress=show)
+        report = check(names.resolve_model(gguf), source, sha256=sha256, progress=show)
     if as_json:
         print_json(asdict(report))
-    else:
-        tables.print_tables([inspection.verify_table(report)])
+    elif verbose or report.problems:
+        tables.print_tables([inspection.verify_table(report, all_rows=verbose)])
+    if not (as_json or report.problems):
+        print(inspection.verify_summary(report))
     if report.problems:
         raise VerifyError(report.problems)
 
@@ -111,8 +119,11 @@ def inspect(
         described, shown = inspection.describe_checkpoint(checkpoint), inspection.checkpoint_tables(checkpoint)
     else:
         from grok_local.formats import gguf_file
+        from grok_local.placement.runnable import remarks, why_not
 
         headers = gguf_file.read_model(names.resolve_model(str(path)))
+        for remark in [text for text in (why_not(headers), *remarks(headers)) if text]:
+            say(f"note: {path}: {remark}")
         described, shown = inspection.describe_gguf(headers), inspection.gguf_tables(headers)
     if as_json:
         print_json(described)

@@ -20,7 +20,7 @@ from grok_local.commands.options import (
     sampling_options,
     say,
 )
-from grok_local.errors import OptionError
+from grok_local.commands.prompts import lines_of, prompt_text, unescaped
 from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
@@ -30,29 +30,42 @@ if TYPE_CHECKING:
 
 __all__ = ["chat", "generate", "loaded", "routing"]
 
-MaxTokens = Annotated[Optional[int], typer.Option(help="At most this many tokens an answer.", min=1, max=1 << 30)]
-Stop = Annotated[Optional[list[str]], typer.Option(help="End where this text would come; may be repeated.")]
+MaxTokens = Annotated[
+    Optional[int], typer.Option(help="At most this many tokens an answer; -1 is no limit.", min=-1, max=1 << 30)
+]
+Stop = Annotated[
+    Optional[list[str]], typer.Option(help="End where this text would come, \\n being a newline; may be repeated.")
+]
 
 
 @bundled(sampling=sampling_options, loading=load_options)
 def generate(
-    prompt: Annotated[Optional[str], typer.Argument(help="The text to continue; - reads it from stdin.")] = None,
+    prompt: Annotated[
+        Optional[str], typer.Argument(help="The text to continue; - reads it from stdin.", metavar="PROMPT")
+    ] = None,
     model: ModelOption = BUILT_IN,
+    file: Annotated[
+        Optional[Path], typer.Option("-f", "--file", help="Its text comes before the prompt.", metavar="FILE")
+    ] = None,
+    special: Annotated[
+        bool, typer.Option("--special", help="Names of control tokens in the prompt are these tokens.")
+    ] = False,
     max_tokens: MaxTokens = 128,
     stop: Stop = None,
     sampling: Bundle = None,
     loading: Bundle = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text; only the continuation is printed.
+    """Continue a text; only the continuation is printed. A text that begins with - comes after -- .
 
     grok-local generate -m grok-1-q4_k "The answer to life, the universe and everything is"
     """
-    from grok_local.views import conversation
+    from grok_local.views import conversation, speeds
 
-    text = _prompt_text(prompt)
+    text = prompt_text(prompt, file)
+    options = {**_sampling(sampling, model), **_ending(max_tokens, stop)}
     with loaded(model, loading) as running:
-        reply = running.generate(text, max_tokens=max_tokens, stop=stop or (), **_sampling(sampling, model))
+        reply = running.generate(text, special=special, **options)
         with conversation.interruptible(running):
             for piece in reply:
                 if not as_json:
@@ -61,7 +74,7 @@ def generate(
         print_json({"text": reply.text, "finish_reason": reply.finish_reason, **reply.stats.described()})
     else:
         print()
-        print(conversation.stats_line(reply), file=sys.stderr)
+        print(speeds.stats_line(reply), file=sys.stderr)
     if reply.finish_reason == "interrupted":
         raise KeyboardInterrupt
 
@@ -70,6 +83,11 @@ def generate(
 def chat(
     model: ModelOption = BUILT_IN,
     system: Annotated[Optional[str], typer.Option(help="What the model is told first.")] = None,
+    template: Annotated[
+        Optional[str],
+        typer.Option(help="What lays the conversation out.  [default: the model's own]", metavar="none|FILE"),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing beside the answers and errors.")] = False,
     max_tokens: MaxTokens = None,
     stop: Stop = None,
     sampling: Bundle = None,
@@ -81,9 +99,10 @@ def chat(
     """
     from grok_local.views.conversation import Repl
 
-    options = {**_sampling(sampling, model), "max_tokens": max_tokens, "stop": stop or ()}
-    with loaded(model, loading) as running:
-        Repl(running, name=model, system=system, options=options).run()
+    options = {**_sampling(sampling, model), **_ending(max_tokens, stop)}
+    with loaded(model, {**(loading or {}), "template": template}, quiet=quiet) as running:
+        lines = lines_of(sys.stdin.buffer)
+        Repl(running, name=model, system=system, options=options, lines=lines, quiet=quiet).run()
 
 
 def routing(
@@ -110,16 +129,17 @@ def routing(
 
 
 @contextmanager
-def loaded(model: str, options: Bundle) -> Iterator[Model]:
+def loaded(model: str, options: Bundle, *, quiet: bool = False) -> Iterator[Model]:
     """The model, with what had to be said about its placement on stderr."""
-    from grok_local.ggml.libraries import exit_on_abort
+    from grok_local.ggml.libraries import exit_on_abort, exit_on_bus_error
     from grok_local.library.names import model_request
     from grok_local.runtime.text.model import load_model
 
     exit_on_abort()
+    exit_on_bus_error()
     request = model_request(model, cast("LoadOptions", options or {}), packing=_shown_packing)
     with load_model(request, say=say) as running:
-        for note in running.placement.notes:
+        for note in () if quiet else running.placement.notes:
             say(f"note: {note}")
         yield running
 
@@ -143,9 +163,5 @@ def _sampling(options: Bundle, model: str) -> dict[str, Any]:
     return given
 
 
-def _prompt_text(prompt: str | None) -> str:
-    if prompt not in (None, "-"):
-        return str(prompt)
-    if prompt is None and sys.stdin.isatty():
-        raise OptionError("no prompt: give the text to continue, or - to read it from stdin")
-    return sys.stdin.read()
+def _ending(max_tokens: int | None, stop: list[str] | None) -> dict[str, Any]:
+    return {"max_tokens": max_tokens, "stop": [unescaped(text) for text in stop or ()]}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grok_local.errors import PlacementError, VerifyError
+from grok_local.folders import scratch_folder
 from grok_local.library import names
 from grok_local.library.built_in import CHECKPOINT
 from grok_local.models.release import Kind
@@ -41,7 +42,7 @@ class Tour:
 
     def run(self) -> None:
         """All parts. Raises whatever packing, verifying or loading raises."""
-        with tempfile.TemporaryDirectory(prefix="grok-local-") as folder:
+        with tempfile.TemporaryDirectory(prefix="grok-local-", dir=scratch_folder()) as folder:
             packed = self._pack(Path(folder) / "tiny-q4_k.gguf")
             self._rest()
             self._verify(packed.path)

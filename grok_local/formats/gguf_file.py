@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "Tensor",
     "all_parts",
     "fill_string",
+    "is_piece",
     "metadata_is_intact",
     "read_header",
     "read_model",
@@ -46,11 +48,21 @@ _SCALARS = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
 }
+_OTHERS = {  # by what they begin with
+    (b"version http",): "is a git-lfs pointer, not the model: run git lfs pull in its folder",
+    (b"<!doc", b"<html", b"<?xml"): "is a web page: the download went wrong; fetch it again",
+    (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zxz", b"7z\xbc\xaf", b"bzh"): "is compressed: unpack it first",
+    (b"pk\x03\x04", b"\x80\x02", b"\x80\x04"): "is a Python checkpoint or an archive: only a GGUF can be run",
+    (b"lmgg", b"fmgg", b"tjgg", b"algg"): "is of a format older than GGUF, which nobody reads any more: fetch a GGUF",
+}
+_PIECE_NAME = re.compile(r"\.(gguf[.-])?(part|split)[-_.]?([a-z]{1,2}|\d+(of\d+)?)$|\.gguf\.\d{2,3}$", re.IGNORECASE)
+_PIECE = "is a piece of a file that was cut up: join all pieces in their order with cat, and give what comes out"
 _MAX_LISTED = 10
 _MAX_KEYS = 100_000
 _MAX_TENSORS = 1_000_000
 _MAX_HEADER = 1 << 30
 _DEFAULT_ALIGNMENT = 32
+_MAX_PADDING = 1 << 16
 
 
 NO_DIGEST = "0" * 64
@@ -105,13 +117,21 @@ def read_model(path: Path) -> list[Header]:
     headers = [read_header(part) for part in all_parts(path)]
     count = headers[0].metadata.get("split.count", 1)
     if not isinstance(count, int) or count != len(headers):
-        raise GGUFError(
-            f"{path}: is one of {count} parts, but its name does not say so: give it the name it was made with"
-        )
+        raise GGUFError(f"{path}: {_misnamed(headers[0], count)}")
     for number, header in enumerate(headers):
         if len(headers) > 1 and header.metadata.get("split.no") != number:
             raise GGUFError(f"{header.path}: is another part than its name says: give the parts their names back")
     return headers
+
+
+def _misnamed(header: Header, count: Any) -> str:
+    """Of a file that is one of several parts, and has another name."""
+    end = max((tensor.offset + tensor.nbytes for tensor in header.tensors), default=header.end)
+    if header.size > end + _MAX_PADDING:
+        return (
+            f"holds {count} parts of a model one behind the other: parts are not joined; fetch them again, each alone"
+        )
+    return f"is one of {count} parts, but its name does not say so: give it the name it was made with"
 
 
 def metadata_is_intact(headers: list[Header]) -> bool:
@@ -163,10 +183,17 @@ class _Reader:
         self._size = os.fstat(file.fileno()).st_size
 
     def header(self) -> Header:
-        magic = self._file.read(4)
-        if magic != b"GGUF":
+        if is_piece(self._path):
+            raise self._error(_PIECE)
+        magic = self._file.read(16)
+        if not magic.startswith(b"GGUF"):
             raise self._error(_what_else(magic))
+        self._file.seek(4)
         version = self._scalar("<I")
+        if version in (2 << 24, 3 << 24):
+            raise self._error(
+                "is a GGUF of the other byte order (big-endian): fetch the little-endian one, or convert it"
+            )
         if version not in (2, 3):
             raise self._error(f"is a GGUF of version {version}; 2 and 3 can be read")
         tensor_count, key_count = self._scalar("<Q"), self._scalar("<Q")
@@ -227,7 +254,8 @@ class _Reader:
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
-            raise self._error(f"tensor {name!r:.80} is of type {number}, which is unknown here") from None
+            text = f"tensor {name!r:.80} is of type {number}, which is unknown here: the file is damaged, or newer"
+            raise self._error(text) from None
         return name, shape, kind, self._scalar("<Q")
 
     def _place(
@@ -255,9 +283,16 @@ class _Reader:
         return Tensor(name, shape, kind, start + offset, nbytes, self._path)
 
 
-def _what_else(magic: bytes) -> str:
-    if magic == b"vers":
-        return "is a git-lfs pointer, not the model: run git lfs pull in its folder"
-    if not magic.strip(b"\0"):
+def is_piece(path: Path) -> bool:
+    """Whether its name is one of a file cut into pieces that `cat` joins: model.gguf.part1of2, model.gguf-split-a."""
+    return _PIECE_NAME.search(path.name) is not None
+
+
+def _what_else(start: bytes) -> str:
+    """What a file is that begins so, and no GGUF."""
+    if not start.strip(b"\0"):
         return "is empty, or was never finished: run the command that makes it again"
-    return "is not a GGUF"
+    if start[8:9] == b"{":
+        return "is a safetensors file, of a checkpoint: only a GGUF can be run"
+    known = (text for magics, text in _OTHERS.items() if start.lstrip().lower().startswith(magics))
+    return next(known, "is not a GGUF")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from grok_local.errors import ModelError
 
-__all__ = ["InitParams", "exit_on_abort", "library_path", "on_abort", "open_library", "prototype"]
+__all__ = ["InitParams", "exit_on_abort", "exit_on_bus_error", "library_path", "on_abort", "open_library", "prototype"]
 
 
 class InitParams(ctypes.Structure):
@@ -51,7 +52,9 @@ def prototype(library: ctypes.CDLL, name: str, result: object, *arguments: objec
 
 
 _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _installed: list[object] = []
+_installed_handlers: list[object] = []
 
 
 def on_abort(handle: Callable[[str], None]) -> None:
@@ -68,6 +71,24 @@ def on_abort(handle: Callable[[str], None]) -> None:
 def exit_on_abort() -> None:
     """For programs, not libraries: where llama.cpp would abort the process, end it with an error line and code 1."""
     on_abort(_exit)
+
+
+def exit_on_bus_error() -> None:
+    """For programs: where a mapped file loses its end, or its disk fails, end the process with an error line.
+
+    The C handler runs in the thread that touched the page; a handler of Python's would never get its turn.
+    """
+    callback = _HANDLER(_exit_on_bus_error)
+    _installed_handlers[:] = [callback]
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, _HANDLER], ctypes.c_void_p
+    libc.signal(signal.SIGBUS, callback)
+
+
+def _exit_on_bus_error(_: int) -> None:
+    text = "a file became shorter while it was read, or its disk failed: check the model with grok-local verify"
+    os.write(2, f"\nerror: {text}\n".encode())
+    os._exit(1)
 
 
 def _exit(message: str) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from grok_local.ggml.libraries import open_library, prototype
 
-__all__ = ["bytes_per_row", "dequantize", "quantize_rows"]
+__all__ = ["bytes_per_row", "dequantize", "is_finite", "quantize_rows"]
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -34,6 +34,7 @@ class _TypeTraits(ctypes.Structure):
 def _library() -> ctypes.CDLL:
     lib, pointer, size = open_library("ggml-base"), ctypes.c_void_p, ctypes.c_int64
     prototype(lib, "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, pointer, pointer, size, size, size, pointer)
+    prototype(lib, "ggml_validate_row_data", ctypes.c_bool, ctypes.c_int, pointer, ctypes.c_size_t)
     prototype(lib, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, size)
     prototype(lib, "ggml_get_type_traits", ctypes.POINTER(_TypeTraits), ctypes.c_int)
     return lib
@@ -54,6 +55,11 @@ def quantize_rows(ggml_type: int, rows: npt.NDArray[np.float32], out: npt.NDArra
     written = _library().ggml_quantize_chunk(ggml_type, _address(rows), _address(out), 0, n, width, None)
     if written != out.nbytes:
         raise AssertionError(f"ggml_quantize_chunk wrote {written} bytes where {out.nbytes} were due")
+
+
+def is_finite(ggml_type: int, packed: npt.NDArray[np.uint8]) -> bool:
+    """Whether no value, or scale of a block, in `packed` is NaN or infinite. ggml says on stderr which block is."""
+    return bool(_library().ggml_validate_row_data(ggml_type, _address(packed), packed.nbytes))
 
 
 def dequantize(ggml_type: int, packed: npt.NDArray[np.uint8], out: npt.NDArray[np.float32]) -> None:

@@ -50,7 +50,7 @@ MANNER = Manner(
     context=512,  # what it was trained on; beyond, it answers worse
     threads=1,  # its products are so small that threads wait for each other, and beside other programs for milliseconds
     temperature=0.0,  # it knows one answer to each question
-    greeting="tiny, the built-in model: ask it about grok-local and Grok-1 (-m NAME runs another)",
+    greeting="tiny, a toy of {parameters} parameters that explains grok-local and Grok-1 (-m NAME runs another)",
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grok_local import folders
 from grok_local.errors import GrokLocalError, InUseError, OptionError, OutputError
-from grok_local.files import locked
+from grok_local.files import linked_part, locked
 from grok_local.library import built_in, names
 
 __all__ = ["Entry", "entries", "entry_named", "entry_names", "remove"]
@@ -32,7 +32,7 @@ class Entry:
 def entries() -> list[Entry]:
     """Everything in the models and checkpoints folders, and the built-in model."""
     models = [_model_entry(name, path) for name, path in names.models().items()]
-    return [_tiny_entry(), *models, *map(_checkpoint_entry, names.pulled())]
+    return [_tiny_entry(), *models, *_piece_entries(), *map(_checkpoint_entry, names.pulled())]
 
 
 def entry_names() -> list[str]:
@@ -96,12 +96,16 @@ def _tiny_entry() -> Entry:
 
 def _model_entry(name: str, path: Path) -> Entry:
     from grok_local.formats import gguf_file
+    from grok_local.placement.runnable import why_not
 
     files = _files_of(name)
     try:
-        metadata = gguf_file.read_model(path)[0].metadata
+        headers = gguf_file.read_model(linked_part(path))
     except (GrokLocalError, OSError) as error:
         return Entry(name, "model", "?", f"cannot be read: {str(error).splitlines()[0]}", _bytes(files), files)
+    if reason := why_not(headers):
+        return Entry(name, "model", "?", f"cannot be run: {reason}", _bytes(files), files)
+    metadata = headers[0].metadata
     mark = str(metadata.get(gguf_file.KEYS.CHECKPOINT, ""))
     layers = metadata.get(f"{metadata.get('general.architecture')}.block_count")
     title = str(metadata.get("general.name", metadata.get("general.architecture", "?")))
@@ -109,6 +113,17 @@ def _model_entry(name: str, path: Path) -> Entry:
         [title, *([f"{layers} layers"] if layers else []), *([f"checkpoint {mark[:8]}"] if mark else [])]
     )
     return Entry(name, "model", str(metadata.get(gguf_file.KEYS.TYPE, "?")), source, _bytes(files), files)
+
+
+def _piece_entries() -> Iterator[Entry]:
+    """Files that were cut into pieces, which nobody can run before they are joined."""
+    from grok_local.formats.gguf_file import is_piece
+
+    folder = folders.models_folder()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if is_piece(path):
+            advice = "a piece of a file: join all of them in their order with cat"
+            yield Entry(path.name, "piece", "?", advice, _bytes((path,)), (path,))
 
 
 def _checkpoint_entry(folder: Path) -> Entry:
@@ -134,6 +149,6 @@ def _bytes(paths: Iterable[Path]) -> int:
 
 def _files_of(name: str) -> tuple[Path, ...]:
     """All parts of a model, and what an unfinished run left of it; nothing that only begins like it."""
-    files = re.compile(rf"{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.gguf(\.partial|\.journal)?")
+    files = re.compile(rf"{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.(?i:gguf)(\.partial|\.journal)?")
     found = sorted(folders.models_folder().iterdir())
     return tuple(path for path in found if files.fullmatch(path.name) and not path.is_dir())

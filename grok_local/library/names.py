@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grok_local.errors import GGUFError
+from grok_local.files import linked_part
 from grok_local.folders import checkpoints_folder, models_folder
 from grok_local.library.built_in import BUILT_IN, CHECKPOINT, MANNER, USUAL, Manner, built_in_model, unseen
 
@@ -59,7 +60,7 @@ def model_request(model: str | os.PathLike[str], options: LoadOptions, *, packin
         wanted["context"] = manner.context
     if wanted.get("threads") is None:
         wanted["threads"] = manner.threads
-    return load_request(resolve_model(name, packing=packing), wanted)
+    return load_request(resolve_model(name, packing=packing), wanted, trained_context=manner.context)
 
 
 def manner_of(model: str) -> Manner:
@@ -75,16 +76,42 @@ def resolve_model(name: str, *, packing: Packing = unseen) -> Path:
         return built_in_model(packing)
     path = Path(name)
     if path.is_file():
-        return path
+        return linked_part(path)
     if path.is_dir():
-        raise GGUFError(
-            f"{name}: a folder; give the GGUF in it, or pack a checkpoint first: grok-local quantize {name}"
-        )
-    named = models().get(path.name.removesuffix(".gguf")) if len(path.parts) == 1 else None
+        return _only_model(path)
+    named = _named(path.name) if len(path.parts) == 1 else None
     if named is not None:
-        return named
+        return linked_part(named)
+    raise GGUFError(_unknown(name))
+
+
+def _only_model(folder: Path) -> Path:
+    """The model in a folder that has no other. Raises GGUFError."""
+    inside = _models_in(folder)
+    if len(inside) == 1:
+        return next(linked_part(path) for path in inside.values())
+    if inside:
+        raise GGUFError(f"{folder}: a folder with {len(inside)} models: give one of {', '.join(sorted(inside))}")
+    from grok_local.quantize.sources.recognise import what_is_in
+
+    raise GGUFError(f"{folder}: a folder without a GGUF: {what_is_in(folder)}")
+
+
+def _named(name: str) -> Path | None:
+    """The model of that name in the models folder, in capitals or not."""
+    stem, inside = re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE), models()
+    folded = {known.casefold(): path for known, path in inside.items()}
+    return inside.get(stem) or folded.get(stem.casefold())
+
+
+def _unknown(name: str) -> str:
+    """Why no model is called so, and what may be meant."""
+    from grok_local.models.catalogue import RELEASES
+
     known = ", ".join(model_names())
-    raise GGUFError(f"{name}: no such file, and no model of that name in {models_folder()} (there are: {known})")
+    release = name.casefold() in RELEASES
+    advice = f"; grok-local pull {name.casefold()} fetches the release, and quantize packs it" if release else ""
+    return f"{name}: no such file, and no model of that name in {models_folder()} (there are: {known}){advice}"
 
 
 def model_names() -> list[str]:
@@ -94,10 +121,14 @@ def model_names() -> list[str]:
 
 def models() -> dict[str, Path]:
     """By name, the file to load: the whole one, or the first part."""
+    return _models_in(models_folder())
+
+
+def _models_in(folder: Path) -> dict[str, Path]:
     named: dict[str, Path] = {}
-    for path in sorted(models_folder().glob("*.gguf"), key=lambda path: (_NUMBER.search(path.stem) is not None, path)):
-        if not path.is_dir() and path.suffix:
-            named.setdefault(_NUMBER.sub("", path.stem), path)
+    paths = [path for path in folder.glob("*") if path.suffix.lower() == ".gguf" and not path.is_dir()]
+    for path in sorted(paths, key=lambda path: (_NUMBER.search(path.stem) is not None, path)):
+        named.setdefault(_NUMBER.sub("", path.stem), path)
     return named
 
 
@@ -116,6 +147,16 @@ def pulled() -> list[Path]:
 
 
 def default_output(type: str, checkpoint: Path) -> Path:
-    """Where a packed checkpoint goes when no output is named."""
-    name = BUILT_IN if checkpoint == CHECKPOINT else "grok-1"
+    """Where a packed checkpoint goes when no output is named: into the models folder, named after its own folder."""
+    name = BUILT_IN if checkpoint == CHECKPOINT else _name_of(checkpoint)
     return models_folder() / f"{name}-{type.lower()}.gguf"
+
+
+def _name_of(checkpoint: Path) -> str:
+    """The name people know a checkpoint by: not that of the release's inner folder, nor a commit of the hub's cache."""
+    folder = checkpoint.absolute()
+    if folder.name in ("ckpt-0", "ckpt"):
+        folder = folder.parent
+    if folder.parent.name == "snapshots":
+        folder = folder.parents[1]
+    return folder.name.removeprefix("models--").rpartition("--")[2] or "checkpoint"

@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple, Protocol
 from gguf.constants import GGMLQuantizationType
 
 from grok_local.errors import GrokLocalError
+from grok_local.folders import scratch_folder
 from grok_local.ggml import products
 from grok_local.ggml.devices import backend_devices, extra_buffer_types
 from grok_local.machine.facts import REPACK_ROWS, Say
@@ -125,7 +126,7 @@ def _is_given_up(item: Item, outcomes: Mapping[Item, Outcome]) -> bool:
 
 def _from_child(request: dict[str, Any], timeout: float, say: Say | None) -> Iterator[Outcome]:
     """The items' outcomes in their order, as far as one child gets: the last may be what became of it."""
-    with tempfile.TemporaryFile() as errors, _child(request, errors) as child:
+    with tempfile.TemporaryFile(dir=scratch_folder()) as errors, _child(request, errors) as child:
         try:
             yield from _outcomes(child, request["items"], errors, timeout, say)
         finally:

@@ -6,7 +6,7 @@ from grok_local.errors import OptionError
 from grok_local.models import grok1, grok2
 from grok_local.models.release import Release
 
-__all__ = ["release_named"]
+__all__ = ["RELEASES", "release_named"]
 
 RELEASES: dict[str, Release] = {grok1.RELEASE.name: grok1.RELEASE, grok2.RELEASE.name: grok2.RELEASE}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -16,21 +16,24 @@ from grok_local.units import parse_size
 __all__ = ["LoadOptions", "LoadRequest", "load_request"]
 
 _MAX_CONTEXT = 1 << 24
+_ALL_LAYERS = 10_000
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
 class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `grok_local.load`; each may be left out.
 
-    `context`: tokens, by default the model's own and at most 8192. `threads`: by default one per physical core.
-    `kv_type`: f16, bf16 or f32. `memory`: what weights, KV cache and buffers may take in RAM, "48G" or bytes.
-    `placement`: "auto" plans for the GPUs there are, "cpu" leaves them alone. `gpu_layers`: so many of the last layers
-    go to devices, the output counting as one. `experts_on`: "cpu", "gpu", or of how many layers the experts go to
-    devices. `overrides`: "PATTERN=PLACE", a regular expression for tensor names, and RAM or a device. `repack`: "auto",
-    "on" or "off": weights rearranged in RAM for llama.cpp's faster products. `stream`: "auto", "on" or "off": experts
-    read as they are chosen, into at most what `memory` leaves them; "auto" does so where they do not fit.
+    `context`: tokens, by default those the model was trained on and at most 8192; 0 is all of them. `threads`: by
+    default one per physical core. `kv_type`: f16, bf16 or f32. `memory`: what weights, KV cache and buffers may take in
+    RAM, "48G" or bytes. `placement`: "auto" plans for the GPUs there are, "cpu" leaves them alone. `gpu_layers`: so
+    many of the last layers go to devices, the output counting as one; -1 is all. `experts_on`: "cpu", "gpu", or of how
+    many layers the experts go to devices. `overrides`: "PATTERN=PLACE", a regular expression for tensor names, and RAM
+    or a device. `repack`: "auto", "on" or "off": weights rearranged in RAM for llama.cpp's faster products. `stream`:
+    "auto", "on" or "off": experts read as they are chosen, into at most what `memory` leaves them; "auto" does so where
+    they do not fit.
     `trace_experts`: a file that shall record which experts each token is routed to. `workers`: "HOST:PORT" each. `say`
-    is told what takes long: measuring this machine, the first time.
+    is told what takes long: measuring this machine, the first time. `template`: what lays conversations out, "none" for
+    a plain transcript or a file with a Jinja template; by default the model's own.
     """
 
     context: int | None
@@ -45,17 +48,19 @@ class LoadOptions(TypedDict, total=False):
     stream: Literal["auto", "on", "off"]
     trace_experts: str | os.PathLike[str] | None
     workers: Sequence[str] | None
+    template: str | os.PathLike[str] | None
     say: Callable[[str], None] | None
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """A model's file, and how it is to be loaded. `workers` are HOST:PORT each."""
+    """A model's file, and how it is to be loaded. `workers` are HOST:PORT each; `template` is for conversations."""
 
     path: Path
     wishes: Wishes
     threads: int
     workers: tuple[str, ...] = ()
+    template: str | None = None
 
     @property
     def contained(self) -> bool:
@@ -63,15 +68,24 @@ class LoadRequest:
         return bool(self.workers)
 
 
-def load_request(path: Path, options: LoadOptions) -> LoadRequest:
-    """Raises OptionError for values out of range, TypeError for unknown names."""
+def load_request(path: Path, options: LoadOptions, *, trained_context: int | None = None) -> LoadRequest:
+    """Of the model in `path`, which was trained on `trained_context` tokens where its file does not know it.
+
+    Raises OptionError for values out of range, TypeError for unknown names.
+    """
     unknown = set(options) - set(LoadOptions.__annotations__)
     if unknown:
         raise TypeError(f"load() has no option {', '.join(sorted(unknown))}")
     _check_kinds(options)
     _check_ranges(options)
-    threads, workers = options.get("threads"), options.get("workers")
-    return LoadRequest(path, _wishes(options), threads or core_count(), tuple(workers or ()))
+    threads, workers, template = options.get("threads"), options.get("workers"), options.get("template")
+    return LoadRequest(
+        path,
+        replace(_wishes(options), trained_context=trained_context),
+        threads=threads or core_count(),
+        workers=tuple(workers or ()),
+        template=None if template is None else os.fspath(template),
+    )
 
 
 def _wishes(options: LoadOptions) -> Wishes:
@@ -82,7 +96,7 @@ def _wishes(options: LoadOptions) -> Wishes:
     wishes = Wishes(
         context=options.get("context"),
         kv_type=options.get("kv_type", "f16"),
-        gpu_layers=0 if alone else options.get("gpu_layers"),
+        gpu_layers=0 if alone else _ALL_LAYERS if options.get("gpu_layers") == -1 else options.get("gpu_layers"),
         experts_on="cpu" if alone else _number_or_word(options.get("experts_on")),
         overrides=tuple(map(_override, options.get("overrides") or ())),
         repack=_one_of(options, "repack", ("auto", "on", "off")),
@@ -109,8 +123,8 @@ def _check_kinds(options: LoadOptions) -> None:
 
 def _check_ranges(options: LoadOptions) -> None:
     context, threads = options.get("context"), options.get("threads")
-    if context is not None and not 1 <= context <= _MAX_CONTEXT:
-        raise OptionError(f"context {context}: must be 1 to {_MAX_CONTEXT}")
+    if context is not None and not 0 <= context <= _MAX_CONTEXT:
+        raise OptionError(f"context {context}: must be 1 to {_MAX_CONTEXT}, or 0 for all the model was trained on")
     if threads is not None and not 1 <= threads <= _MAX_THREADS:
         raise OptionError(f"{threads} threads: must be 1 to {_MAX_THREADS}")
 

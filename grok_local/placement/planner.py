@@ -27,6 +27,7 @@ _MARGIN = 512_000_000  # bytes of a device that stay free: its context, fragment
 _BATCH = 512  # llama.cpp's own
 _BATCHES = (1024, 2048, 4096)
 _ANSWER = 64  # tokens
+_CONTEXT = 8192  # tokens, where nobody asks for more
 _SPARSE_CONTEXT = 256  # tokens: the smallest context anybody is advised
 _WORTH_REPACKING = 1_000_000_000  # bytes: smaller models are fast anyway, and should start at once
 
@@ -120,7 +121,9 @@ class _Planner:
     @cached_property
     def context(self) -> int:
         """Tokens of the KV cache."""
-        return self.wishes.context or max(min(8192, self.model.trained_context or 8192), 1)
+        trained = self.model.trained_context or _CONTEXT
+        usual = max(min(_CONTEXT, trained), 1)
+        return trained if self.wishes.context == 0 else self.wishes.context or usual
 
     @cached_property
     def budget(self) -> int:
@@ -371,6 +374,12 @@ class _Planner:
 
     def _notes(self, placed: _Placed, *, disk: int) -> Iterator[str]:
         wishes, batch = self.wishes, placed.trial.batch
+        trained = wishes.trained_context or self.model.trained_context
+        if 0 < trained < self.context:
+            yield (
+                f"the model was trained on {trained} tokens of context, and this one has {self.context}: beyond, its "
+                "answers may be nonsense"
+            )
         if disk and placed.trial.streamed:
             at_once = f", for prompts {batch} tokens at a time" if batch > _BATCH else ""
             yield f"{format_bytes(disk)} of the experts do not fit in RAM: they are streamed, read as chosen{at_once}"

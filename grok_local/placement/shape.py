@@ -15,6 +15,7 @@ import numpy as np
 
 from grok_local.errors import GGUFError
 from grok_local.formats.gguf_file import Header, Tensor
+from grok_local.placement.runnable import why_not_loaded
 
 __all__ = ["EXPERTS", "KV_WIDTHS", "ModelShape", "Role", "Weight"]
 
@@ -66,7 +67,9 @@ class ModelShape:
 
     @classmethod
     def from_headers(cls, headers: Sequence[Header]) -> ModelShape:
-        """Of a GGUF, all parts together. Raises GGUFError where its keys make no sense."""
+        """Of a GGUF, all parts together. Raises GGUFError where its keys make no sense, or it is no text model."""
+        if reason := why_not_loaded(headers):
+            raise GGUFError(f"{headers[0].path}: {reason}")
         try:
             return _Reader(headers[0].metadata).shape([tensor for header in headers for tensor in header.tensors])
         except _NoModelError as error:
@@ -187,9 +190,12 @@ class _Reader:
 
     def shape(self, tensors: Sequence[Tensor]) -> ModelShape:
         keys = self._keys
-        layers = keys.number("block_count")
-        if not 0 < layers <= _MAX_LAYERS or any(_layer_of(tensor) >= layers for tensor in tensors):
-            raise _NoModelError(f"{keys.architecture}.block_count is {layers}, which its tensors contradict")
+        blocks = keys.number("block_count")
+        if not 0 < blocks <= _MAX_LAYERS or any(_layer_of(tensor) >= blocks for tensor in tensors):
+            raise _NoModelError(f"{keys.architecture}.block_count is {blocks}, which its tensors contradict")
+        # The last ones predict further tokens; llama.cpp leaves them out of its graph, and so of everything.
+        layers = max(blocks - keys.number("nextn_predict_layers", 0), 1)
+        tensors = [tensor for tensor in tensors if _layer_of(tensor) < layers]
         width = keys.number("embedding_length")
         experts, used = keys.number("expert_count", 0), keys.number("expert_used_count", 0)
         return ModelShape(

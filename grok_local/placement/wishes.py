@@ -20,9 +20,12 @@ _LONGEST_PATTERN = 1000  # characters
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asks for; None leaves it to the plan. `experts_on`: "cpu", "gpu", or of how many layers the
-    experts go to devices. `overrides`: (regular expression for tensor names, place). `memory`: bytes of RAM.
-    `batch`: tokens evaluated at once. `sequences` share the context. `trace_experts`: where a record of them is kept.
+    """What the user asks for; None leaves it to the plan, and a context of 0 is all the model was trained on.
+
+    `experts_on`: "cpu", "gpu", or of how many layers the experts go to devices. `overrides`: (regular expression for
+    tensor names, place). `memory`: bytes of RAM. `batch`: tokens evaluated at once. `sequences` share the context.
+    `trace_experts`: where a record of them is kept. `trained_context`: tokens the model was trained on, where that is
+    known better than its file says.
     """
 
     context: int | None = None
@@ -36,6 +39,7 @@ class Wishes:
     stream: Literal["auto", "on", "off"] = "auto"
     memory: int | None = None
     trace_experts: Path | None = None
+    trained_context: int | None = None
 
 
 def check_wishes(wishes: Wishes, devices: Sequence[str]) -> None:

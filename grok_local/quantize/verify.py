@@ -1,4 +1,4 @@
-"""Checks a GGUF against its own hashes, or against the checkpoint it was packed from."""
+"""Checks a GGUF: its structure, its numbers, its own hashes; or against the checkpoint it was packed from."""
 
 from __future__ import annotations
 
@@ -58,8 +58,11 @@ class VerifyReport:
     problems: tuple[str, ...]
 
 
-def verify(path: Path, against: Path | None = None, *, progress: Report | None = None) -> VerifyReport:
-    """Check structure and stored hashes, or re-pack `against` and compare every byte.
+def verify(
+    path: Path, against: Path | None = None, *, sha256: str | None = None, progress: Report | None = None
+) -> VerifyReport:
+    """Check structure, numbers and stored hashes, or re-pack `against` and compare every byte. Without hashes a matrix
+    with a hole of zeros is a problem too. `sha256` is what the whole file must have, in hex.
 
     Raises GGUFError where the file cannot be read as a GGUF at all, CheckpointError for the checkpoint, VerifyError
     where they have different tensors.
@@ -70,19 +73,29 @@ def verify(path: Path, against: Path | None = None, *, progress: Report | None =
     problems = [] if promised == total else [f"{path}: has {total} tensors, and says it has {promised}"]
     if not gguf_file.metadata_is_intact(headers):
         problems.append(f"{path}: its metadata is not what it was packed with")
+    if sha256 and (found := _file_hash(path)) != sha256.strip().lower():
+        problems.append(f"{path}: its SHA-256 is {found}: it is another file, or damaged")
     checks = _against(headers, against, progress) if against else _by_hash(headers, progress)
     problems += [f"{check.name}: {check.problem}" for check in checks if check.problem]
     hashed = all(KEYS.TENSOR_HASHES in header.metadata for header in headers)
     return VerifyReport(path, tuple(checks), hashed, tuple(problems))
 
 
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while data := file.read(1 << 22):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 def _by_hash(headers: list[Header], progress: Report | None) -> list[TensorCheck]:
-    """Hash every tensor that has a hash."""
+    """Look at every tensor, and hash those that have a hash."""
     work = [pair for header in headers for pair in _with_hashes(header)]
     total = sum(tensor.nbytes for tensor, _ in work)
     checks, done = [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (tensor, _), problem in zip(work, pool.map(_check_hash, work), strict=True):
+        for (tensor, _), problem in zip(work, pool.map(_check_tensor, work), strict=True):
             checks.append(TensorCheck(tensor.name, tensor.type.name, problem))
             done += tensor.nbytes
             if progress:
@@ -101,16 +114,28 @@ def _with_hashes(header: Header) -> list[tuple[Tensor, str | None]]:
     return list(zip(header.tensors, hashes, strict=True))
 
 
-def _check_hash(work: tuple[Tensor, str | None]) -> str | None:
+def _check_tensor(work: tuple[Tensor, str | None]) -> str | None:
     tensor, expected = work
-    if expected is None:
-        return None
-    digest = hashlib.sha256()
+    digest, empty, pieces = hashlib.sha256(), 0, 0
     with tensor.path.open("rb", buffering=0) as file:
         for offset, size in _piece_spans(tensor):
             file.seek(offset)
-            digest.update(hashlib.sha256(file.read(size)).digest())
-    return None if digest.hexdigest() == expected else "its bytes do not have the stored hash: the file is damaged"
+            data = np.fromfile(file, np.uint8, size)
+            if data.nbytes != size:
+                raise GGUFError(f"{tensor.path}: became shorter while it was read")
+            if not quants.is_finite(tensor.type, data):
+                return "has values that are not finite (NaN or infinity): the model cannot be right"
+            if expected:
+                digest.update(hashlib.sha256(data).digest())
+            empty, pieces = empty + (not data.any()), pieces + 1
+    if expected:
+        return None if digest.hexdigest() == expected else "its bytes do not have the stored hash: the file is damaged"
+    return _hole(empty, pieces) if len(tensor.shape) > 1 and empty else None
+
+
+def _hole(empty: int, pieces: int) -> str:
+    """What to say of a matrix that has zeros alone in `empty` of its pieces: downloads and disks leave such holes."""
+    return f"{'all' if empty == pieces else f'{empty} of {pieces} pieces'} zeros: probably a hole in the file"
 
 
 def _piece_spans(tensor: Tensor) -> Iterator[tuple[int, int]]:

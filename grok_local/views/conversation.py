@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grok_local import folders
-from grok_local.errors import ContextError, WorkerLost
+from grok_local.errors import ContextError, GrokLocalError, ModelError, WorkerLost
 from grok_local.library import names
-from grok_local.units import format_bytes
+from grok_local.units import printable
+from grok_local.views.speeds import experts_line, stats_line
+from grok_local.views.terminal import dimmed, edited_lines, wrapped_words
 
 if TYPE_CHECKING:
-    from grok_local.runtime.experts.waiting import ExpertStats
+    from grok_local.runtime.text.chat import ChatReply
     from grok_local.runtime.text.model import Model
-    from grok_local.runtime.text.reply import Reply, Stats
+    from grok_local.runtime.text.reply import Reply
 
-__all__ = ["Repl", "interruptible", "stats_line"]
+__all__ = ["Repl", "interruptible"]
 
 _HELP = """/help           this list
 /reset          forget the conversation
@@ -32,70 +34,107 @@ Ctrl-C ends an answer; Alt-Enter starts a new line."""
 
 
 class Repl:
-    """One conversation with `model`. Answers go to stdout, everything about them to stderr."""
+    """One conversation with `model`. Answers go to stdout, everything about them to stderr.
 
-    def __init__(self, model: Model, *, name: str, system: str | None, options: dict[str, Any]) -> None:
+    Without a terminal every one of `lines` is a question, and only what is a command for certain is one. `quiet` leaves
+    out all but answers and errors.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        name: str,
+        system: str | None,
+        options: dict[str, Any],
+        lines: Iterable[str],
+        quiet: bool = False,
+    ) -> None:
         self.model = model
-        self._name = name
         self.system = system
         self.turns: list[dict[str, str]] = []
-        self._options = options
+        self._name, self._options, self._quiet = name, options, quiet
         self._replies: list[Reply] = []
         self._told_dropped = 0
+        self._told: set[str] = set()
+        self._asked = self._failed = 0
         self._interactive = sys.stdin.isatty() and sys.stderr.isatty()
+        self._source = edited_lines(self._greeting(), list(self._commands())) if self._interactive else iter(lines)
 
     def run(self) -> None:
-        """Until /exit or the end of the input."""
-        for line in _edited_lines(self._greeting()) if self._interactive else sys.stdin:
+        """Until /exit or the end of the input. Raises GrokLocalError if questions of a script were not answered."""
+        for number, line in enumerate(self._source, 1):
             text = line.strip()
             if text in ("/exit", "/quit"):
-                return
-            if text.startswith("/"):
+                break
+            if self._is_command(text):
                 self._command(text)
             elif text:
                 with interruptible(self.model):
-                    self._answer(text)
+                    self._answer(text, number)
+        if self._failed and not self._interactive:
+            raise GrokLocalError(f"{self._failed} of {self._asked} questions were not answered")
+
+    def _is_command(self, text: str) -> bool:
+        """At a terminal a mistyped command is no question; in a script a path may begin with a slash too."""
+        return text.startswith("/") and (self._interactive or text.partition(" ")[0] in self._commands())
 
     def _greeting(self) -> str:
+        if self._quiet:
+            return ""
         name = names.manner_of(self._name).greeting or self.model.metadata.get("general.name", self.model.path.name)
-        return f"{name}, {self.model.context_size} tokens of context. /help lists the commands."
+        count = sum(math.prod(tensor.shape) for header in self.model.engine.headers for tensor in header.tensors)
+        title = printable(str(name).format(parameters=f"{count / 1e6:.0f} million"))
+        return f"{title}; {self.model.context_size} tokens of context. /help lists the commands."
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, text: str, number: int) -> None:
+        self._asked += 1
         question = {"role": "user", "content": text}
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
             reply = self.model.chat([*system, *self.turns, question], **self._options)
-        except ContextError as error:
-            if not self._interactive:
-                raise
-            _say(f"error: {error}")
+        except (ContextError, ModelError) as error:  # of this question: the conversation goes on
+            self._failed += 1
+            _say(f"error: {'' if self._interactive else f'line {number}: '}{error}")
             return
-        if reply.dropped_messages > self._told_dropped:
-            _say(f"(the context is full: the oldest {reply.dropped_messages} messages are left out from here on)")
-        self._told_dropped = reply.dropped_messages
-        for piece in reply:
-            print(piece, end="", flush=True)
+        self._tell(reply)
+        with wrapped_words() as write:
+            for piece in reply:
+                write(piece)
         print(flush=True)
         self.turns += [question, {"role": "assistant", "content": reply.text}]
         self._replies.append(reply)
-        _say(stats_line(reply))
+        self._note(stats_line(reply))
         if reply.finish_reason == "interrupted" and not self._interactive:
             raise KeyboardInterrupt
 
+    def _tell(self, reply: ChatReply) -> None:
+        for note in set(reply.notes) - self._told:
+            self._note(f"({note})")
+        self._told |= set(reply.notes)
+        if reply.dropped_messages > self._told_dropped:
+            self._note(f"(the context is full: the oldest {reply.dropped_messages} messages are left out from here on)")
+        self._told_dropped = reply.dropped_messages
+
     def _command(self, line: str) -> None:
-        name, _, argument = line[1:].partition(" ")
-        commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: _say(_HELP),
-            "reset": self._reset,
-            "undo": self._undo,
-            "system": self._set_system,
-            "stats": self._show_stats,
-            "save": self._save,
-        }
-        if name not in commands:
-            _say(f"no command /{name}; /help lists them")
+        name, _, argument = line.partition(" ")
+        command = self._commands().get(name)
+        if command is None:
+            _say(f"no command {name}; /help lists them")
             return
-        commands[name](argument.strip())
+        command(argument.strip())
+
+    def _commands(self) -> dict[str, Callable[[str], None]]:
+        return {
+            "/help": lambda _: _say(_HELP),
+            "/reset": self._reset,
+            "/undo": self._undo,
+            "/system": self._set_system,
+            "/stats": self._show_stats,
+            "/save": self._save,
+            "/exit": lambda _: None,
+            "/quit": lambda _: None,
+        }
 
     def _reset(self, _: str) -> None:
         self.turns.clear()
@@ -139,14 +178,26 @@ class Repl:
         if not name:
             _say("/save needs a file's name")
             return
-        names = {"user": "Human", "assistant": "Assistant"}
-        text = "\n\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in self.turns)
+        speakers = {"user": "Human", "assistant": "Assistant"}
+        text = "\n\n".join(f"{speakers[turn['role']]}: {turn['content']}" for turn in self.turns)
         try:
-            Path(name).expanduser().write_text(text + "\n", encoding="utf-8", errors="replace")
+            path = Path(name).expanduser()
+            if path.exists() and not self._may_replace(path):
+                _say("(not saved)")
+                return
+            path.write_text(text + "\n", encoding="utf-8", errors="replace")
         except (OSError, RuntimeError, ValueError) as error:  # no such user, a name no file can have
             _say(f"error: {name}: cannot be written ({error})")
             return
         _say(f"(saved to {name})")
+
+    def _may_replace(self, path: Path) -> bool:
+        _say(f"{path} exists: replace it? (y or n)")
+        return self._interactive and next(self._source, "").strip().lower() in ("y", "yes")
+
+    def _note(self, text: str) -> None:
+        if not self._quiet:
+            _say(dimmed(text))
 
 
 @contextmanager
@@ -162,66 +213,6 @@ def interruptible(model: Model) -> Iterator[None]:
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def experts_line(experts: ExpertStats, tokens: int) -> str:
-    """What streaming took, in words."""
-    return (
-        f"{format_bytes(experts.bytes_read)} of experts read, {format_bytes(round(experts.bytes_read / tokens))} a "
-        f"token; {experts.hit_rate:.0%} were in memory; {experts.wait_seconds:.1f} s waiting for the disk, "
-        f"{experts.compute_seconds:.1f} s computing"
-    )
-
-
-def stats_line(reply: Reply) -> str:
-    """Tokens and speed of one answer."""
-    stats = reply.stats
-    reason = {
-        "stop": "",
-        "length": ", cut at --max-tokens",
-        "context": ", context full",
-        "interrupted": ", interrupted",
-    }
-    return (
-        f"[{stats.generated_tokens} tokens, {stats.generation_speed:.2f} tok/s; prompt {stats.evaluated_tokens} new"
-        f" + {stats.cached_tokens} cached, {stats.prompt_seconds:.2f} s{_streamed(stats)}"
-        f"{reason[reply.finish_reason or 'interrupted']}]"
-    )
-
-
-def _streamed(stats: Stats) -> str:
-    experts, tokens = stats.generation_experts, stats.generated_tokens
-    if not (experts and tokens):
-        return ""
-    return f"; {format_bytes(round(experts.bytes_read / tokens))} read a token, {experts.hit_rate:.0%} hits"
-
-
-def _edited_lines(greeting: str) -> Iterator[str]:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-    from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.output import create_output
-
-    _say(greeting)
-    keys = KeyBindings()
-    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    history = folders.home() / "history"
-    try:
-        history.parent.mkdir(parents=True, exist_ok=True)
-        store: Any = FileHistory(str(history))
-        history.touch()
-    except OSError:
-        store = InMemoryHistory()
-    session: PromptSession[str] = PromptSession(
-        "> ", history=store, key_bindings=keys, output=create_output(sys.stderr)
-    )
-    while True:
-        try:
-            yield session.prompt()
-        except KeyboardInterrupt:
-            _say("(Ctrl-D or /exit to leave)")
-        except EOFError:
-            return
 
 
 def _say(text: str) -> None:

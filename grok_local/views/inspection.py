@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from grok_local.units import format_bytes
+from grok_local.units import format_bytes, printable
 from grok_local.views.tables import cell
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from grok_local.quantize.sources.checkpoint import Checkpoint
     from grok_local.quantize.verify import TensorCheck, VerifyReport
 
-__all__ = ["checkpoint_tables", "describe_checkpoint", "describe_gguf", "gguf_tables", "verify_table"]
+__all__ = ["checkpoint_tables", "describe_checkpoint", "describe_gguf", "gguf_tables", "verify_summary", "verify_table"]
 
 _LONG = 8  # items of an array that are shown
 
@@ -116,10 +116,23 @@ def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
     yield tensors
 
 
-def verify_table(report: VerifyReport) -> Table:
-    """A line per tensor."""
+def verify_summary(report: VerifyReport) -> str:
+    """One line: what was checked, where nothing is wrong."""
+    tensors = report.tensors
+    start = f"{printable(str(report.path))}: {len(tensors)} tensors"
+    if tensors and tensors[0].max_error is not None:
+        exact = sum(check.exact for check in tensors)
+        worst = max((check.relative_rms or 0.0 for check in tensors), default=0.0)
+        return f"{start}, as packing the checkpoint gives them; {exact} exact, relative RMS error at most {worst:.3g}"
+    if report.hashed:
+        return f"{start}, each with the hash it was packed with"
+    return f"{start}, all finite; the file has no hashes, so nothing but its structure could be checked"
+
+
+def verify_table(report: VerifyReport, *, all_rows: bool) -> Table:
+    """A line per tensor: of each, or of those with a problem."""
     table = Table("tensor", "type", "relative RMS error", "largest error", "verdict", title=cell(str(report.path)))
-    for check in report.tensors:
+    for check in report.tensors if all_rows else [check for check in report.tensors if check.problem]:
         table.add_row(
             cell(check.name),
             check.type,

@@ -49,18 +49,18 @@ def test_every_command_has_help_and_is_documented(run: Run, command: str) -> Non
 def test_quantize_verify_generate(run: Run, small: Path, home: Path) -> None:
     packed = run("quantize", small)
     assert (packed.returncode, packed.stdout) == (0, "")
-    assert (home / "models" / "grok-1-q4_k.gguf").exists()
+    assert (home / "models" / f"{small.name}-q4_k.gguf").exists()
     assert "26 tensors" in packed.stderr
     again = run("quantize", small)
     assert again.returncode == 0
     assert "there already" in again.stderr
     assert run("quantize", small, "-o", home / "models", "--type", "q4_0").returncode == 0
-    assert (home / "models" / "grok-1-q4_0.gguf").exists()
-    (home / "models" / "grok-1-q4_0.gguf").unlink()
-    verified = run("verify", home / "models" / "grok-1-q4_k.gguf", "--against", small)
+    assert (home / "models" / f"{small.name}-q4_0.gguf").exists()
+    (home / "models" / f"{small.name}-q4_0.gguf").unlink()
+    verified = run("verify", f"{small.name}-q4_k", "--against", small, "--verbose")
     assert verified.returncode == 0
-    assert verified.stdout.count("exact") == 19
-    for model in ("grok-1-q4_k", "grok-1-q4_k.gguf"):
+    assert verified.stdout.count("exact") == 19 + 1  # in the last line
+    for model in (f"{small.name}-q4_k", f"{small.name}-Q4_K.GGUF"):
         reply = run("generate", "-m", model, "Hello", "--max-tokens", 5, "--temperature", 0, "--context", 64)
         assert reply.returncode == 0
         assert re.search(r"\[5 tokens, [\d.]+ tok/s", reply.stderr)
@@ -119,7 +119,7 @@ def test_a_damaged_file_fails_verify(run: Run, packed: Path, tmp_path: Path) -> 
         (["rm", "nowhere"], 2, "see grok-local list"),
         (["generate", "--no-such-option"], 2, "No such option"),
         (["generate", "--top-p", "2", "x"], 2, "top-p"),
-        (["chat", "--context", "0"], 2, "context"),
+        (["chat", "--context", "-1"], 2, "context"),
         (["dance"], 2, "dance"),
     ],
 )
@@ -146,7 +146,8 @@ def test_chat_without_a_terminal(run: Run, packed: Path, tmp_path: Path) -> None
         "/stats",
         "/undo",
         "/undo",
-        "/dance",
+        "/dance",  # no command, so a question
+        "/undo",
         "/system Be brief.",
         "Again",
         f"/save {saved}",
@@ -156,8 +157,14 @@ def test_chat_without_a_terminal(run: Run, packed: Path, tmp_path: Path) -> None
     ]
     result = run("chat", "-m", packed, "--max-tokens", 5, "--seed", 1, "--context", 512, stdin="\n".join(lines))
     assert result.returncode == 0
-    assert len(re.findall(r"\[\d+ tokens, ", result.stderr)) == 2
-    for words in ("/reset", "(taken back: Hi)", "(nothing to take back)", "no command /dance", "(system: Be brief.)"):
+    assert len(re.findall(r"\[\d+ tokens, ", result.stderr)) == 3
+    for words in (
+        "/reset",
+        "(taken back: Hi)",
+        "(nothing to take back)",
+        "(taken back: /dance)",
+        "(system: Be brief.)",
+    ):
         assert words in result.stderr
     assert saved.read_text().startswith("Human: Again\n\nAssistant: ")
     assert "never" not in result.stderr
@@ -264,7 +271,7 @@ def test_closed_and_full_streams(packed: Path) -> None:
         (f"{grok_local} inspect {packed} > /dev/full", 1, "error: output: No space left"),
         (f"{grok_local} chat -m {packed} <&-", 0, ""),
         (f"{grok_local} generate -m {packed} - <&-", 1, "error: the prompt is empty"),
-        (f"{grok_local} verify {packed} 2>&- | grep -c token_embd", 0, ""),
+        (f"{grok_local} verify {packed} --verbose 2>&- | grep -c token_embd", 0, ""),
     ):
         result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
         assert result.returncode == code, command

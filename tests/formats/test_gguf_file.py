@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import grok_local
 from grok_local.errors import GGUFError
 from grok_local.formats import gguf_file
 
@@ -53,7 +54,14 @@ def test_reads_what_is_there(write: Path) -> None:
         (b"", "empty"),
         (bytes(100), "never finished"),
         (b"version https://git-lfs.github.com/spec/v1", "git-lfs"),
-        (b"PK\3\4" + bytes(100), "not a GGUF"),
+        (b"MZ\x90" + bytes(100), "not a GGUF"),
+        (b"PK\3\4" + bytes(100), "archive"),
+        (struct.pack("<Q", 20) + b'{"__metadata__":{}}', "safetensors"),
+        (b"\n<!DOCTYPE html><html>", "web page"),
+        (b"\x1f\x8b\x08" + bytes(30), "compressed"),
+        (b"tjgg" + bytes(30), "older than GGUF"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "byte order"),
+        (b"GGUF" + struct.pack("<IQQ", 4, 0, 0), "version 4"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "damaged"),
         (_gguf(size=63), "truncated"),
@@ -114,3 +122,40 @@ def test_parts_that_are_missing(packed: Path, tmp_path: Path) -> None:
     part.write_bytes(packed.read_bytes())
     with pytest.raises(GGUFError, match=r"y-00002-of-00002\.gguf: this part of the model is missing"):
         gguf_file.read_model(part)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.gguf.part1of2",
+        "x.gguf.part-aa",
+        "x.gguf-split-a",
+        "x.gguf.split-b",
+        "x.gguf.001",
+        "x.gguf.part2",
+        "x.part2of3",
+    ],
+)
+def test_a_piece_of_a_file_is_to_be_joined(packed: Path, tmp_path: Path, name: str) -> None:
+    piece = tmp_path / name
+    piece.write_bytes(packed.read_bytes()[:5000])
+    with pytest.raises(GGUFError, match="join all pieces in their order with cat"):
+        gguf_file.read_model(piece)
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "partial.gguf", "split-brain.gguf", "x-00001-of-00002.gguf", "apart.gguf"])
+def test_names_that_are_no_piece(name: str) -> None:
+    assert not gguf_file.is_piece(Path(name))
+
+
+def test_parts_that_were_glued_together(small: Path, tmp_path: Path) -> None:
+    grok_local.quantize_checkpoint(small, tmp_path / "x.gguf", split_size="1M")
+    parts = sorted(tmp_path.glob("x-*.gguf"))
+    glued = tmp_path / "glued.gguf"
+    glued.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(GGUFError, match="parts are not joined"):
+        gguf_file.read_model(glued)
+    renamed = tmp_path / "renamed.gguf"
+    renamed.write_bytes(parts[0].read_bytes())
+    with pytest.raises(GGUFError, match="give it the name it was made with"):
+        gguf_file.read_model(renamed)

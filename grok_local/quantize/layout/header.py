@@ -14,6 +14,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from grok_local.folders import scratch_folder
 from grok_local.formats.gguf_file import KEYS, NO_DIGEST
 from grok_local.models.release import Kind
 from grok_local.quantize.layout.pieces import PIECE_WEIGHTS, PlannedTensor
@@ -89,7 +90,7 @@ class HeaderWriter:
 
 def _header_bytes(writer: gguf.GGUFWriter) -> bytes:
     # The writer only writes to paths.
-    with tempfile.TemporaryDirectory(prefix="grok-local-") as folder:
+    with tempfile.TemporaryDirectory(prefix="grok-local-", dir=scratch_folder()) as folder:
         path = Path(folder) / "header"
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()

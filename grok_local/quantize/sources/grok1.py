@@ -17,7 +17,7 @@ from grok_local.models import grok1
 from grok_local.models.release import HEAD_SIZE, Dimensions, Kind
 from grok_local.quantize.sources.checkpoint import Checkpoint, Scales, Shard, SourceTensor
 
-__all__ = ["open_grok1"]
+__all__ = ["has_checkpoint", "open_grok1"]
 
 _FILE_NAME = re.compile(r"tensor(\d{5,9})_000")
 _NAMES = {"i1": "int8", "f4": "float32", "bf16": "bfloat16"}
@@ -25,7 +25,9 @@ _NAMES = {"i1": "int8", "f4": "float32", "bf16": "bfloat16"}
 
 def open_grok1(path: Path) -> Checkpoint:
     """Open the checkpoint in `path`, or in its folder ckpt-0 or ckpt. Raises CheckpointError listing every problem."""
-    folder = _find_folder(path)
+    folder = _folder_in(path)
+    if folder is None:
+        raise CheckpointError(f"{path}: holds no tensor00000_000")
     files, problems = _list_files(folder)
     stored: dict[int, StoredTensor] = {}
     for index, file in files.items():
@@ -65,15 +67,14 @@ def _source(leaf: grok1.Leaf, path: Path, stored: StoredTensor) -> SourceTensor:
     )
 
 
-def _find_folder(path: Path) -> Path:
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such folder")
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: not a folder; give the one that holds tensor00000_000, or its parent")
-    for folder in (path, path / "ckpt-0", path / "ckpt"):
-        if folder.is_dir() and any(_FILE_NAME.fullmatch(name) for name in _names(folder)):
-            return folder
-    raise CheckpointError(f"{path}: no Grok-1 checkpoint here: neither it nor its ckpt-0 or ckpt holds tensor00000_000")
+def has_checkpoint(path: Path) -> bool:
+    """Whether `open_grok1` finds tensors there. Raises CheckpointError for a folder that cannot be read."""
+    return _folder_in(path) is not None
+
+
+def _folder_in(path: Path) -> Path | None:
+    folders = (folder for folder in (path, path / "ckpt-0", path / "ckpt") if folder.is_dir())
+    return next((folder for folder in folders if any(map(_FILE_NAME.fullmatch, _names(folder)))), None)
 
 
 def _list_files(folder: Path) -> tuple[dict[int, Path], list[str]]:
@@ -96,6 +97,8 @@ def _names(folder: Path) -> list[str]:
 
 def _read(path: Path) -> StoredTensor:
     try:
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path.name}: missing: the link leads to {path.readlink()}, where nothing is")
         if not path.is_file():
             raise CheckpointError(f"{path.name}: not a file")
         with path.open("rb") as file:

@@ -32,11 +32,11 @@ class KVCache:
         """The tokens of a sequence, by position."""
         return self._ids[sequence]
 
-    def keep(self, ids: Sequence[int]) -> int:
-        """Forget of sequence 0 what does not begin as `ids` do, and the last of them, whose logits are to be had anew.
-        Returns how many of them remain.
+    def keep(self, ids: Sequence[int], *, whole: bool) -> int:
+        """Forget of sequence 0 what does not begin as `ids` do, and unless they are wanted `whole` the last of them,
+        whose logits are to be had anew. Returns how many of them remain.
         """
-        length = min(_common_prefix(self._ids[0], ids), max(len(ids) - 1, 0))
+        length = min(_common_prefix(self._ids[0], ids), max(len(ids) - (not whole), 0))
         if length < len(self._ids[0]):
             self.truncate(0, length)
         return len(self._ids[0])

@@ -17,12 +17,13 @@ from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.formats import gguf_file
 from grok_local.machine.facts import Device, Say
 from grok_local.placement.load_options import LoadRequest
+from grok_local.placement.runnable import why_not_continued
 from grok_local.runtime.engine import log
 from grok_local.runtime.engine.interrupts import ctrl_c_later
 from grok_local.runtime.engine.kv_cache import KVCache
 from grok_local.runtime.engine.opening import open_planned
 from grok_local.runtime.engine.protocol import Placement
-from grok_local.runtime.engine.sampling import Sampling, new_chain
+from grok_local.runtime.engine.sampling import Sampling, check_finite, new_chain, sample_from
 from grok_local.runtime.engine.tokens import Tokens
 from grok_local.runtime.experts.waiting import ExpertStats
 from grok_local.runtime.graph.rows import Row
@@ -31,6 +32,7 @@ from grok_local.runtime.graph.tap import Tap
 __all__ = ["LlamaEngine"]
 
 _MOST_OUTPUTS = 512  # tokens whose logits llama.cpp keeps at once: of 131072 float32 each
+_PROMPTS = 4
 _ABORTED = 2  # llama_decode's answer when the abort callback said so
 
 
@@ -48,7 +50,10 @@ class LlamaEngine:
         self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
         self._tap: Tap | None = None
         self._batch: Any = None
-        self._chain: Any = None
+        self._read: dict[tuple[int, ...], npt.NDArray[np.float32]] = {}  # logits after the last prompts
+        self._ready: npt.NDArray[np.float32] | None = None  # the logits to sample from, if not llama.cpp's last
+        self._chains: dict[int, Any] = {}
+        self._next_chain = 0
         log.listen()
         llama_cpp.llama_backend_init()
         opened = open_planned(
@@ -59,6 +64,10 @@ class LlamaEngine:
             abort=self._abort,
             say=say,
         )
+        # llama.cpp aborts the process when it is to decode with a model that first encodes.
+        encodes = llama_cpp.llama_model_has_encoder(opened.model) or not llama_cpp.llama_model_has_decoder(opened.model)
+        self._refusal = why_not_continued(self.headers) or ("a model that first encodes" if encodes else None)
+        self._files = [(path, path.stat()) for path in (header.path for header in self.headers)]
         self._opened, self._tap = opened, opened.watch.tap if opened.watch else None
         self.placement: Placement = opened.placement
         plan = self.placement.plan
@@ -70,7 +79,8 @@ class LlamaEngine:
 
     def close(self) -> None:
         """Free everything; the engine is unusable afterwards. Safe to call twice."""
-        self._end_sampling()
+        for chain in list(self._chains):
+            self.end_sampling(chain)
         if self._batch:
             llama_cpp.llama_batch_free(self._batch)
         self._batch = self._tap = None
@@ -113,6 +123,10 @@ class LlamaEngine:
         """The text of the token that the metadata names as `name` ("bos", "eos"); empty if there is none."""
         return self._open_tokens().special_text(name)
 
+    def control_names(self) -> list[str]:
+        """The texts that `special` takes for control tokens, and nothing else does."""
+        return self._open_tokens().control_names()
+
     def is_end(self, token: int) -> bool:
         """Whether the model says with it that the text is over."""
         return self._open_tokens().is_end(token)
@@ -139,9 +153,23 @@ class LlamaEngine:
             raise ContextError("the prompt is empty: there is nothing to continue")
         if len(ids) > self.context_size:
             raise ContextError(
-                f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or give --context"
+                f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or take more"
             )
-        return self.extend(ids[self._cache.keep(ids) :])
+        self._check_usable()
+        key = tuple(ids)
+        kept = self._cache.keep(ids, whole=key in self._read)
+        evaluated = self.extend(ids[kept:])
+        if kept == len(ids):
+            self._ready = self._read[key]
+        elif kept + evaluated == len(ids):
+            self._remember(key)
+        return evaluated
+
+    def _remember(self, prompt: tuple[int, ...]) -> None:
+        """Keep a prompt's logits: its last token, evaluated again and alone, would have others by a hair."""
+        self._read[prompt] = self._last_logits().copy()
+        while len(self._read) > _PROMPTS:
+            del self._read[next(iter(self._read))]
 
     def extend(self, ids: Sequence[int]) -> int:
         """Evaluate `ids` after what the cache holds of sequence 0; they must fit. Returns how many were, fewer than all
@@ -158,6 +186,7 @@ class LlamaEngine:
         self._open_tokens().check(ids)
         if len(ids) > self.context_size:
             raise ContextError(f"{len(ids)} tokens do not fit the context of {self.context_size}: give a larger one")
+        self._check_usable()
         self.interrupted = False
         out = np.empty((len(ids), self.vocabulary), np.float32)
         self._cache.truncate(0, 0)
@@ -200,11 +229,14 @@ class LlamaEngine:
 
     def _outputs(self, count: int) -> npt.NDArray[np.float32]:
         computed = llama_cpp.llama_get_logits(self._opened.context)
-        return np.ctypeslib.as_array(computed, (count, self.vocabulary))
+        logits = np.ctypeslib.as_array(computed, (count, self.vocabulary))
+        check_finite(logits)
+        return logits
 
     def _decode(self, rows: Sequence[Row]) -> bool:
         """Have llama.cpp compute them. False if interrupted. What is not complete leaves nothing in the cache."""
         batch = self._filled(rows)
+        self._ready = None
         log.clear()
         try:
             if self._tap:
@@ -238,21 +270,30 @@ class LlamaEngine:
 
     # -- sampling ------------------------------------------------------------------------------------------------------
 
-    def begin_sampling(self, options: Sampling, recent: Sequence[int]) -> None:
-        """From now on choose tokens by `options`; `recent` are the last tokens so far, for the repetition penalty."""
+    def begin_sampling(self, options: Sampling, recent: Sequence[int]) -> int:
+        """A way to choose tokens, for `sample`; `recent` are the last tokens so far, for the repetition penalty."""
         self._check_open()
-        self._end_sampling()
-        self._chain = new_chain(options, self.vocabulary, recent=recent)
+        self._next_chain += 1
+        self._chains[self._next_chain] = new_chain(options, self.vocabulary, recent=recent)
+        return self._next_chain
 
-    def sample(self) -> int:
-        """The choice after the last evaluated token; the next choices remember it."""
+    def sample(self, chain: int) -> int:
+        """The choice after the last evaluated token; the chain's next choices remember it. Raises ModelError where the
+        logits are no numbers.
+        """
         self._check_open()
-        return int(llama_cpp.llama_sampler_sample(self._chain, self._opened.context, -1))
+        if self._ready is not None:
+            return sample_from(self._ready, self._chains[chain])
+        check_finite(self._last_logits())
+        return int(llama_cpp.llama_sampler_sample(self._chains[chain], self._opened.context, -1))
 
-    def _end_sampling(self) -> None:
-        if self._chain:
-            llama_cpp.llama_sampler_free(self._chain)
-        self._chain = None
+    def _last_logits(self) -> npt.NDArray[np.float32]:
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._opened.context, -1), (self.vocabulary,))
+
+    def end_sampling(self, chain: int) -> None:
+        """It is not needed any more."""
+        if known := self._chains.pop(chain, None):
+            llama_cpp.llama_sampler_free(known)
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
 
@@ -263,6 +304,19 @@ class LlamaEngine:
     def _should_abort(self, _: Any) -> bool:
         # Called for every node of the graph; Python handles pending signals on the way.
         return self.interrupted or (self._tap is not None and self._tap.should_abort())
+
+    def _check_usable(self) -> None:
+        """Mapped weights change with their file. One that was deleted or replaced is kept by the mapping as it was."""
+        if self._refusal:
+            raise ModelError(f"{self.headers[0].path}: {self._refusal}")
+        for path, before in self._files:
+            try:
+                now = path.stat()
+            except OSError:
+                continue
+            same_file = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+            if same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise ModelError(f"{path}: the file has changed since it was loaded: load the model again")
 
     def _check_open(self) -> None:
         if not self._batch:

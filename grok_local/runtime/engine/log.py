@@ -1,5 +1,5 @@
-"""What llama.cpp writes to its log: the errors, since its functions only say that they failed, and the buffers it
-allocated.
+"""What llama.cpp writes to its log: the errors, since its functions only say that they failed, its warnings of a model,
+and the buffers it allocated.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from typing import Any
 
 import llama_cpp
 
-__all__ = ["buffer_count", "buffers", "clear", "errors", "forget_buffers", "listen", "reason"]
+__all__ = ["buffer_count", "buffers", "clear", "errors", "forget_buffers", "listen", "reason", "warnings"]
 
-_INFO, _ERROR = 2, 4  # enum ggml_log_level of ggml.h
+_INFO, _WARNING, _ERROR = 2, 3, 4  # enum ggml_log_level of ggml.h
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 
+# What is said of every model, or of what grok-local asked for; and lines of stars around the others.
+_USUAL = re.compile(
+    r"overrides to CPU|flash_attn|n_ctx|unused tensor|graph reuse|attribute to USER_DEFINED|QUALITY WILL|CONSIDER REGEN"
+)
+
 _errors: list[str] = []
+_warnings: list[str] = []
 _buffers: list[str] = []
 
 
@@ -35,6 +41,8 @@ def _collect(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", "replace").strip()
     if level == _ERROR and line:
         _errors.append(line)
+    elif level == _WARNING and re.search(r"\w", line.partition(": ")[2]) and not _USUAL.search(line):
+        _warnings.append(line)
     elif level == _INFO and " buffer size = " in line:
         _buffers.append(line)
 
@@ -47,12 +55,19 @@ def listen() -> None:
 def clear() -> None:
     """Forget what came so far."""
     _errors.clear()
+    _warnings.clear()
     _buffers.clear()
 
 
 def errors() -> list[str]:
     """The error lines since `clear`."""
     return list(_errors)
+
+
+def warnings() -> list[str]:
+    """What llama.cpp has to say against the model, since `clear`, each kind once."""
+    kinds = {re.sub(r"\d+|'[^']*'", "", line): line.partition(": ")[2] for line in reversed(_warnings)}
+    return [f"llama.cpp: {re.sub(r'  +', ' ', text)}" for text in reversed(kinds.values())]
 
 
 def reason() -> str:

@@ -33,6 +33,7 @@ from grok_local.machine.this_machine import this_machine
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.plan import Plan, Share
 from grok_local.placement.planner import make_plan, needs_speeds
+from grok_local.placement.runnable import remarks
 from grok_local.placement.shape import ModelShape, Role
 from grok_local.placement.wishes import RAM
 from grok_local.runtime.engine import log
@@ -104,7 +105,7 @@ def open_planned(
     shape, wishes = ModelShape.from_headers(headers), request.wishes
     types = shape.types if needs_speeds(shape, wishes) else ()
     plan = make_plan(shape, this_machine(types, threads=request.threads, workers=workers, say=say), wishes)
-    target, notes = _Target(first_part(request.path), request.threads, abort), list(plan.notes)
+    target, notes = _Target(first_part(request.path), request.threads, abort), [*plan.notes, *remarks(headers)]
     for step in range(_MOST_STEPS):
         try:
             watch = watch_for(plan, headers, interrupted=interrupted)
@@ -120,6 +121,7 @@ def _open(target: _Target, plan: Plan, *, watch: Watch | None, notes: Sequence[s
     model = context = None
     try:
         model = _load_model(target.path, plan)
+        warnings = [text for text in log.warnings() if "pre-tokenizer" not in text]  # `remarks` says that one
         if watch:
             watch.attach()
         done = watch and watch.only_once and _shown_once(model, target, plan, watch.tap)
@@ -128,7 +130,7 @@ def _open(target: _Target, plan: Plan, *, watch: Watch | None, notes: Sequence[s
     except BaseException:
         _release(model, context, watch)
         raise
-    return Opened(model, context, Placement(plan, held, (*notes, *_differences(plan, held))), watch)
+    return Opened(model, context, Placement(plan, held, (*notes, *warnings, *_differences(plan, held))), watch)
 
 
 def _release(model: Any, context: Any, watch: Watch | None) -> None:

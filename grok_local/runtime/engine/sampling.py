@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 
-from grok_local.errors import OptionError
+from grok_local.errors import ModelError, OptionError
 
-__all__ = ["PENALTY_WINDOW", "Sampling", "new_chain"]
+__all__ = ["PENALTY_WINDOW", "Sampling", "SamplingOptions", "check_finite", "new_chain", "sample_from"]
 
 PENALTY_WINDOW = 64  # tokens
 
 
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments of `Model.generate` and `Model.chat`: the fields of `Sampling`; each may be left out."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int | None
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """Options of a request. `temperature` 0 is greedy; `seed` None is another one each time."""
+    """Options of a request. `temperature` 0 is greedy; `seed` None or -1 is another one each time; `top_k` -1 is off,
+    as 0 is: other programs' users write so.
+    """
 
     temperature: float = 0.7
     top_k: int = 40
@@ -28,6 +44,9 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_kinds()
+        object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
+        object.__setattr__(self, "seed", None if self.seed == -1 else self.seed)
         checks = {
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
@@ -40,6 +59,25 @@ class Sampling:
         if bad:
             raise OptionError(bad)
 
+    def _check_kinds(self) -> None:
+        whole = {"top_k", "seed"}
+        for name, value in vars(self).items():
+            right = isinstance(value, int if name in whole else int | float) and not isinstance(value, bool)
+            if not right and not (name == "seed" and value is None):
+                raise OptionError(f"{name} {value!r:.40}: a {'whole ' if name in whole else ''}number is wanted")
+
+
+def check_finite(logits: npt.NDArray[np.float32]) -> None:
+    """Raises ModelError where a row of logits has a NaN or an infinity, or nothing to choose by: ggml's integer products
+    take a NaN for a zero. Tokens may be ruled out with -inf, not all.
+    """
+    highest = logits.max(axis=-1)
+    if not np.isfinite(highest).all() or (logits.shape[-1] > 1 and (logits.min(axis=-1) == highest).any()):
+        raise ModelError(
+            "the model's logits are not finite (NaN or infinity), or all the same: its weights are damaged, or too "
+            "large for this arithmetic; grok-local verify looks for such weights"
+        )
+
 
 def new_chain(options: Sampling, vocabulary: int, *, recent: Sequence[int]) -> Any:
     """llama.cpp's sampler chain for `options`, that has seen the tokens `recent`. The caller frees it."""
@@ -49,6 +87,19 @@ def new_chain(options: Sampling, vocabulary: int, *, recent: Sequence[int]) -> A
     for token in recent:
         llama_cpp.llama_sampler_accept(chain, token)
     return chain
+
+
+def sample_from(logits: npt.NDArray[np.float32], chain: Any) -> int:
+    """What llama_sampler_sample does, from logits that are kept [vocabulary]. Raises ModelError."""
+    check_finite(logits)
+    choices = np.zeros(len(logits), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+    choices["id"], choices["logit"] = np.arange(len(logits)), logits
+    pointer = choices.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
+    array = llama_cpp.llama_token_data_array(data=pointer, size=len(logits), selected=-1, sorted=False)
+    llama_cpp.llama_sampler_apply(chain, ctypes.byref(array))
+    token = int(array.data[array.selected].id)
+    llama_cpp.llama_sampler_accept(chain, token)
+    return token
 
 
 def _links(options: Sampling, vocabulary: int) -> Iterator[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import llama_cpp
@@ -11,6 +13,10 @@ import llama_cpp
 from grok_local.errors import ModelError, OptionError
 
 __all__ = ["Tokens"]
+
+_DEEP = 4096  # bytes of text, from which on the stack is looked after
+_STACK, _STACK_PER_BYTE, _PAGE = 16 << 20, 1024, 4096
+_stack_size = threading.Lock()  # Python has one for all threads to come
 
 
 class Tokens:
@@ -21,15 +27,48 @@ class Tokens:
         self._metadata = metadata
         self.count = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))
+        self._eos = int(llama_cpp.llama_vocab_eos(self._vocab))
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Ids of `text`, after BOS where the model wants one. `special`: text may name control tokens."""
+        """Ids of `text`, after BOS where the model wants one and the text has none, and never with EOS at its end.
+        `special`: text may name control tokens.
+        """
         data = text.encode("utf-8", "surrogatepass")
+        ids = self._ids(data, add_bos, special) if len(data) < _DEEP else self._on_large_stack(data, add_bos, special)
+        # What the text names and what llama.cpp adds may both be there.
+        begins_twice = add_bos and len(ids) > 1 and ids[0] == ids[1] == self.bos
+        ends = add_bos and bool(llama_cpp.llama_vocab_get_add_eos(self._vocab)) and ids[-1:] == [self._eos]
+        return ids[begins_twice : len(ids) - ends]
+
+    def _ids(self, data: bytes, add_bos: bool, special: bool) -> list[int]:
         ids = (llama_cpp.llama_token * (len(data) + 8))()
         count = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, len(ids), add_bos, special)
         if count < 0:
             raise ModelError(f"llama.cpp cannot tokenize {len(data)} bytes of text")
         return list(ids[:count])
+
+    def _on_large_stack(self, data: bytes, add_bos: bool, special: bool) -> list[int]:
+        """In a thread of its own: std::regex, which splits the text for some vocabularies, calls itself for every
+        character of a run of them, 300 bytes of stack each.
+        """
+        future: Future[list[int]] = Future()
+        with _stack_size:
+            before = threading.stack_size(_STACK + _STACK_PER_BYTE * len(data) // _PAGE * _PAGE)
+            try:
+                thread = threading.Thread(target=_settle, args=(future, self._ids, data, add_bos, special))
+                thread.start()
+            except (RuntimeError, MemoryError):
+                raise ModelError(f"no memory for the stack that tokenizing {len(data)} bytes of text needs") from None
+            finally:
+                threading.stack_size(before)
+        thread.join()
+        return future.result()
+
+    def control_names(self) -> list[str]:
+        """The texts that `special` takes for control tokens, and nothing else does."""
+        mask = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        named = (t for t in range(self.count) if llama_cpp.llama_vocab_get_attr(self._vocab, t) & mask)
+        return [llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace") for token in named]
 
     def continue_ids(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` as the continuation of other text: without BOS, and without the space SPM puts before a
@@ -79,3 +118,10 @@ class Tokens:
         bad = [token for token in ids if not 0 <= token < self.count]
         if bad:
             raise OptionError(f"token {bad[0]} is not in the vocabulary of {self.count}")
+
+
+def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        future.set_result(function(*arguments))
+    except BaseException as error:
+        future.set_exception(error)

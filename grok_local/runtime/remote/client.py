@@ -12,9 +12,10 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -27,6 +28,7 @@ from grok_local.machine.facts import Say
 from grok_local.placement.load_options import LoadRequest
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.engine.protocol import Placement
+from grok_local.runtime.engine.sampling import Sampling
 from grok_local.runtime.remote.asking import complaints, probe_workers
 from grok_local.runtime.remote.child import INTERRUPT, LOAD
 
@@ -87,6 +89,8 @@ class RemoteEngine:
         self._workers = tuple(dict.fromkeys(device.endpoint for device in devices))
         self._say, self._grace = say, grace
         self._facts: dict[tuple[Any, ...], Any] = {}
+        self._ended: list[int] = []
+        self._calling = threading.RLock()
         self.interrupted = False
         # "idle"; "talking" while bytes go over the connection; "waiting" for an answer. An exception such as
         # KeyboardInterrupt leaves it as it is, and the next call finds it there.
@@ -107,14 +111,25 @@ class RemoteEngine:
     detokenize = _forwarded(LlamaEngine.detokenize)
     piece = _remembered(LlamaEngine.piece)
     special_text = _forwarded(LlamaEngine.special_text)
+    control_names = _forwarded(LlamaEngine.control_names)
     is_end = _remembered(LlamaEngine.is_end)
     evaluate = _forwarded(LlamaEngine.evaluate)
     extend = _forwarded(LlamaEngine.extend)
     logits = _forwarded(LlamaEngine.logits)
     evaluate_together = _forwarded(LlamaEngine.evaluate_together)
     expert_stats = _forwarded(LlamaEngine.expert_stats)
-    begin_sampling = _forwarded(LlamaEngine.begin_sampling)
     sample = _forwarded(LlamaEngine.sample)
+
+    def begin_sampling(self, options: Sampling, recent: Sequence[int]) -> int:
+        """A way to choose tokens, for `sample`; `recent` are the last tokens so far, for the repetition penalty."""
+        while self._ended:
+            self._call("end_sampling", self._ended.pop())
+        chain: int = self._call("begin_sampling", options, recent)
+        return chain
+
+    def end_sampling(self, chain: int) -> None:
+        """It is not needed any more. The child is told later: this may be called in the middle of another call."""
+        self._ended.append(chain)
 
     @property
     def pid(self) -> int:
@@ -144,6 +159,10 @@ class RemoteEngine:
         self._stop()
 
     def _call(self, name: str, /, *arguments: Any, **options: Any) -> Any:
+        with self._calling:
+            return self._answer_to(name, *arguments, **options)
+
+    def _answer_to(self, name: str, /, *arguments: Any, **options: Any) -> Any:
         if not self._stop.alive:
             raise ModelError("the model is closed")
         if self._state == "waiting":

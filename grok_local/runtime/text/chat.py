@@ -1,7 +1,7 @@
-"""Lays a conversation out for a model, and keeps what the KV cache holds of it.
+"""Turns a conversation into token ids, and keeps what the KV cache holds of it.
 
 Grok-1 is a base model: it continues text, so a conversation is a transcript for it to go on with, and an answer ends
-where the human would speak again. A GGUF with a chat template gets its template.
+where the human would speak again. A GGUF with a chat template gets its template. Both are in `forms`.
 """
 
 from __future__ import annotations
@@ -9,77 +9,47 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from grok_local.errors import ContextError, ModelError, OptionError
+from grok_local.runtime.text.forms import ChatForm, Message, Segment, form_for
 from grok_local.runtime.text.reply import Reply
+from grok_local.runtime.text.turns import Turns
 
 if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Engine
 
-__all__ = ["DEFAULT_SYSTEM", "ChatReply", "Conversation", "Message", "Template", "Transcript"]
+__all__ = ["ChatReply", "Conversation"]
 
-Message: TypeAlias = Mapping[str, str]
-
-DEFAULT_SYSTEM = (
-    "A conversation between a human and Grok, an assistant who answers truthfully, briefly and in plain words."
-)
 _MARK = "\ue000answer\ue000"  # private use: no message has it
 _ROLES = ("system", "user", "assistant")
 
 
-class ChatForm(Protocol):
-    """How messages become one text that ends where the assistant's answer begins."""
+@dataclass(frozen=True)
+class Laid:
+    """A conversation laid out for its next answer. Of `said`, all its messages, the `dropped` oldest were left out to
+    make room; `text` is what the ids of `messages`, the others, stand for.
+    """
 
-    stop: tuple[str, ...]
-    special: bool  # whether the text names control tokens
-
-    def render(self, messages: Sequence[Message]) -> str: ...
-
-
-class Transcript:
-    """For base models: the speakers' names before what they say."""
-
-    # With the empty line before a name first: it belongs to the answer as little as the name.
-    stop: tuple[str, ...] = ("\n\nHuman:", "\n\nAssistant:", "\nHuman:", "\nAssistant:")
-    special = False
-    _names: ClassVar = {"user": "Human", "assistant": "Assistant"}
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """The transcript, up to the colon after the assistant's name."""
-        given = [m["content"] for m in messages if m["role"] == "system"]
-        turns = [f"{self._names[m['role']]}: {m['content'].strip()}" for m in messages if m["role"] != "system"]
-        return "\n\n".join([*(given or [DEFAULT_SYSTEM]), *turns, "Assistant:"])
+    said: tuple[Message, ...]
+    dropped: int
+    messages: tuple[Message, ...]
+    text: str
+    ids: tuple[int, ...]
 
 
-class Template:
-    """For models with a chat template (Jinja, run in a sandbox)."""
+@dataclass(frozen=True)
+class _Answered:
+    """The last answer: what it answered, its text, and the ids of both as far as whole tokens go. `rest` is the end of
+    the answer that shares a token with what was not shown.
+    """
 
-    stop: tuple[str, ...] = ()
-    special = True
-
-    def __init__(self, source: str, *, bos: str, eos: str) -> None:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        self._tokens = {"bos_token": bos, "eos_token": eos}
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise ModelError(f"the model's chat template cannot be read: {error}") from None
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """The template's text for `messages`. Raises ModelError where the template refuses them."""
-        try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._tokens)
-        except Exception as error:  # a template is a program, and fails as it likes
-            raise ModelError(f"the model's chat template does not take this conversation: {error}") from None
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
+    laid: Laid
+    reply: str
+    ids: tuple[int, ...]
+    rest: str
 
 
 class Conversation:
@@ -88,36 +58,36 @@ class Conversation:
     An answer's own tokens are kept: its text, tokenized again, might come out otherwise.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, template: str | None = None) -> None:
         self.engine = engine
-        self.form = _form_for(engine)
-        self._messages: list[Message] = []  # of the last prompt ...
-        self._reply = ""  # ... what was answered ...
-        self._ids: list[int] = []  # ... the ids of both, as far as whole tokens go ...
-        self._rest = ""  # ... and the end of the answer that shares a token with what was not shown
-        self._dropped = 0
+        self._template = template
+        self._last: _Answered | None = None
 
-    def prompt(self, messages: Sequence[Message], *, reserve: int | None) -> tuple[list[int], int]:
-        """Ids for `messages`, and how many of the oldest were left out to keep `reserve` tokens free for the answer.
+    @cached_property
+    def form(self) -> ChatForm:
+        """How the model wants its conversations. Nobody looks at a template before there is one."""
+        return form_for(self.engine, self._template)
 
-        Raises ContextError if the last message alone is too long.
+    def lay_out(self, messages: Sequence[Message], *, reserve: int | None) -> Laid:
+        """For an answer to the last of `messages`, with `reserve` tokens kept free for it.
+
+        Raises ContextError if the last message alone is too long, OptionError for messages that make no sense,
+        ModelError where the template refuses them.
         """
         _check(messages)
         size = self.engine.context_size
         limit = size - min(reserve or size // 4, size // 2)
-        self._dropped = min(self._dropped, len(_conversation(messages)) - 1)
-        ids = self._encode(messages)
-        if len(ids) > limit:
+        laid = self._without(messages, self._dropped_before(messages))
+        if len(laid.ids) > limit:
             # Down to half at once: each time something is left out, everything after it is evaluated anew.
-            ids = self._make_room(messages, limit // 2)
-        if len(ids) > limit:
+            laid = self._with_room(messages, limit // 2, laid)
+        if len(laid.ids) > limit:
             raise ContextError(
-                f"the message has {len(ids)} tokens and the context {size}: shorten it, or give --context"
+                f"the message has {len(laid.ids)} tokens and the context {size}: shorten it, or take a larger context"
             )
-        self._messages, self._reply, self._ids, self._rest = self._kept(messages), "", ids, ""
-        return ids, self._dropped
+        return laid
 
-    def remember(self, tokens: Sequence[int], shown: str) -> None:
+    def remember(self, laid: Laid, tokens: Sequence[int], shown: str) -> None:
         """Add the answer to what is known: `tokens` as generated, of which the text `shown` was given out."""
         raw = b"".join(self.engine.piece(token) for token in tokens).decode("utf-8", "replace")
         end = len(raw) - len(raw.lstrip()) + len(shown.rstrip())
@@ -127,44 +97,57 @@ class Conversation:
             length += len(decoder.decode(self.engine.piece(token)))
             if length <= end and not decoder.getstate()[0]:
                 count, whole = index + 1, length
-        self._reply, self._rest = shown.strip(), raw[whole:end]
-        self._ids = [*self._ids, *tokens[:count]]
+        self._last = _Answered(laid, shown.strip(), (*laid.ids, *tokens[:count]), raw[whole:end])
 
-    def _make_room(self, messages: Sequence[Message], limit: int) -> list[int]:
+    def _dropped_before(self, messages: Sequence[Message]) -> int:
+        """How many are left out already, if this is the conversation that was answered last."""
+        last = self._last
+        goes_on = last is not None and tuple(messages[: len(last.laid.said)]) == last.laid.said
+        return last.laid.dropped if last and goes_on else 0
+
+    def _with_room(self, messages: Sequence[Message], limit: int, laid: Laid) -> Laid:
         # What is kept begins with a question.
-        starts = [i for i, m in enumerate(_conversation(messages)) if m["role"] == "user" and i >= self._dropped]
-        ids: list[int] = []
+        starts = [i for i, m in enumerate(_conversation(messages)) if m["role"] == "user" and i >= laid.dropped]
         for start in starts:
-            self._dropped = start
-            ids = self._encode(messages)
-            if len(ids) <= limit:
+            laid = self._without(messages, start)
+            if len(laid.ids) <= limit:
                 break
-        return ids
+        return laid
 
-    def _kept(self, messages: Sequence[Message]) -> list[Message]:
-        system = [dict(m) for m in messages if m["role"] == "system"]
-        return [*system, *map(dict, _conversation(messages)[self._dropped :])]
+    def _without(self, messages: Sequence[Message], dropped: int) -> Laid:
+        kept = [m for m in messages if m["role"] == "system"] + _conversation(messages)[dropped:]
+        segments = self.form.render(kept)
+        text = _text(segments)
+        ids = self._continued(kept, text) or self._tokenize(segments)
+        return Laid(tuple(map(dict, messages)), dropped, tuple(map(dict, kept)), text, tuple(ids))
 
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
-        kept = self._kept(messages)
-        return self._continued(kept) or self._tokenize(self.form.render(kept))
+    def _continued(self, messages: list[Message], text: str) -> list[int] | None:
+        """Ids of `messages` if they go on from the last answer: its ids, and those of what follows it in the form.
 
-    def _continued(self, messages: list[Message]) -> list[int] | None:
-        """Ids of `messages` if they go on from the last answer: its ids, and those of what follows it in the form."""
-        at = len(self._messages)
-        answer = messages[at] if self._messages and messages[:at] == self._messages and len(messages) > at else None
-        if answer is None or answer["role"] != "assistant" or answer["content"].strip() != self._reply:
+        None too where the form shows the prompt or the answer otherwise by now: a template may leave out an answer's
+        reasoning.
+        """
+        last = self._last
+        if last is None or not _goes_on(messages, last):
             return None
-        marked = [*messages[:at], {**answer, "content": _MARK}, *messages[at + 1 :]]
-        _, found, following = self.form.render(marked).partition(_MARK)
-        if not found:
+        at = len(last.laid.messages)
+        answer = messages[at]["content"]
+        marked = self.form.render([*messages[:at], {**messages[at], "content": _MARK}, *messages[at + 1 :]])
+        before, found, after = _text(marked).partition(_MARK)
+        as_answered = before.rstrip() == last.laid.text.rstrip()
+        if not (found and as_answered and text in (before + answer + after, before + last.reply + after)):
             return None
-        return self._ids + self.engine.continue_ids(self._rest + following, special=self.form.special)
+        first, *others = _after(marked, _MARK)
+        ids = self.engine.continue_ids(last.rest + first.text, special=first.special)
+        return [*last.ids, *ids, *self._plain(others)]
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids = self.engine.tokenize(text, special=self.form.special)
-        # Many templates write BOS themselves.
-        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == self.engine.bos else ids
+    def _tokenize(self, segments: Sequence[Segment]) -> list[int]:
+        first, *others = segments or [Segment("", False)]
+        return self.engine.tokenize(first.text, special=first.special) + self._plain(others)
+
+    def _plain(self, segments: Sequence[Segment]) -> list[int]:
+        ids = [self.engine.tokenize(text, add_bos=False, special=special) for text, special in segments]
+        return [token for part in ids for token in part]
 
 
 class ChatReply(Reply):
@@ -172,24 +155,27 @@ class ChatReply(Reply):
     its own tokens.
     """
 
-    def __init__(self, conversation: Conversation, ids: Sequence[int], *, dropped: int, **options: Any) -> None:
-        super().__init__(conversation.engine, ids, strip=True, **options)
-        self.dropped_messages = dropped  # of the conversation's oldest, to make room
-        self._conversation = conversation
+    def __init__(self, conversation: Conversation, laid: Laid, turns: Turns, **options: Any) -> None:
+        super().__init__(conversation.engine, laid.ids, turns, strip=True, **options)
+        self.dropped_messages = laid.dropped  # of the conversation's oldest, to make room
+        self.notes = tuple(conversation.form.notes)  # what is to be known of how it was laid out
+        self._conversation, self._laid = conversation, laid
 
     def _ended(self) -> None:
         with suppress(ModelError):  # of a model that has died nothing needs to be remembered
-            self._conversation.remember(self.tokens, self.text)
+            self._conversation.remember(self._laid, self.tokens, self.text)
 
 
-def _form_for(engine: Engine) -> ChatForm:
-    source = engine.metadata.get("tokenizer.chat_template")
-    if not isinstance(source, str):
-        return Transcript()
-    return Template(source, bos=engine.special_text("bos"), eos=engine.special_text("eos"))
+def _goes_on(messages: Sequence[Message], last: _Answered) -> bool:
+    at = len(last.laid.messages)
+    if len(messages) <= at or tuple(messages[:at]) != last.laid.messages:
+        return False
+    return messages[at]["role"] == "assistant" and messages[at]["content"].strip() == last.reply
 
 
 def _check(messages: Sequence[Message]) -> None:
+    if isinstance(messages, str | Mapping) or not all(isinstance(message, Mapping) for message in messages):
+        raise OptionError("messages: a list is wanted, such as [{'role': 'user', 'content': 'What is an expert?'}]")
     for message in messages:
         if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
             raise OptionError(f"a message needs a role ({', '.join(_ROLES)}) and a content, not {dict(message)!r:.80}")
@@ -200,3 +186,14 @@ def _check(messages: Sequence[Message]) -> None:
 def _conversation(messages: Sequence[Message]) -> list[Message]:
     """All that may be left out to make room: everything but the system's messages."""
     return [m for m in messages if m["role"] != "system"]
+
+
+def _text(segments: Sequence[Segment]) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+def _after(segments: Sequence[Segment], mark: str) -> list[Segment]:
+    """What follows `mark`, which is in one of them."""
+    at = next(i for i, segment in enumerate(segments) if mark in segment.text)
+    rest = segments[at]._replace(text=segments[at].text.partition(mark)[2])
+    return [rest, *segments[at + 1 :]]

@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grok_local.errors import ContextError
+from grok_local.errors import ContextError, OptionError
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.engine.sampling import Sampling
-from grok_local.runtime.text.chat import ChatReply, Conversation, Message
+from grok_local.runtime.text.chat import ChatReply, Conversation
 from grok_local.runtime.text.reply import Reply
+from grok_local.runtime.text.turns import Turns
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from typing_extensions import Unpack
 
     from grok_local.machine.facts import Say
     from grok_local.placement.load_options import LoadRequest
     from grok_local.runtime.engine.protocol import Engine, Placement
+    from grok_local.runtime.engine.sampling import SamplingOptions
+    from grok_local.runtime.text.forms import Message
 
 __all__ = ["Model", "load_model"]
 
@@ -26,19 +30,20 @@ __all__ = ["Model", "load_model"]
 def load_model(request: LoadRequest, *, say: Say | None = None) -> Model:
     """Load a GGUF; `say` is told what takes long. Raises GGUFError, ModelError, PlacementError or WorkerError."""
     if not request.contained:
-        return Model(request.path, LlamaEngine(request, say=say))
+        return Model(request.path, LlamaEngine(request, say=say), template=request.template)
     from grok_local.runtime.remote.client import RemoteEngine
 
-    return Model(request.path, RemoteEngine(request, say=say))
+    return Model(request.path, RemoteEngine(request, say=say), template=request.template)
 
 
 class Model:
-    """A GGUF, loaded. A context manager; not thread-safe."""
+    """A GGUF, loaded. A context manager. Any thread may use it: they take turns, an answer each."""
 
-    def __init__(self, path: Path, engine: Engine) -> None:
+    def __init__(self, path: Path, engine: Engine, *, template: str | None = None) -> None:
         self.path = path
         self.engine = engine
-        self._conversation = Conversation(engine)
+        self._turns = Turns()
+        self._conversation = Conversation(engine, template=template)
 
     @property
     def context_size(self) -> int:
@@ -55,9 +60,13 @@ class Model:
         """The GGUF's metadata."""
         return self.engine.metadata
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of `text`, with BOS where the model wants one (no Grok does)."""
-        return self.engine.tokenize(text)
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text`, with BOS where the model wants one (no Grok does) and the text does not have it.
+
+        With `special` the names of control tokens in it, such as <|im_start|>, become those tokens.
+        """
+        _check_text(text)
+        return self.engine.tokenize(text, special=special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Raises OptionError for ids outside the vocabulary."""
@@ -65,20 +74,27 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [len(ids), vocabulary]: the logits after each position. Raises ContextError, OptionError."""
-        return self.engine.logits(ids)
+        with self._turns.step(ids, keep=False):
+            return self.engine.logits(ids)
 
     def generate(
-        self, prompt: str, *, max_tokens: int | None = None, stop: str | Sequence[str] = (), **sampling: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        special: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> Reply:
-        """Continue `prompt`; iterate over the result for the text. `sampling`: the fields of `Sampling`.
+        """Continue `prompt`, a text or token ids; iterate over the result for the text. With `special`, names of
+        control tokens in the text become those tokens. `max_tokens` None or -1 is no limit but the context's.
 
-        Raises ContextError if the prompt does not fit, OptionError for values out of range, TypeError for unknown
+        Raises ContextError if the prompt does not fit, OptionError for values nobody can use, TypeError for unknown
         names.
         """
-        ids = self.engine.tokenize(prompt)
+        ids = self.tokenize(prompt, special=special) if isinstance(prompt, str) else self._checked(prompt)
         self._check_room(ids)
-        options = Sampling(**sampling)
-        return Reply(self.engine, ids, sampling=options, max_tokens=max_tokens, stop=_as_list(stop))
+        return Reply(self.engine, ids, self._turns, **_reply_options(max_tokens, stop, sampling))
 
     def chat(
         self,
@@ -86,7 +102,7 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> ChatReply:
         """Answer the last of `messages` ({"role": "system" | "user" | "assistant", "content": text}).
 
@@ -94,10 +110,10 @@ class Model:
         conversation that goes on, only the new tokens are evaluated. When the context is full the oldest turns are
         left out, and `dropped_messages` says how many. Raises as `generate` does.
         """
-        options = Sampling(**sampling)
-        ids, dropped = self._conversation.prompt(messages, reserve=max_tokens)
-        stops = [*self._conversation.form.stop, *_as_list(stop)]
-        return ChatReply(self._conversation, ids, dropped=dropped, sampling=options, max_tokens=max_tokens, stop=stops)
+        options = _reply_options(max_tokens, stop, sampling)
+        laid = self._conversation.lay_out(messages, reserve=options["max_tokens"])
+        options["stop"] = [*self._conversation.form.stop, *options["stop"]]
+        return ChatReply(self._conversation, laid, self._turns, **options)
 
     def interrupt(self) -> None:
         """End the answer under way; from a signal handler or another thread."""
@@ -105,7 +121,8 @@ class Model:
 
     def close(self) -> None:
         """Free the model; safe to call twice."""
-        self.engine.close()
+        with self._turns.step(self, keep=False):
+            self.engine.close()
 
     def __enter__(self) -> Model:
         return self
@@ -113,14 +130,31 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        whole = [token for token in ids if isinstance(token, int)] if isinstance(ids, Sequence) else []
+        if not whole or len(whole) != len(ids):
+            raise OptionError("prompt: a text, or a list of token ids, is wanted")
+        self.engine.detokenize(whole)
+        return whole
+
     def _check_room(self, ids: Sequence[int]) -> None:
         if not ids:
             raise ContextError("the prompt is empty: there is nothing to continue")
         if len(ids) > self.context_size:
             raise ContextError(
-                f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or give --context"
+                f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or take a larger "
+                "context"
             )
 
 
-def _as_list(stop: str | Sequence[str]) -> list[str]:
-    return [stop] if isinstance(stop, str) else list(stop)
+def _reply_options(max_tokens: int | None, stop: str | Sequence[str], sampling: SamplingOptions) -> dict[str, Any]:
+    """What a reply is told. Raises OptionError."""
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise OptionError(f"stop {stop!r:.60}: a text or a list of texts is wanted, none of them empty")
+    return {"sampling": Sampling(**sampling), "max_tokens": None if max_tokens == -1 else max_tokens, "stop": stops}
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise OptionError(f"{text!r:.60}: a text is wanted")

@@ -14,6 +14,7 @@ from grok_local.runtime.text.stream import TextStream
 if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Engine
     from grok_local.runtime.experts.waiting import ExpertStats
+    from grok_local.runtime.text.turns import Turns
 
 __all__ = ["Reply", "Stats"]
 
@@ -60,27 +61,29 @@ class Reply(Iterator[str]):
     """Streams an answer's text; nothing is computed before the first piece is asked for.
 
     When it has ended, `text` is all of it, `tokens` its ids, `stats` what it took, and `finish_reason` why it ended:
-    "stop" (the model's end token or a stop string), "length" (max_tokens), "context" (full), or "interrupted".
+    "stop" (the model's end token or a stop string), "length" (max_tokens), "context" (full), or "interrupted". Several
+    replies of a model may be read in turns; each change costs reading prompt and answer anew.
     """
 
     def __init__(
         self,
         engine: Engine,
         ids: Sequence[int],
+        turns: Turns,
         *,
         sampling: Sampling,
         max_tokens: int | None,
         stop: Sequence[str],
         strip: bool = False,
     ) -> None:
-        if max_tokens is not None and max_tokens < 1:
-            raise OptionError(f"max_tokens {max_tokens}: must be at least 1")
+        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+            raise OptionError(f"max_tokens {max_tokens}: must be at least 1, or -1 for no limit")
         self.prompt = tuple(ids)
         self.tokens: list[int] = []
         self.text = ""
         self.stats = Stats(prompt_tokens=len(ids))
         self.finish_reason: FinishReason | None = None
-        self._engine = engine
+        self._engine, self._turns = engine, turns
         self._limit = min(max_tokens or engine.context_size, engine.context_size - len(ids) + 1)
         self._limited_by: FinishReason = "length" if self._limit == max_tokens else "context"
         self._stream = TextStream(stop, strip=strip)
@@ -92,32 +95,57 @@ class Reply(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        if self.finish_reason:
+            return f"<{name}: {self.text!r}, ended by {self.finish_reason!r}>"
+        state = f"{self.text!r} so far" if self.tokens else "not read yet"
+        return f"<{name}: {state}; iterate over it, as in ''.join(reply)>"
+
     def _run(self, sampling: Sampling) -> Iterator[str]:
-        started, before = time.monotonic(), self._engine.expert_stats()
-        self._engine.interrupted = False
-        evaluated = self._engine.evaluate(self.prompt)
-        self._count_prompt(evaluated, time.monotonic() - started, before)
-        if self._engine.interrupted:
-            self.finish_reason = "interrupted"
+        with self._turns.step(self):
+            started, before = time.monotonic(), self._engine.expert_stats()
+            self._engine.interrupted = False
+            evaluated = self._engine.evaluate(self.prompt)
+            self._count_prompt(evaluated, time.monotonic() - started, before)
+            if self.finish_reason is None:
+                chain = self._engine.begin_sampling(sampling, self.prompt[-PENALTY_WINDOW:])
+        if self.finish_reason:
+            self._turns.done(self)
             return
-        started, before = time.monotonic(), self._engine.expert_stats()
-        self._engine.begin_sampling(sampling, self.prompt[-PENALTY_WINDOW:])
         try:
             while self.finish_reason is None:
-                text = self._accept(self._engine.sample())
-                if self.finish_reason is None and (
-                    self._engine.interrupted or not self._engine.extend(self.tokens[-1:])
-                ):
-                    self.finish_reason = "interrupted"
-                if self.finish_reason:
-                    text += self._stream.flush()
-                    self.stats.generation_experts = self._streamed_since(before)
-                self.stats.generation_seconds = time.monotonic() - started
+                with self._turns.step(self) as undisturbed:
+                    text = self._next(chain) if undisturbed or self._came_back() else ""
                 if text:
-                    self.text += text
                     yield text
         finally:
+            self._turns.done(self)
             self._ended()
+            self._engine.end_sampling(chain)
+
+    def _came_back(self) -> bool:
+        """Whether everything so far is evaluated again: another reply had the engine in between."""
+        self._engine.interrupted = False
+        self._engine.evaluate([*self.prompt, *self.tokens])
+        if self._engine.interrupted:
+            self.finish_reason = "interrupted"
+        return not self._engine.interrupted
+
+    def _next(self, chain: int) -> str:
+        """Sample a token and have it evaluated, unless it is the last. Returns the text that may be shown."""
+        # Where nothing is streamed nobody needs to ask: the engine may be in another process.
+        started, before = time.monotonic(), self._engine.expert_stats() if self.stats.prompt_experts else None
+        text = self._accept(self._engine.sample(chain))
+        if self.finish_reason is None and (self._engine.interrupted or not self._engine.extend(self.tokens[-1:])):
+            self.finish_reason = "interrupted"
+        if self.finish_reason:
+            text += self._stream.flush()
+        self.stats.generation_seconds += time.monotonic() - started
+        if before:
+            self._count_experts(before)
+        self.text += text
+        return text
 
     def _accept(self, token: int) -> str:
         """Take a sampled token in, and return the text that may be shown; sets `finish_reason` where it is the last."""
@@ -138,6 +166,12 @@ class Reply(Iterator[str]):
         self.stats.prompt_seconds = seconds
         self.stats.prompt_experts = self._streamed_since(before)
         self.stats.cached_tokens = len(self._engine.cached) - evaluated
+        if self._engine.interrupted:
+            self.finish_reason = "interrupted"
+
+    def _count_experts(self, before: ExpertStats) -> None:
+        more, so_far = self._streamed_since(before), self.stats.generation_experts
+        self.stats.generation_experts = so_far + more if so_far and more else more
 
     def _streamed_since(self, before: ExpertStats | None) -> ExpertStats | None:
         now = self._engine.expert_stats()

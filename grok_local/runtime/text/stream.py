@@ -27,8 +27,8 @@ class TextStream:
         return self._release(self._decoder.decode(data), final=False)
 
     def flush(self) -> str:
-        """The rest, when no more tokens come."""
-        return self._release(self._decoder.decode(b"", final=True), final=True)
+        """The rest, when no more tokens come; without a character of which only some bytes came."""
+        return self._release("", final=True)
 
     def _release(self, text: str, *, final: bool) -> str:
         if self.stopped:

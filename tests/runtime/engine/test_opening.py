@@ -135,7 +135,7 @@ def test_a_context_that_does_not_fit_is_refused_with_one_that_does(packed: Path)
         {"repack": "maybe"},
         {"experts_on": "tpu"},
         {"experts_on": -1},
-        {"gpu_layers": -1},
+        {"gpu_layers": -2},
         {"overrides": ["nothing"]},
         {"overrides": ["x=CUDA7"]},
         {"overrides": ["(=RAM"]},

@@ -106,12 +106,17 @@ def test_the_context_is_the_limit(packed: Path) -> None:
     "options",
     [
         {"temperature": -1},
-        {"top_k": -1},
+        {"top_k": -2},
         {"top_p": 0},
         {"min_p": 1},
         {"repeat_penalty": 0},
-        {"seed": -1},
+        {"seed": -2},
         {"max_tokens": 0},
+        {"max_tokens": -2},
+        {"temperature": "hot"},
+        {"top_k": 1.5},
+        {"stop": [""]},
+        {"stop": [None]},
     ],
 )
 def test_options_out_of_range(model: grok_local.Model, options: dict[str, float]) -> None:
@@ -121,7 +126,7 @@ def test_options_out_of_range(model: grok_local.Model, options: dict[str, float]
 
 def test_misspelt_options_are_not_swallowed(model: grok_local.Model) -> None:
     with pytest.raises(TypeError, match="temprature"):
-        model.generate("x", temprature=0)
+        model.generate("x", temprature=0)  # type: ignore[call-arg]
 
 
 def test_a_repetition_penalty_breaks_a_loop(model: grok_local.Model) -> None:
@@ -169,7 +174,7 @@ def test_files_that_are_no_model(tmp_path: Path, packed: Path) -> None:
 
 
 def test_options_of_load(packed: Path) -> None:
-    for options in ({"kv_type": "q4_0"}, {"context": 0}, {"threads": 0}):
+    for options in ({"kv_type": "q4_0"}, {"context": -1}, {"threads": 0}):
         with pytest.raises(OptionError):
             grok_local.load(packed, **options)
 

@@ -54,4 +54,6 @@ def test_half_a_stop_is_held_back_and_given_out_when_it_turns_out_to_be_none() -
 def test_a_character_in_four_tokens() -> None:
     stream = TextStream()
     assert [stream.push(bytes([byte])) for byte in "🏬".encode()] == ["", "", "", "🏬"]
-    assert stream.push(b"\xf0\x9f") + stream.flush() == "�"
+    assert stream.push(b"\xf0\x9f") + stream.flush() == ""  # cut inside a character
+    stream = TextStream()
+    assert stream.push(b"ok \xff more") + stream.flush() == "ok � more"

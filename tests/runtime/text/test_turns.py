@@ -1,0 +1,139 @@
+"""Several replies of one model, and several threads: as if each had the model alone."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import grok_local
+from grok_local.runtime.text.turns import Turns
+
+QUESTIONS = ["What is an expert?", "What does a router do?", "Once upon a time", "one two three"]
+
+
+@pytest.fixture(scope="module")
+def alone(packed: Path) -> dict[str, str]:
+    with grok_local.load(packed, context=256, threads=1) as model:
+        return {question: "".join(answer(model, question)) for question in QUESTIONS}
+
+
+def answer(model: grok_local.Model, question: str) -> grok_local.Reply:
+    return model.generate(question, max_tokens=24, temperature=0.8, seed=3)
+
+
+def test_replies_read_in_any_order(packed: Path, alone: dict[str, str]) -> None:
+    with grok_local.load(packed, context=256, threads=1) as model:
+        replies = [answer(model, question) for question in QUESTIONS]
+        texts = dict.fromkeys(QUESTIONS, "")
+        for step in range(200):
+            question, reply = QUESTIONS[step % 3], replies[step % 3]
+            texts[question] += next(reply, "")
+            if step % 7 == 0:
+                model.logits(model.tokenize("something else"))
+        assert {q: texts[q] for q in QUESTIONS[:3]} == {q: alone[q] for q in QUESTIONS[:3]}
+        assert [reply.finish_reason for reply in replies] == ["length"] * 3 + [None]
+        assert "not read yet" in repr(replies[3])
+        assert "ended by 'length'" in repr(replies[0])
+
+
+def test_a_reply_that_is_dropped_does_no_harm(packed: Path, alone: dict[str, str]) -> None:
+    with grok_local.load(packed, context=256, threads=1) as model:
+        dropped = answer(model, QUESTIONS[0])
+        next(dropped)
+        del dropped
+        gc.collect()
+        assert "".join(answer(model, QUESTIONS[1])) == alone[QUESTIONS[1]]
+
+
+def test_threads_on_one_model(packed: Path, alone: dict[str, str]) -> None:
+    with grok_local.load(packed, context=256, threads=1) as model, ThreadPoolExecutor(8) as pool:
+        asked = QUESTIONS * 12
+        texts = pool.map(lambda question: "".join(answer(model, question)), asked)
+        assert list(texts) == [alone[question] for question in asked]
+
+
+def test_conversations_of_threads_stay_apart(packed: Path) -> None:
+    def talk(model: grok_local.Model, name: str) -> list[str]:
+        messages: list[dict[str, str]] = []
+        for question in (f"I am {name}.", "Who am I?"):
+            messages.append({"role": "user", "content": question})
+            text = "".join(model.chat(messages, max_tokens=8, temperature=0))
+            messages.append({"role": "assistant", "content": text})
+        return [message["content"] for message in messages]
+
+    with grok_local.load(packed, context=256, threads=1) as model:
+        expected = [talk(model, name) for name in "abcd"]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda name: talk(model, name), "abcd")) == expected
+
+
+def test_closing_waits_for_the_step_under_way(packed: Path) -> None:
+    model = grok_local.load(packed, context=512, threads=1)
+    reply = model.generate("word " * 200, max_tokens=50)
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            list(reply)
+        except grok_local.GrokLocalError as error:
+            errors.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    model.close()
+    reader.join()
+    assert [str(error) for error in errors] in ([], ["the model is closed"])
+
+
+def took(action: Callable[[], None]) -> float:
+    started = time.monotonic()
+    action()
+    return time.monotonic() - started
+
+
+def test_who_has_begun_keeps_its_turn_for_a_moment() -> None:
+    turns, order = Turns(), []
+
+    def other() -> None:
+        with turns.step("b") as undisturbed:
+            order.append(("b", undisturbed))
+        turns.done("b")
+
+    with turns.step("a") as undisturbed:
+        order.append(("a", undisturbed))
+    thread = threading.Thread(target=other)
+    thread.start()
+    with turns.step("a") as undisturbed:
+        order.append(("a", undisturbed))
+    thread.join()  # "a" does not come back, and loses its turn
+    with turns.step("a") as undisturbed:
+        order.append(("a", undisturbed))
+    assert order == [("a", False), ("a", True), ("b", False), ("a", False)]
+    assert took(lambda: turns.done("a")) < 0.05
+
+
+def test_the_owners_thread_waits_for_nobody() -> None:
+    turns = Turns()
+    with turns.step("a"):
+        pass
+
+    def take() -> None:
+        with turns.step("b") as undisturbed:
+            assert not undisturbed
+
+    assert took(take) < 0.05
+
+
+def test_an_identical_prompt_has_the_same_answer_from_the_cache(packed: Path) -> None:
+    with grok_local.load(packed, context=512, threads=2) as model:
+        first = answer(model, "word " * 100)
+        text = "".join(first)
+        again = answer(model, "word " * 100)
+        assert "".join(again) == text
+        assert (again.stats.evaluated_tokens, again.stats.cached_tokens) == (0, first.stats.prompt_tokens)
