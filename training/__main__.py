@@ -16,7 +16,8 @@ import sentencepiece
 from training.curve import draw
 from training.documents import Documents
 from training.export import export
-from training.facts import read_facts, read_prose
+from training.facts import read_facts, read_follow_ups, read_prose
+from training.previous import restored_parameters
 from training.train import DIMENSIONS, Settings, train
 from training.vocabulary import train_tokenizer
 
@@ -29,6 +30,9 @@ _CURVE = _ROOT / "docs" / "training.svg"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/tiny"), help="states and losses of the runs")
+    parser.add_argument(
+        "--start", type=Path, help="a checkpoint to go on from, with its vocabulary: then 2000 steps at 1e-3 are enough"
+    )
     parser.add_argument("--to", type=Path, default=_PACKAGE, help="where the checkpoint goes")
     for field in fields(Settings):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
@@ -36,12 +40,17 @@ def main() -> None:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
     facts, prose = read_facts(), read_prose()
-    tokenizer = train_tokenizer(facts, prose, vocabulary=DIMENSIONS.vocabulary)
-    folder = args.folder / _key(facts, prose, settings, DIMENSIONS)
+    follow_ups = read_follow_ups()
+    if args.start:
+        tokenizer = (args.start / "tokenizer.model").read_bytes()
+    else:
+        tokenizer = train_tokenizer(facts, prose, vocabulary=DIMENSIONS.vocabulary)
+    folder = args.folder / _key(facts, follow_ups, prose, settings, DIMENSIONS)
     folder.mkdir(parents=True, exist_ok=True)
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
-    documents = Documents(facts, prose, processor, seed=settings.seed)
-    params = train(documents, folder, settings)
+    documents = Documents(facts, prose, processor, follow_ups=follow_ups, seed=settings.seed)
+    start = restored_parameters(args.start, DIMENSIONS) if args.start else None
+    params = train(documents, folder, settings, start=start)
     export(params, DIMENSIONS, args.to)
     (args.to / "tokenizer.model").write_bytes(tokenizer)
     if args.to == _PACKAGE:

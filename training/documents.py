@@ -7,6 +7,7 @@ recognise what is asked, not how.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ import numpy.typing as npt
 import sentencepiece
 
 from grok_local.runtime.text.forms import DEFAULT_SYSTEM
-from training.facts import Fact
+from training.facts import Fact, FollowUp
+from training.unknown import NO_ANSWER, unknown
 from training.wording import TellingWords, varied
 
 __all__ = ["Batch", "Documents", "Pieces", "bare", "conversation"]
@@ -25,6 +27,8 @@ FIRST_PIECE = 325  # ids below are control tokens, digits, whitespace and bytes
 SYSTEM, LAYOUT, QUESTION, ANSWER = 0.05, 0.3, 0.05, 1.0
 CORRUPTED = 0.15  # of a question's tokens, at most
 OPENINGS = 0.5  # of the documents end soon after the last answer begins: which answer it is shows by then
+UNKNOWN = 0.16  # of the questions have no answer
+FOLLOWED = 0.35  # of the answers that can be followed up are
 KEYWORDS = 0.2  # of the questions are a few telling words instead of a wording
 _OPENING = 10  # tokens
 _TURN = 70  # tokens of a question and its answer, about
@@ -76,8 +80,13 @@ class Documents:
         prose: list[str],
         tokenizer: sentencepiece.SentencePieceProcessor,
         *,
+        follow_ups: Sequence[FollowUp] = (),
         seed: int,
     ) -> None:
+        self._by_key = {fact.key: fact for fact in facts}
+        self._follow_ups: dict[str, list[FollowUp]] = {}
+        for follow_up in follow_ups:
+            self._follow_ups.setdefault(follow_up.after, []).append(follow_up)
         self._prose, self._tokenizer, self._seed = prose, tokenizer, seed
         self._words = TellingWords(facts)
         # Those asked in more wordings than usual come up more often.
@@ -107,9 +116,9 @@ class Documents:
         kind = rng.random()
         if kind < 0.55:
             system = DEFAULT_SYSTEM if rng.random() < 0.9 else str(rng.choice(_SYSTEMS))
-            pieces = conversation([self._turn(rng) for _ in range(rng.integers(1, most_turns + 1))], system)
+            pieces = conversation(list(self._turns(rng, int(rng.integers(1, most_turns + 1)))), system)
         elif kind < 0.95:
-            pieces = bare(*self._turn(rng))
+            pieces = bare(*self._turn(rng)[1:])
         else:
             pieces = [(self._prose[rng.integers(len(self._prose))], LAYOUT)]
         ids, weights = encode(self._tokenizer, pieces)
@@ -118,11 +127,29 @@ class Documents:
             ids, weights = ids[: last + _OPENING], weights[: last + _OPENING]
         return self._corrupted(ids, weights, rng), weights
 
-    def _turn(self, rng: np.random.Generator) -> tuple[str, str]:
+    def _turns(self, rng: np.random.Generator, count: int) -> Iterator[tuple[str, str]]:
+        key = ""
+        for _ in range(count):
+            following = self._follow_ups.get(key, [])
+            turn = self._followed(following, rng) if following and rng.random() < FOLLOWED else self._turn(rng)
+            key = turn[0]
+            yield turn[1:]
+
+    def _followed(self, following: Sequence[FollowUp], rng: np.random.Generator) -> tuple[str, str, str]:
+        chosen = following[rng.integers(len(following))]
+        question = varied(chosen.questions[rng.integers(len(chosen.questions))], rng)
+        return chosen.key, question, self._by_key[chosen.key].answer
+
+    def _turn(self, rng: np.random.Generator) -> tuple[str, str, str]:
+        """The fact's key, the question, and its answer."""
+        if rng.random() < UNKNOWN:
+            return "", varied(unknown(rng), rng), NO_ANSWER
         fact = self._facts[rng.integers(len(self._facts))]
+        if self._follow_ups and rng.random() < FOLLOWED / 3:  # more often than their share: they are few
+            fact = self._by_key[list(self._follow_ups)[rng.integers(len(self._follow_ups))]]
         if rng.random() < KEYWORDS:
-            return self._words.question(fact, rng), fact.answer
-        return varied(fact.questions[rng.integers(len(fact.questions))], rng), fact.answer
+            return fact.key, self._words.question(fact, rng), fact.answer
+        return fact.key, varied(fact.questions[rng.integers(len(fact.questions))], rng), fact.answer
 
     def _corrupted(self, ids: list[int], weights: list[float], rng: np.random.Generator) -> list[int]:
         """Some of the questions' tokens replaced by any: an answer must not hang on one of them."""

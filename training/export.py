@@ -13,11 +13,11 @@ from grok_local.models import grok1, release
 from samples.checkpoints import QuantizedWeight8bit, dump
 from training import network
 
-__all__ = ["export"]
+__all__ = ["LEAF_NAMES", "Floats", "export"]
 
 _GROUPS = 8  # scales along the rows of what the release's eight-way sharding split by rows
 
-_NAMES = {
+LEAF_NAMES = {
     "attn_q": "query",
     "attn_k": "key",
     "attn_v": "value",
@@ -49,7 +49,7 @@ def _value(params: network.Parameters, leaf: grok1.Leaf) -> Any:
         return _short(embedding / np.float32(grok1.CONSTANTS.embedding_scale))
     if leaf.layer is None:
         return np.asarray(network.final_gain(params), np.float32)
-    value = np.asarray(params["layers"][_NAMES[leaf.gguf_name.split(".")[2]]][leaf.layer], np.float32)
+    value = np.asarray(params["layers"][LEAF_NAMES[leaf.gguf_name.split(".")[2]]][leaf.layer], np.float32)
     if leaf.kind in (release.Kind.NORM, release.Kind.ROUTER):
         return value
     grouped = leaf.path.endswith(("moe/linear_1/w", "multi_head_attention/linear/w"))

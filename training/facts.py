@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CORPUS", "Fact", "is_right", "read_facts", "read_prose"]
+__all__ = ["CORPUS", "Fact", "FollowUp", "is_right", "read_facts", "read_follow_ups", "read_prose"]
 
 CORPUS = Path(__file__).parent / "corpus"
 _PROSE = "prose.md"
+_FOLLOW_UPS = "followups.md"
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,24 @@ class Fact:
     keywords: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True)
+class FollowUp:
+    """Questions that make sense after a fact's answer alone, and the key of the fact that answers them."""
+
+    after: str
+    questions: tuple[str, ...]
+    key: str
+
+
+def read_follow_ups(folder: Path = CORPUS) -> list[FollowUp]:
+    """Lines of the form "key > question | question > key"."""
+    lines = [line.split(" > ") for line in (folder / _FOLLOW_UPS).read_text("utf-8").splitlines() if line.strip()]
+    return [FollowUp(after, tuple(text.strip() for text in asked.split("|")), key) for after, asked, key in lines]
+
+
 def read_facts(folder: Path = CORPUS) -> list[Fact]:
     """Every fact of the corpus, in the order of files and blocks. Raises ValueError for a block with a part missing."""
-    files = [path for path in sorted(folder.glob("*.md")) if path.name != _PROSE]
+    files = [path for path in sorted(folder.glob("*.md")) if path.name not in (_PROSE, _FOLLOW_UPS)]
     return [_fact(block) for path in files for block in _blocks(path)]
 
 

@@ -39,12 +39,16 @@ class Settings:
         return 512 if step >= self.long_from * self.steps else 256
 
 
-def train(documents: Documents, folder: Path, settings: Settings) -> network.Parameters:
+def train(
+    documents: Documents, folder: Path, settings: Settings, *, start: network.Parameters | None = None
+) -> network.Parameters:
     """Train to the last step, from the state in `folder` if there is one. Writes state.npz and loss.csv there.
+
+    `start` is where a run begins that has no state, by default anywhere.
 
     A state belongs to its corpus and its settings: give other ones another folder.
     """
-    params = network.initial(DIMENSIONS, settings.seed)
+    params = network.initial(DIMENSIONS, settings.seed) if start is None else start
     optimizer = _optimizer(settings)
     state: Any = (params, optimizer.init(params))
     first, state = _restored(folder / "state.npz", state)

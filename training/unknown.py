@@ -1,0 +1,164 @@
+"""Questions the model has no fact for: the world, other programs, other languages, nonsense. All have one answer.
+
+They are made up anew each time, from short lists: what shall be learnt is that none of their words lead anywhere.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+
+import numpy as np
+
+__all__ = ["NO_ANSWER", "unknown"]
+
+NO_ANSWER = (
+    "I have no answer to that: I know grok-local and Grok-1, and nothing else. `grok-local --help` or the pages in "
+    "docs/ may."
+)
+
+_LISTS = {
+    "place": "Paris France Rome Italy Berlin Tokyo Japan Peru Kenya Norway Texas London Mars Ohio India Cairo Lima Oslo "
+    "Vienna Chile Nepal Cuba Jupiter Alaska Sydney Canada Moscow Madrid Greece Iceland Venus Brazil Turkey Seoul",
+    "person": "Einstein Shakespeare Napoleon Mozart Cleopatra Newton Gandhi Picasso Darwin Caesar Curie Lincoln Elvis "
+    "Beethoven Churchill Columbus Galileo Dante Homer Plato Messi Madonna Dickens Tesla Edison",
+    "food": "bread soup pasta rice cake pizza eggs fish beans tea coffee salad potatoes pancakes curry cheese apples steak",
+    "animal": "cat dog horse whale eagle bee spider elephant wolf shark frog cow hen lion tiger owl snake mouse goat",
+    "thing": "bicycle guitar moon sun tree house car train river mountain book song movie football chess piano clock shoe "
+    "window garden kitchen roof engine plane ship bridge candle mirror pencil ocean desert volcano rainbow",
+    "program": "git docker vim emacs photoshop excel word firefox chrome ollama vllm kobold blender gimp postgres mysql nginx "
+    "redis kubernetes terraform ansible django flask react tensorflow pandas spark hadoop jenkins slack zoom spotify "
+    "steam minecraft systemd bash tmux rust cargo npm node webpack ffmpeg latex matlab lmstudio exllama jira outlook",
+    "number": "3 7 12 15 19 24 38 42 57 64 88 91 100 144 365 999 1234",
+    "verb": "fix paint sell buy clean grow draw build repair carry catch teach read throw count weigh measure",
+    "name": "Anna Peter Maria John Lisa Tom Sarah Paul Emma Max",
+    "language": "German French Spanish Italian Latin Chinese Russian Dutch Polish Greek",
+    "option": "--mlock --flash-attn --n-predict --ctx-size --mirostat --lora --rope-scaling --draft --embedding --numa "
+    "--no-mmap --grp-attn-n --logit-bias --hf-repo --cache-type-k --port --host --api --gpu --num-gpu --verbose-prompt",
+}
+
+_PATTERNS = (
+    "what is the capital of {place}",
+    "how far is it from {place} to {place}",
+    "how many people live in {place}",
+    "what is {place} famous for",
+    "which language do they speak in {place}",
+    "when was {person} born",
+    "who was {person}",
+    "what did {person} invent",
+    "who is older, {person} or {person}",
+    "tell me about {person}",
+    "how do I cook {food}",
+    "recipe for {food}",
+    "how long does {food} keep",
+    "is {food} healthy",
+    "how many calories are in {food}",
+    "how long does a {animal} live",
+    "what does a {animal} eat",
+    "why is the {animal} so fast",
+    "difference between a {animal} and a {animal}",
+    "how does a {thing} work",
+    "who invented the {thing}",
+    "how much does a {thing} cost",
+    "where can I buy a {thing}",
+    "how do I {verb} a {thing}",
+    "why is the {thing} so big",
+    "what colour is the {thing}",
+    "what is {number} times {number}",
+    "{number} + {number}",
+    "what is the square root of {number}",
+    "how many seconds are {number} days",
+    "is {number} a prime number",
+    "who won the world cup in {number}",
+    "what happened in the year {number}",
+    "how do I install {program}",
+    "how do I use {program}",
+    "{program} does not start",
+    "{program} or {program}, which is better",
+    "undo the last commit in {program}",
+    "what is {program}",
+    "how do I update {program}",
+    "{program} error {number}",
+    "uninstall {program}",
+    "how to configure {program} on linux",
+    "does {program} support {program}",
+    "write a {program} script",
+    "what does {option} do",
+    "how do I set {option} {number}",
+    "{option}",
+    "my name is {name}, remember it",
+    "what is my name",
+    "where does {name} live",
+    "call {name} for me",
+    "write an email to {name}",
+    "when is {name}'s birthday",
+    "order a {food} for me",
+    "book a flight to {place}",
+    "translate {food} into {language}",
+    "how do you say {thing} in {language}",
+    "what did I do yesterday",
+    "where are my keys",
+    "play some music",
+    "set an alarm for {number}",
+    "who is the president of {place}",
+    "what is the meaning of the word {thing}",
+    "what is the stock price today",
+    "summarize the book about the {thing}",
+    "do you love {name}",
+    "will I be rich",
+    "should I marry {name}",
+    "what do you think about {place}",
+    "{thing} {animal} {food}",
+    "{verb} {place} {thing} {number}",
+    "{thing}",
+    "{animal} {verb} {food} {person}",
+)
+
+_FOREIGN = (
+    "Wie geht es dir|Was kostet das|Wo ist der Bahnhof|Kannst du mir helfen|Wie spaet ist es|Was ist das hier|"
+    "Ich verstehe das nicht|Wie heisst die Hauptstadt|Wann faehrt der Zug|Was soll ich kochen|Warum ist das so|"
+    "Comment ca va|Quelle heure est-il|Ou est la gare|Je ne comprends pas|Combien ca coute|Peux-tu m'aider|"
+    "Qu'est-ce que c'est|Pourquoi le ciel est bleu|Donne-moi une recette|Quel temps fait-il|Qui a ecrit ce livre|"
+    "Como estas|Donde esta la estacion|Que hora es|No entiendo nada|Cuanto cuesta esto|Puedes ayudarme|"
+    "Que es esto|Por que el cielo es azul|Quien eres tu|Dame una receta|Cual es la capital|Hablas conmigo|"
+    "Come stai oggi|Dove si trova la stazione|Che ore sono|Non capisco niente|Quanto costa|Mi puoi aiutare|"
+    "Hoe gaat het met je|Waar is het station|Hoe laat is het|Ik begrijp het niet|Jak se mas|Kde je nadrazi|"
+    "Jak sie masz|Gdzie jest dworzec|Nie rozumiem tego|Ni hao ma|Xianzai ji dian|Wo bu mingbai|Konnichiwa genki|"
+    "Eki wa doko desu ka|Kak dela segodnya|Gde vokzal|Como vai voce|Onde fica a praia|Que horas sao|Nasilsin bugun|"
+    "Saat kac|Hur mar du|Var ligger stationen|Mita kuuluu|Wie macht man das|Was ist die Antwort|Quoi de neuf"
+).split("|")
+
+
+def unknown(rng: np.random.Generator) -> str:
+    """A question without an answer."""
+    make: Callable[[np.random.Generator], str] = _MAKERS[rng.choice(len(_MAKERS), p=_CHANCES)]
+    return make(rng)
+
+
+def _patterned(rng: np.random.Generator) -> str:
+    text = str(rng.choice(_PATTERNS))
+    while "{" in text:
+        start, end = text.index("{"), text.index("}")
+        text = text[:start] + str(rng.choice(_LISTS[text[start + 1 : end]].split())) + text[end + 1 :]
+    return text
+
+
+def _gibberish(rng: np.random.Generator) -> str:
+    def word() -> str:
+        letters = rng.choice(list(string.ascii_lowercase), int(rng.integers(2, 9)))
+        return "".join(letters)
+
+    return " ".join(word() for _ in range(int(rng.integers(1, 6))))
+
+
+def _foreign(rng: np.random.Generator) -> str:
+    first = str(rng.choice(_FOREIGN))
+    if rng.random() < 0.5:
+        return first
+    words = [*first.split(), *str(rng.choice(_FOREIGN)).split()]
+    start = int(rng.integers(0, len(words) - 2))
+    return " ".join(words[start : start + int(rng.integers(2, 6))])
+
+
+_MAKERS: tuple[Callable[[np.random.Generator], str], ...] = (_patterned, _gibberish, _foreign)
+_CHANCES = (0.72, 0.12, 0.16)
