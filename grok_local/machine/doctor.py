@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +18,10 @@ from grok_local.errors import GrokLocalError, ModelError
 from grok_local.formats.gguf_file import Header, read_model
 from grok_local.ggml.devices import backend_names, cpu_device, cpu_features, extra_buffer_types
 from grok_local.machine import kernels
-from grok_local.machine.disk import disk_speed
+from grok_local.machine.disk import RELEASE_SPACE, disk_speed
 from grok_local.machine.facts import Device, Say, Speeds
 from grok_local.machine.limits import core_count, cpu_flags, cpu_quota, memory_limits
-from grok_local.machine.rebuild import GPU_OPTIONS, LLAMA, is_clone, pinned_version, rebuild_command
+from grok_local.machine.rebuild import GPU, GPU_OPTIONS, LLAMA, find_gpu, is_clone, pinned_version, rebuild_command
 from grok_local.machine.this_machine import local_devices
 from grok_local.machine.trials import NOT_HELD, REPACK, RIGHT, Trial, run_items
 from grok_local.units import format_bytes
@@ -35,7 +32,7 @@ Status = Literal["ok", "note", "problem"]
 
 _USUAL_TYPES = ("Q4_K", "Q8_0", "Q6_K", "F32")  # of a model packed with --type q4_k
 _FEW_FILES = 1024
-_PROMPT_SECONDS = 10  # how long a driver's own tool may take
+_ELSEWHERE = "export GROK_LOCAL_HOME=/another/disk/grok-local"
 
 # What llama.cpp calls a feature of the processor, and what Linux calls it.
 _FEATURES = {
@@ -185,66 +182,17 @@ def _check_features(case: _Case) -> Iterator[Finding]:
 # -- GPUs --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _GPU:
-    """A maker's GPUs: llama.cpp's backend for them, and what compiling it in needs."""
-
-    maker: str
-    backend: str
-    needs: str
-    find: Callable[[Path], str]  # below root: a description, or nothing
-
-
-def _find_nvidia(root: Path) -> str:
-    listed = [path.read_text(errors="replace") for path in root.glob("proc/driver/nvidia/gpus/*/information")]
-    models = [found[1].strip() for text in listed if (found := re.search(r"^Model:(.*)$", text, re.MULTILINE))]
-    if not models and root == Path("/"):  # WSL has the tool alone
-        models = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", _output("nvidia-smi", "-L"), re.MULTILINE)
-    return ", ".join(models)
-
-
-def _find_amd(root: Path) -> str:
-    nodes = [path.read_text(errors="replace") for path in root.glob("sys/class/kfd/kfd/topology/nodes/*/properties")]
-    count = sum(bool(re.search(r"^simd_count [1-9]", text, re.MULTILINE)) for text in nodes)
-    return f"{count} that ROCm knows" if count else ""
-
-
-def _find_apple(_: Path) -> str:
-    return "Apple silicon" if sys.platform == "darwin" and platform.machine() == "arm64" else ""
-
-
-def _find_other(root: Path) -> str:
-    names = sorted(path.name for path in root.glob("dev/dri/renderD*"))
-    return ", ".join(names)
-
-
-_GPUS = (
-    _GPU("NVIDIA", "CUDA", "the CUDA toolkit", _find_nvidia),
-    _GPU("AMD", "ROCm", "ROCm", _find_amd),
-    _GPU("Apple", "MTL", "Xcode's command line tools", _find_apple),
-    _GPU("another maker", "Vulkan", "the Vulkan SDK", _find_other),
-)
-
-
-def _output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROMPT_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
-
-
 def _check_gpus(case: _Case) -> Iterator[Finding]:
     devices = case.system.devices()
     for device in devices:
         room = f"{format_bytes(device.free)} of {format_bytes(device.total)} free"
         yield _ok(f"{device.name}: {device.description}, {room}")
-    unused = next(((gpu, text) for gpu in _GPUS if (text := gpu.find(case.root))), None)
+    found = find_gpu(case.root)
     if not devices:
-        yield _unused(case, *unused) if unused else _ok("none found: the processor does everything")
+        yield _unused(case, *found) if found else _ok("none found: the processor does everything")
 
 
-def _unused(case: _Case, gpu: _GPU, text: str) -> Finding:
+def _unused(case: _Case, gpu: GPU, text: str) -> Finding:
     """Of a GPU that llama.cpp does not offer."""
     if gpu.backend in case.system.backends():
         driver = "the driver, and CUDA_VISIBLE_DEVICES" if gpu.backend == "CUDA" else "the driver, and its permissions"
@@ -361,7 +309,12 @@ def _check_disk(case: _Case) -> Iterator[Finding]:
     files = [case.model] if case.model else [path for path in folder.glob("*.gguf") if path.is_file()]
     speed = max((disk_speed(path) for path in sorted(files, key=_size)[-1:]), default=0.0)
     reads = f"reads {format_bytes(speed)}/s" if speed else "no model here that is large enough to time its reading"
-    yield _ok(f"{format_bytes(shutil.disk_usage(there).free)} free in {folder}; {reads}")
+    free = shutil.disk_usage(there).free
+    text = f"{format_bytes(free)} free in {folder}; {reads}"
+    if case.model is None and free < RELEASE_SPACE:
+        yield _note(f"{text}; Grok-1 and its 4-bit file take {format_bytes(RELEASE_SPACE)}", _ELSEWHERE)
+    else:
+        yield _ok(text)
 
 
 def _size(path: Path) -> int:

@@ -1,13 +1,18 @@
-"""The command that builds llama.cpp anew, with other options or for this processor."""
+"""GPUs that llama.cpp could use, and the command that builds it anew: for them, or for this processor."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import re
-from collections.abc import Iterable
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["GPU_OPTIONS", "LLAMA", "is_clone", "pinned_version", "rebuild_command"]
+__all__ = ["GPU", "GPU_OPTIONS", "LLAMA", "find_gpu", "is_clone", "pinned_version", "rebuild_command", "unused_gpu"]
 
 LLAMA = "llama-cpp-python"
 GPU_OPTIONS = {  # by backend: how it is compiled in
@@ -17,6 +22,77 @@ GPU_OPTIONS = {  # by backend: how it is compiled in
     "Vulkan": "-DGGML_VULKAN=ON",
 }
 _BASE_OPTIONS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
+_PROMPT_SECONDS = 10  # how long a driver's own tool may take
+_STAMP = "grok-local.stamp"  # of an environment that scripts/run made
+
+
+# -- GPUs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A maker's GPUs: llama.cpp's backend for them, and what compiling it in needs."""
+
+    maker: str
+    backend: str
+    needs: str
+    find: Callable[[Path], str]  # below root: a description, or nothing
+
+
+def _find_nvidia(root: Path) -> str:
+    listed = [path.read_text(errors="replace") for path in root.glob("proc/driver/nvidia/gpus/*/information")]
+    models = [found[1].strip() for text in listed if (found := re.search(r"^Model:(.*)$", text, re.MULTILINE))]
+    if not models and root == Path("/") and shutil.which("nvidia-smi"):  # WSL has the tool alone
+        models = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", _output("nvidia-smi", "-L"), re.MULTILINE)
+    return ", ".join(models)
+
+
+def _find_amd(root: Path) -> str:
+    nodes = [path.read_text(errors="replace") for path in root.glob("sys/class/kfd/kfd/topology/nodes/*/properties")]
+    count = sum(bool(re.search(r"^simd_count [1-9]", text, re.MULTILINE)) for text in nodes)
+    return f"{count} that ROCm knows" if count else ""
+
+
+def _find_apple(_: Path) -> str:
+    return "Apple silicon" if sys.platform == "darwin" and platform.machine() == "arm64" else ""
+
+
+def _find_other(root: Path) -> str:
+    names = sorted(path.name for path in root.glob("dev/dri/renderD*"))
+    return ", ".join(names)
+
+
+_GPUS = (
+    GPU("NVIDIA", "CUDA", "the CUDA toolkit", _find_nvidia),
+    GPU("AMD", "ROCm", "ROCm", _find_amd),
+    GPU("Apple", "MTL", "Xcode's command line tools", _find_apple),
+    GPU("another maker", "Vulkan", "the Vulkan SDK", _find_other),
+)
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROMPT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
+
+
+def find_gpu(root: Path = Path("/")) -> tuple[GPU, str] | None:
+    """The first maker's GPUs that the system knows, and what it calls them. `root` has proc, sys and dev."""
+    return next(((gpu, text) for gpu in _GPUS if (text := gpu.find(root))), None)
+
+
+def unused_gpu(backends: Iterable[str], root: Path = Path("/")) -> str | None:
+    """A line about a GPU worth having that llama.cpp offers no device for; graphics inside a processor are not."""
+    gpu, text = find_gpu(root) or (None, "")
+    if gpu is None or gpu is _GPUS[-1]:
+        return None
+    reason = "sees none" if gpu.backend in set(backends) else "is not compiled in"
+    return f"a GPU is there and not used: {gpu.maker} ({text}), but {gpu.backend} {reason}; grok-local doctor says more"
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
 
 
 def pinned_version() -> str:
@@ -42,6 +118,10 @@ def rebuild_command(options: str = "", *, backends: Iterable[str], clone: bool, 
     """The command for further CMake `options`; the `backends` there are stay. In a `clone` it is uv's, else pip's."""
     kept = [option for backend, option in GPU_OPTIONS.items() if backend in set(backends)]
     wanted = " ".join(dict.fromkeys([*kept, *options.split(), *_BASE_OPTIONS.split()]))
+    if (Path(sys.prefix) / _STAMP).exists():
+        compilers = "CC=clang CXX=clang++ " if clang else ""
+        asked = " ".join(option for option in wanted.split() if option not in _BASE_OPTIONS.split())
+        return f'rm -r {sys.prefix} && {compilers}CMAKE_ARGS="{asked}" scripts/run doctor'
     if clone:
         # From the environment uv takes nothing that pyproject.toml sets, and what it did not build as set there it
         # builds again at the next `uv run`.

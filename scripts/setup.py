@@ -1,0 +1,240 @@
+"""Makes this clone's environment, .venv: setup.py run|test STAMP. Standard library only; `run` and `test` call it.
+
+llama.cpp is compiled for what the machine has, in a folder that stays: stopped, the next call goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV, BUILD = ROOT / ".venv", ROOT / "build" / "llama.cpp"
+PYTHON = VENV / "bin" / "python"
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+LLAMA = "llama-cpp-python"
+_BUILD_TOOLS = ("scikit-build-core>=0.10", "cmake>=3.21", "ninja")
+
+
+def main(kind: str, stamp: str) -> None:
+    compilers = find_compilers()
+    uv = shutil.which("uv")
+    make_environment(uv)
+    if installed_llama() != pinned_llama():
+        install("-q", build_llama(compilers))
+    install_rest(uv, kind)
+    (VENV / "grok-local.stamp").write_text(f"{stamp}\n", encoding="utf-8")
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def find_compilers() -> dict[str, str]:
+    """CC and CXX where the usual ones are not there: Python may name one that is missing. Exits without any."""
+    if os.environ.get("CXX"):
+        return {}
+    pythons_own = shlex.split(sysconfig.get_config_var("CC") or "cc")[0]
+    if shutil.which(pythons_own) and shutil.which("c++"):
+        return {}
+    versioned = [(path.name.replace("clang++", "clang"), path.name) for path in _in_path("clang++-*")]
+    for cc, cxx in [("cc", "c++"), ("gcc", "g++"), ("clang", "clang++"), *versioned]:
+        if shutil.which(cc) and shutil.which(cxx):
+            return {"CC": cc, "CXX": cxx}
+    return fail(f"no C++ compiler, which llama.cpp needs: {_install('g++', mac='xcode-select --install')}")
+
+
+def cmake_options() -> str:
+    """The project's, CUDA where its compiler is, and what the user's CMAKE_ARGS say."""
+    base = re.search(r'CMAKE_ARGS = "([^"]*)"', PROJECT)
+    cuda = "-DGGML_CUDA=ON" if find_nvcc() else ""
+    return " ".join(filter(None, [base[1] if base else "", cuda, os.environ.get("CMAKE_ARGS", "")]))
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def pinned_llama() -> str:
+    pin = re.search(rf'"{LLAMA}==([\w.]+)"', PROJECT)
+    return pin[1] if pin else ""
+
+
+def installed_llama() -> str:
+    found = [path.name.split("-")[1] for path in VENV.glob("lib/python*/site-packages/llama_cpp_python-*.dist-info")]
+    return found[0].removesuffix(".dist") if found else ""
+
+
+def _in_path(pattern: str) -> Iterator[Path]:
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        yield from sorted(Path(folder).glob(pattern), reverse=True)
+
+
+# -- the environment ---------------------------------------------------------------------------------------------------
+
+
+def make_environment(uv: str | None) -> None:
+    if PYTHON.exists():
+        return
+    if uv:
+        run(uv, "venv", "--quiet", "--seed", "--python", sys.executable, VENV)
+        return
+    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
+        fail(f"Python's venv module is missing: {_install('python3-venv')}")
+    run(sys.executable, "-m", "venv", VENV)
+
+
+def install(*arguments: str | Path) -> None:
+    run(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *arguments)
+
+
+def install_rest(uv: str | None, kind: str) -> None:
+    """The other packages: those of uv.lock with uv, else what pyproject.toml allows."""
+    say("installing the other packages")
+    if uv:
+        groups = ["--group", "dev"] if kind == "test" else ["--no-dev"]
+        export = [uv, "export", "--quiet", "--frozen", "--no-emit-project", "--no-hashes", *groups]
+        locked = subprocess.run(export, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        wanted = "\n".join(line for line in locked.splitlines() if not line.startswith(LLAMA))
+        command = [uv, "pip", "install", "--quiet", "--python", str(PYTHON), "-r", "-", "--no-deps", "-e", str(ROOT)]
+        if subprocess.run(command, cwd=ROOT, input=wanted, text=True, check=False).returncode:
+            raise SystemExit(1)
+        return
+    install("-q", "-e", ROOT)
+    if kind == "test":
+        group = re.search(r"^dev = \[(.*?)^\]", PROJECT, re.MULTILINE | re.DOTALL)
+        install("-q", *re.findall(r'^\s*"([^"]+)"', group[1] if group else "", re.MULTILINE))
+
+
+# -- llama.cpp ---------------------------------------------------------------------------------------------------------
+
+
+def build_llama(compilers: dict[str, str]) -> Path:
+    """A wheel of llama.cpp for this machine."""
+    options = cmake_options()
+    version = pinned_llama()
+    key = hashlib.sha256(repr((version, options, compilers, sys.version_info[:2])).encode()).hexdigest()[:8]
+    folder = BUILD / key
+    done = sorted(folder.glob("wheels/*.whl"))
+    if done:
+        return done[0]
+    say(f"compiling llama.cpp, which happens once ({options})")
+    install("-q", *_BUILD_TOOLS)
+    env = {
+        **os.environ,
+        **compilers,
+        "CMAKE_ARGS": options,
+        "SKBUILD_BUILD_DIR": str(folder / "objects"),
+        "PATH": f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    if nvcc := find_nvcc():
+        env.setdefault("CUDACXX", nvcc)
+    wheel = [str(PYTHON), "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder / "unfinished")]
+    compile_watched([*wheel, str(_source(folder, version))], env, folder)
+    (folder / "unfinished").replace(folder / "wheels")
+    return next((folder / "wheels").glob("*.whl"))
+
+
+def _source(folder: Path, version: str) -> Path:
+    """The unpacked source, fetched once: the objects of an interrupted build belong to its path."""
+    source = folder / f"llama_cpp_python-{version}"
+    if not source.exists():
+        pip = [PYTHON, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", LLAMA]
+        run(*pip, "-d", folder, f"{LLAMA}=={version}")
+        with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+            # Debian 12's Python has no filters yet; the archive is the one whose hash the index gave.
+            filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(folder / "unpacking", **filters)
+        next((folder / "unpacking").iterdir()).replace(source)
+    return source
+
+
+def compile_watched(command: Sequence[str], env: dict[str, str], folder: Path) -> None:
+    """Run it with a line that moves; its own words go to a file. Exits where it fails."""
+    log = folder / "compile.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
+    started = shown = time.monotonic()
+    try:
+        while process.poll() is None:
+            time.sleep(0.5)
+            if sys.stderr.isatty() or time.monotonic() - shown > 30:
+                shown = time.monotonic()
+                _show(folder / "objects", shown - started)
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if sys.stderr.isatty():
+        say("")
+    if process.returncode:
+        words = [
+            line for line in log.read_text(errors="replace").splitlines() if re.search(r"error|Error|No such", line)
+        ]
+        fail(f"llama.cpp did not compile; {log} has all of it:\n  " + "\n  ".join(words[-5:]))
+
+
+def _show(objects: Path, seconds: float) -> None:
+    total = len(re.findall(r"^build \S+\.o:", _text(objects / "build.ninja"), re.MULTILINE))
+    done = len(set(re.findall(r"\t(\S+\.o)\t", _text(objects / ".ninja_log"))))
+    files = f"{done} of {total} files" if total else "configuring"
+    line = f"llama.cpp: {files}, {seconds // 60:.0f}:{seconds % 60:02.0f} min"
+    print(f"\r{line}  ", end="", file=sys.stderr, flush=True) if sys.stderr.isatty() else say(line)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def run(*command: str | Path) -> None:
+    if subprocess.run([str(word) for word in command], check=False).returncode:
+        raise SystemExit(1)  # it has said why
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> NoReturn:
+    say(f"error: {text}")
+    raise SystemExit(1)
+
+
+def _install(package: str, *, mac: str = "") -> str:
+    """The command that installs a Debian package, or what it is called elsewhere."""
+    if sys.platform == "darwin":
+        return mac or "brew install python"
+    others = {"g++": {"dnf": "gcc-c++", "pacman": "gcc", "zypper": "gcc-c++"}, "python3-venv": {"apk": "python3"}}
+    for tool, command in (
+        ("apt", "install"),
+        ("dnf", "install"),
+        ("zypper", "install"),
+        ("apk", "add"),
+        ("pacman", "-S"),
+    ):
+        if shutil.which(tool):
+            return f"sudo {tool} {command} {others.get(package, {}).get(tool, package)}"
+    return f"install {package}"
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt:
+        say("\nstopped: the same command goes on from here")
+        raise SystemExit(130) from None
