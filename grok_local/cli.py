@@ -15,6 +15,7 @@ from grok_local.commands import keeping, planning, quantizing, running
 from grok_local.commands.options import PromptCommand
 from grok_local.errors import GrokLocalError
 from grok_local.units import printable
+from grok_local.views.terminal import wrapped
 
 app = typer.Typer(
     name="grok-local",
@@ -80,14 +81,14 @@ def _run() -> int | str | None:
 
 def _fail(problems: Iterable[str], code: int = 1) -> int:
     for problem in problems:
-        print(f"error: {printable(problem)}", file=sys.stderr)
+        print(wrapped(f"error: {printable(problem)}", sys.stderr), file=sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Our own warnings are notes to the user; those of libraries are for whoever develops."""
     if category.__module__.startswith("grok_local."):
-        print(f"note: {printable(str(message))}", file=sys.stderr)
+        print(wrapped(f"note: {printable(str(message))}", sys.stderr), file=sys.stderr)
     else:
         print(warnings.formatwarning(message, category, *place[:2]), end="", file=sys.stderr)
 

@@ -9,15 +9,18 @@ from grok_local.errors import OptionError
 __all__ = ["format_bytes", "parse_size", "printable"]
 
 _FACTORS = {"": 1, **{unit: 1000 ** (i + 1) for i, unit in enumerate("KMGT")}}
+_FEWEST = 4096  # bytes: fewer are nobody's size
 _FACTORS |= {unit + "i": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes meant by "4G", "1.5Gi", "500M" or a plain number. Raises OptionError."""
+    """Bytes meant by "4G", "1.5Gi", "500M" or a plain number. Raises OptionError, for a few bytes too."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kKMGTmgt]?i?)[bB]?\s*", str(text))
     unit = match and match[2][:1].upper() + match[2][1:]
     if not match or unit not in _FACTORS:
         raise OptionError(f"{text!r} is not a size: write 4G (10^9 bytes) or 4Gi (2^30), for example")
+    if not unit and 0 < float(match[1]) < _FEWEST:
+        raise OptionError(f"{text} would be {text} bytes: was {text}G meant?")
     return int(float(match[1]) * _FACTORS[unit])
 
 

@@ -1,7 +1,7 @@
 # prepare run|test: the environment .venv, made or completed by setup.py where it is not what the clone asks for now.
 
 prepare() {
-    stamp="$1 $(cat "$root/pyproject.toml" "$root/uv.lock" "$root/scripts/setup.py" | cksum)"
+    stamp="$1 $(cat "$root/pyproject.toml" "$root/scripts/setup.py" | cksum)"
     # What the tests need is more than running needs.
     for made in "$stamp" "test ${stamp#* }"; do
         if grep -qxF "$made" "$root/.venv/grok-local.stamp" 2>/dev/null; then

@@ -30,12 +30,12 @@ _BUILD_TOOLS = ("scikit-build-core>=0.10", "cmake>=3.21", "ninja")
 
 
 def main(kind: str, stamp: str) -> None:
-    compilers = find_compilers()
     uv = shutil.which("uv")
     make_environment(uv)
     if installed_llama() != pinned_llama():
-        install("-q", build_llama(compilers))
-    install_rest(uv, kind)
+        install(uv, build_llama(find_compilers(), uv))
+    say("installing the other packages")
+    install(uv, "-e", ROOT, *needed(kind))
     (VENV / "grok-local.stamp").write_text(f"{stamp}\n", encoding="utf-8")
 
 
@@ -96,32 +96,23 @@ def make_environment(uv: str | None) -> None:
     run(sys.executable, "-m", "venv", VENV)
 
 
-def install(*arguments: str | Path) -> None:
-    run(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *arguments)
-
-
-def install_rest(uv: str | None, kind: str) -> None:
-    """The other packages: those of uv.lock with uv, else what pyproject.toml allows."""
-    say("installing the other packages")
+def install(uv: str | None, *arguments: str | Path) -> None:
     if uv:
-        groups = ["--group", "dev"] if kind == "test" else ["--no-dev"]
-        export = [uv, "export", "--quiet", "--frozen", "--no-emit-project", "--no-hashes", *groups]
-        locked = subprocess.run(export, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        wanted = "\n".join(line for line in locked.splitlines() if not line.startswith(LLAMA))
-        command = [uv, "pip", "install", "--quiet", "--python", str(PYTHON), "-r", "-", "--no-deps", "-e", str(ROOT)]
-        if subprocess.run(command, cwd=ROOT, input=wanted, text=True, check=False).returncode:
-            raise SystemExit(1)
-        return
-    install("-q", "-e", ROOT)
-    if kind == "test":
-        group = re.search(r"^dev = \[(.*?)^\]", PROJECT, re.MULTILINE | re.DOTALL)
-        install("-q", *re.findall(r'^\s*"([^"]+)"', group[1] if group else "", re.MULTILINE))
+        run(uv, "pip", "install", "--quiet", "--python", PYTHON, *arguments)
+    else:
+        run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+
+
+def needed(kind: str) -> list[str]:
+    """What the tests need beside the project and what it needs."""
+    group = re.search(r"^dev = \[(.*?)^\]", PROJECT, re.MULTILINE | re.DOTALL)
+    return re.findall(r'^\s*"([^"]+)"', group[1] if group and kind == "test" else "", re.MULTILINE)
 
 
 # -- llama.cpp ---------------------------------------------------------------------------------------------------------
 
 
-def build_llama(compilers: dict[str, str]) -> Path:
+def build_llama(compilers: dict[str, str], uv: str | None) -> Path:
     """A wheel of llama.cpp for this machine."""
     options = cmake_options()
     version = pinned_llama()
@@ -131,7 +122,7 @@ def build_llama(compilers: dict[str, str]) -> Path:
     if done:
         return done[0]
     say(f"compiling llama.cpp, which happens once ({options})")
-    install("-q", *_BUILD_TOOLS)
+    install(uv, *_BUILD_TOOLS)
     env = {
         **os.environ,
         **compilers,

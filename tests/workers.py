@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from grok_local.errors import WorkerError
-from grok_local.runtime.remote.asking import probe_worker
+from grok_local.runtime.remote.probing import probe_worker
 
 # One thread: ggml's threads spin while they wait, and tests share their processors.
 PROGRAM = "import sys; from grok_local.runtime.remote.server import serve_worker; serve_worker(sys.argv[1], 1)"

@@ -136,7 +136,7 @@ class Documents:
             yield turn[1:]
 
     def _followed(self, following: Sequence[FollowUp], rng: np.random.Generator) -> tuple[str, str, str]:
-        chosen = following[rng.integers(len(following))]
+        chosen = following[int(rng.integers(len(following)))]
         question = varied(chosen.questions[rng.integers(len(chosen.questions))], rng)
         return chosen.key, question, self._by_key[chosen.key].answer
 

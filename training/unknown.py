@@ -18,23 +18,39 @@ NO_ANSWER = (
 )
 
 _LISTS = {
-    "place": "Paris France Rome Italy Berlin Tokyo Japan Peru Kenya Norway Texas London Mars Ohio India Cairo Lima Oslo "
-    "Vienna Chile Nepal Cuba Jupiter Alaska Sydney Canada Moscow Madrid Greece Iceland Venus Brazil Turkey Seoul",
-    "person": "Einstein Shakespeare Napoleon Mozart Cleopatra Newton Gandhi Picasso Darwin Caesar Curie Lincoln Elvis "
-    "Beethoven Churchill Columbus Galileo Dante Homer Plato Messi Madonna Dickens Tesla Edison",
-    "food": "bread soup pasta rice cake pizza eggs fish beans tea coffee salad potatoes pancakes curry cheese apples steak",
-    "animal": "cat dog horse whale eagle bee spider elephant wolf shark frog cow hen lion tiger owl snake mouse goat",
-    "thing": "bicycle guitar moon sun tree house car train river mountain book song movie football chess piano clock shoe "
-    "window garden kitchen roof engine plane ship bridge candle mirror pencil ocean desert volcano rainbow",
-    "program": "git docker vim emacs photoshop excel word firefox chrome ollama vllm kobold blender gimp postgres mysql nginx "
-    "redis kubernetes terraform ansible django flask react tensorflow pandas spark hadoop jenkins slack zoom spotify "
-    "steam minecraft systemd bash tmux rust cargo npm node webpack ffmpeg latex matlab lmstudio exllama jira outlook",
+    "place": (
+        "Paris France Rome Italy Berlin Tokyo Japan Peru Kenya Norway Texas London Mars Ohio India Cairo "
+        "Lima Oslo Vienna Chile Nepal Cuba Jupiter Alaska Sydney Canada Moscow Madrid Greece Iceland "
+        "Venus Brazil Turkey Seoul"
+    ),
+    "person": (
+        "Einstein Shakespeare Napoleon Mozart Cleopatra Newton Gandhi Picasso Darwin Caesar Curie Lincoln "
+        "Elvis Beethoven Churchill Columbus Galileo Dante Homer Plato Messi Madonna Dickens Tesla Edison"
+    ),
+    "food": (
+        "bread soup pasta rice cake pizza eggs fish beans tea coffee salad potatoes pancakes curry cheese apples steak"
+    ),
+    "animal": ("cat dog horse whale eagle bee spider elephant wolf shark frog cow hen lion tiger owl snake mouse goat"),
+    "thing": (
+        "bicycle guitar moon sun tree house car train river mountain book song movie football chess piano "
+        "clock shoe window garden kitchen roof engine plane ship bridge candle mirror pencil ocean desert "
+        "volcano rainbow"
+    ),
+    "program": (
+        "git docker vim emacs photoshop excel word firefox chrome ollama vllm kobold blender gimp "
+        "postgres mysql nginx redis kubernetes terraform ansible django flask react tensorflow pandas "
+        "spark hadoop jenkins slack zoom spotify steam minecraft systemd bash tmux rust cargo npm node "
+        "webpack ffmpeg latex matlab lmstudio exllama jira outlook"
+    ),
     "number": "3 7 12 15 19 24 38 42 57 64 88 91 100 144 365 999 1234",
     "verb": "fix paint sell buy clean grow draw build repair carry catch teach read throw count weigh measure",
     "name": "Anna Peter Maria John Lisa Tom Sarah Paul Emma Max",
     "language": "German French Spanish Italian Latin Chinese Russian Dutch Polish Greek",
-    "option": "--mlock --flash-attn --n-predict --ctx-size --mirostat --lora --rope-scaling --draft --embedding --numa "
-    "--no-mmap --grp-attn-n --logit-bias --hf-repo --cache-type-k --port --host --api --gpu --num-gpu --verbose-prompt",
+    "option": (
+        "--mlock --flash-attn --n-predict --ctx-size --mirostat --lora --rope-scaling --draft --embedding "
+        "--numa --no-mmap --grp-attn-n --logit-bias --hf-repo --cache-type-k --port --host --api --gpu "
+        "--num-gpu --verbose-prompt"
+    ),
 }
 
 _PATTERNS = (
@@ -115,18 +131,74 @@ _PATTERNS = (
 )
 
 _FOREIGN = (
-    "Wie geht es dir|Was kostet das|Wo ist der Bahnhof|Kannst du mir helfen|Wie spaet ist es|Was ist das hier|"
-    "Ich verstehe das nicht|Wie heisst die Hauptstadt|Wann faehrt der Zug|Was soll ich kochen|Warum ist das so|"
-    "Comment ca va|Quelle heure est-il|Ou est la gare|Je ne comprends pas|Combien ca coute|Peux-tu m'aider|"
-    "Qu'est-ce que c'est|Pourquoi le ciel est bleu|Donne-moi une recette|Quel temps fait-il|Qui a ecrit ce livre|"
-    "Como estas|Donde esta la estacion|Que hora es|No entiendo nada|Cuanto cuesta esto|Puedes ayudarme|"
-    "Que es esto|Por que el cielo es azul|Quien eres tu|Dame una receta|Cual es la capital|Hablas conmigo|"
-    "Come stai oggi|Dove si trova la stazione|Che ore sono|Non capisco niente|Quanto costa|Mi puoi aiutare|"
-    "Hoe gaat het met je|Waar is het station|Hoe laat is het|Ik begrijp het niet|Jak se mas|Kde je nadrazi|"
-    "Jak sie masz|Gdzie jest dworzec|Nie rozumiem tego|Ni hao ma|Xianzai ji dian|Wo bu mingbai|Konnichiwa genki|"
-    "Eki wa doko desu ka|Kak dela segodnya|Gde vokzal|Como vai voce|Onde fica a praia|Que horas sao|Nasilsin bugun|"
-    "Saat kac|Hur mar du|Var ligger stationen|Mita kuuluu|Wie macht man das|Was ist die Antwort|Quoi de neuf"
-).split("|")
+    "Wie geht es dir",
+    "Was kostet das",
+    "Wo ist der Bahnhof",
+    "Kannst du mir helfen",
+    "Wie spaet ist es",
+    "Was ist das hier",
+    "Ich verstehe das nicht",
+    "Wie heisst die Hauptstadt",
+    "Wann faehrt der Zug",
+    "Was soll ich kochen",
+    "Warum ist das so",
+    "Comment ca va",
+    "Quelle heure est-il",
+    "Ou est la gare",
+    "Je ne comprends pas",
+    "Combien ca coute",
+    "Peux-tu m'aider",
+    "Qu'est-ce que c'est",
+    "Pourquoi le ciel est bleu",
+    "Donne-moi une recette",
+    "Quel temps fait-il",
+    "Qui a ecrit ce livre",
+    "Como estas",
+    "Donde esta la estacion",
+    "Que hora es",
+    "No entiendo nada",
+    "Cuanto cuesta esto",
+    "Puedes ayudarme",
+    "Que es esto",
+    "Por que el cielo es azul",
+    "Quien eres tu",
+    "Dame una receta",
+    "Cual es la capital",
+    "Hablas conmigo",
+    "Come stai oggi",
+    "Dove si trova la stazione",
+    "Che ore sono",
+    "Non capisco niente",
+    "Quanto costa",
+    "Mi puoi aiutare",
+    "Hoe gaat het met je",
+    "Waar is het station",
+    "Hoe laat is het",
+    "Ik begrijp het niet",
+    "Jak se mas",
+    "Kde je nadrazi",
+    "Jak sie masz",
+    "Gdzie jest dworzec",
+    "Nie rozumiem tego",
+    "Ni hao ma",
+    "Xianzai ji dian",
+    "Wo bu mingbai",
+    "Konnichiwa genki",
+    "Eki wa doko desu ka",
+    "Kak dela segodnya",
+    "Gde vokzal",
+    "Como vai voce",
+    "Onde fica a praia",
+    "Que horas sao",
+    "Nasilsin bugun",
+    "Saat kac",
+    "Hur mar du",
+    "Var ligger stationen",
+    "Mita kuuluu",
+    "Wie macht man das",
+    "Was ist die Antwort",
+    "Quoi de neuf",
+)
 
 
 def unknown(rng: np.random.Generator) -> str:

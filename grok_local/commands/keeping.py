@@ -20,7 +20,7 @@ __all__ = ["demo", "list_", "pull", "rm"]
 def demo(
     pause: Annotated[bool, typer.Option(help="Wait for Enter after each part, where there is a terminal.")] = True,
 ) -> None:
-    """A tour in under a minute: pack the built-in model, verify it, ask it three questions.
+    """Take a tour in under a minute. It packs the built-in model, verifies it and asks it three questions.
 
     grok-local demo
     """

@@ -14,7 +14,10 @@ from typing import Annotated, Any, Optional, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from grok_local.views.terminal import wrapped
+
 __all__ = [
+    "TYPES",
     "Bundle",
     "Json",
     "ModelOption",
@@ -24,6 +27,7 @@ __all__ = [
     "complete_entry",
     "complete_model",
     "load_options",
+    "one_of",
     "print_json",
     "resumable",
     "sampling_options",
@@ -58,8 +62,13 @@ ModelOption = Annotated[
         autocompletion=complete_model,
     ),
 ]
-Threads = Annotated[Optional[int], typer.Option(help="CPU threads.  [default: one per core]", min=1, max=512)]
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads.  [default: one per free core]", min=1, max=512)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def one_of(*values: str) -> Any:
+    """Completes these in the shell."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
 
 
 def sampling_options(
@@ -80,13 +89,20 @@ def sampling_options(
     """How the next token is chosen."""
 
 
+TYPES = one_of("q4_k", "q4_0", "iq4_xs", "mxfp4", "q8_0", "bf16", "f32")
+_KV_TYPES = one_of("f16", "bf16", "f32")
+_SWITCH = one_of("auto", "on", "off")
+
+
 def load_options(
     context: Annotated[
         Optional[int],
         typer.Option(help="Tokens; 0 is all it was trained on.  [default: that, at most 8192]", min=0),
     ] = None,
     threads: Threads = None,
-    kv_type: Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16 or f32.")] = "f16",
+    kv_type: Annotated[
+        str, typer.Option(help="Type of the KV cache: f16, bf16, f32.", autocompletion=_KV_TYPES)
+    ] = "f16",
     memory: Annotated[
         Optional[str],
         typer.Option(help="What it may take of RAM.  [default: what is free, less a reserve]", metavar="SIZE"),
@@ -106,10 +122,16 @@ def load_options(
         ),
     ] = None,
     repack: Annotated[
-        str, typer.Option(help="Weights rearranged in RAM, which is faster.", metavar="auto|on|off")
+        str,
+        typer.Option(help="Weights rearranged in RAM, which is faster.", metavar="auto|on|off", autocompletion=_SWITCH),
     ] = "auto",
     stream: Annotated[
-        str, typer.Option(help="Experts read as they are chosen: where they do not fit.", metavar="auto|on|off")
+        str,
+        typer.Option(
+            help="Experts read as they are chosen: where they do not fit.",
+            metavar="auto|on|off",
+            autocompletion=_SWITCH,
+        ),
     ] = "auto",
     trace_experts: Annotated[
         Optional[str],
@@ -192,7 +214,7 @@ def resumable() -> Iterator[None]:
 
 def say(text: str) -> None:
     """On stderr, where everything goes that is not data."""
-    print(text, file=sys.stderr)
+    print(wrapped(text, sys.stderr), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

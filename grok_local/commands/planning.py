@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
 from grok_local.commands.options import (
+    TYPES,
     Bundle,
     Json,
     ModelOption,
@@ -14,6 +16,7 @@ from grok_local.commands.options import (
     bundled,
     complete_model,
     load_options,
+    one_of,
     print_json,
     say,
 )
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
     from grok_local.machine.doctor import Finding
     from grok_local.machine.facts import Machine
     from grok_local.placement.load_options import LoadOptions, LoadRequest
+    from grok_local.placement.plan import Plan
     from grok_local.placement.shape import ModelShape
+    from grok_local.placement.whatif import WhatIf
 
 __all__ = ["bench", "doctor", "plan", "worker"]
 
@@ -64,28 +69,38 @@ def plan(
         ),
     ] = None,
     like: Annotated[
-        Optional[str], typer.Option(help="A release, before it is downloaded.", metavar="grok-1|grok-2")
+        Optional[str],
+        typer.Option(
+            help="A release, before it is downloaded.",
+            metavar="grok-1|grok-2",
+            autocompletion=one_of("grok-1", "grok-2"),
+        ),
     ] = None,
-    type: Annotated[str, typer.Option(help="With --like: the type it would be packed to.")] = "q4_k",
+    type: Annotated[
+        str, typer.Option(help="With --like: the type it would be packed to.", autocompletion=TYPES)
+    ] = "q4_k",
     machine: Bundle = None,
     loading: Bundle = None,
     as_json: Json = False,
 ) -> None:
-    """Show where a model's weights would go, what that takes, and how fast it would be.
+    """Show whether a model fits, where it goes and how fast it is.
 
     grok-local plan --like grok-1 --ram 128G --vram 24G
     """
+    from grok_local.placement import whatif
     from grok_local.placement.forecast import forecast
     from grok_local.placement.planner import make_plan
     from grok_local.views.plans import describe_plan, print_plan
 
     shape, request = _asked(model, like, type, loading or {})
-    made = make_plan(shape, _supposed_machine(shape, request, machine or {}, measure_disk=like is None), request.wishes)
-    prediction = forecast(made)
+    supposed = whatif.described(**(machine or {}))  # mistakes are told before it takes long
+    made = make_plan(shape, _supposed_machine(shape, request, supposed, measure_disk=like is None), request.wishes)
+    prediction, remarks = forecast(made), [*_space(like, supposed), *_unused(supposed, made)]
+    prediction = replace(prediction, assumptions=(*supposed.assumptions(), *prediction.assumptions))
     if as_json:
-        print_json(describe_plan(made, prediction))
+        print_json(describe_plan(made, prediction, remarks=remarks))
     else:
-        print_plan(made, prediction)
+        print_plan(made, prediction, remarks=remarks)
 
 
 @bundled(loading=load_options)
@@ -97,7 +112,7 @@ def bench(
     loading: Bundle = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how fast a model reads prompts and generates, against the plan's prediction and the memory's bandwidth.
+    """Measure how fast a model reads prompts and generates, beside what was predicted.
 
     grok-local bench -m grok-1-q4_k
     """
@@ -129,7 +144,7 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what llama.cpp was built with, what this machine has, and what would help.
+    """Say what this machine has, and what would help. Exits with 1 where there is a problem.
 
     grok-local doctor
     """
@@ -137,15 +152,16 @@ def doctor(
 
     from grok_local.library import names
     from grok_local.machine.doctor import examine
-    from grok_local.views import tables
-    from grok_local.views.plans import findings_table
+    from grok_local.views.plans import print_findings
 
     path = names.resolve_model(model) if model else None
     findings = [*_of_model(path), *examine(path, say=say)]
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        tables.print_tables([findings_table(findings)])
+        print_findings(findings)
+    if any(finding.status == "problem" for finding in findings):
+        raise typer.Exit(1)
 
 
 def _of_model(path: Path | None) -> Iterator[Finding]:
@@ -168,7 +184,7 @@ def worker(
     ] = "127.0.0.1:50052",
     threads: Threads = None,
 ) -> None:
-    """Lend this machine's memory and GPUs to another's grok-local (--worker there). Trusted networks only.
+    """Lend this machine's memory and GPUs to another's grok-local. There it is --worker; trusted networks only.
 
     grok-local worker --listen 192.168.1.2:50052
     """
@@ -199,15 +215,34 @@ def _asked(model: str | None, like: str | None, type: str, loading: dict[str, An
     return ModelShape.from_headers(headers), request
 
 
-def _supposed_machine(
-    shape: ModelShape, request: LoadRequest, described: dict[str, Any], *, measure_disk: bool
-) -> Machine:
+def _space(like: str | None, supposed: WhatIf) -> Iterator[str]:
+    """Whether this disk has room for the release and what it is packed to."""
+    from grok_local import folders
+    from grok_local.machine.disk import RELEASE_SPACE, free_space
+    from grok_local.placement import whatif
+    from grok_local.units import format_bytes
+
+    free = free_space(folders.home())
+    if like == "grok-1" and supposed == whatif.described() and free < RELEASE_SPACE:
+        yield (
+            f"the release and its 4-bit file take {format_bytes(RELEASE_SPACE)} of disk, and {folders.home()} has "
+            f"{format_bytes(free)} free: GROK_LOCAL_HOME moves it to another disk"
+        )
+
+
+def _unused(supposed: WhatIf, made: Plan) -> Iterator[str]:
+    from grok_local.ggml.devices import backend_names
+    from grok_local.machine.rebuild import unused_gpu
+
+    if supposed.gpus is None and not made.machine.devices and (line := unused_gpu(backend_names())):
+        yield line
+
+
+def _supposed_machine(shape: ModelShape, request: LoadRequest, supposed: WhatIf, *, measure_disk: bool) -> Machine:
     """This machine, with what is described in place of its own; what is described is not measured."""
     from grok_local.machine.this_machine import this_machine
-    from grok_local.placement import whatif
-    from grok_local.runtime.remote.asking import probe_workers
+    from grok_local.runtime.remote.probing import probe_workers
 
-    supposed = whatif.described(**described)  # mistakes are told before it takes long
     own = this_machine(
         () if supposed.ram_speed else shape.types,
         threads=request.threads,

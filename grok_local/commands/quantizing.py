@@ -9,8 +9,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from grok_local.commands.options import Json, Threads, complete_model, print_json, resumable, say
+from grok_local.commands.options import TYPES, Json, Threads, complete_model, print_json, resumable, say
 from grok_local.errors import VerifyError
+from grok_local.views.terminal import wrapped
 
 __all__ = ["inspect", "quantize", "verify"]
 
@@ -23,7 +24,10 @@ def quantize(
             "-o", "--output", help="The GGUF.  [default: named after its folder and type, in the models folder]"
         ),
     ] = None,
-    type: Annotated[str, typer.Option(help="q4_k, q4_0, iq4_xs, mxfp4, q8_0 (nothing lost), bf16 or f32.")] = "q4_k",
+    type: Annotated[
+        str,
+        typer.Option(help="q4_k, q4_0, iq4_xs, mxfp4, q8_0 (nothing lost), bf16 or f32.", autocompletion=TYPES),
+    ] = "q4_k",
     tokenizer: Annotated[
         Optional[Path], typer.Option(help="tokenizer.model of the release.  [default: in or above the folder]")
     ] = None,
@@ -79,7 +83,7 @@ def verify(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every tensor.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a GGUF's structure, numbers and hashes, or compare it with its checkpoint.
+    """Check a GGUF against its own hashes, or against its checkpoint.
 
     grok-local verify grok-1-q4_k.gguf --against ~/grok-1
     """
@@ -95,7 +99,7 @@ def verify(
     elif verbose or report.problems:
         tables.print_tables([inspection.verify_table(report, all_rows=verbose)])
     if not (as_json or report.problems):
-        print(inspection.verify_summary(report))
+        print(wrapped(inspection.verify_summary(report), sys.stdout))
     if report.problems:
         raise VerifyError(report.problems)
 
@@ -104,7 +108,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A GGUF, or a checkpoint's folder.")],
     as_json: Json = False,
 ) -> None:
-    """Show what is in a GGUF or in a checkpoint, without reading any weights.
+    """Show what is in a GGUF or in a checkpoint. No weights are read.
 
     grok-local inspect ~/grok-1
     """

@@ -112,7 +112,7 @@ def routing(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show which experts tokens were routed to: a heat map, and how many would be found in memory.
+    """Show which experts tokens were routed to. A heat map, and how many would be found in memory.
 
     grok-local generate -m grok-1-q4_k --trace-experts FILE "Once upon a time"; grok-local routing FILE
     """
@@ -139,9 +139,18 @@ def loaded(model: str, options: Bundle, *, quiet: bool = False) -> Iterator[Mode
     exit_on_bus_error()
     request = model_request(model, cast("LoadOptions", options or {}), packing=_shown_packing)
     with load_model(request, say=say) as running:
-        for note in () if quiet else running.placement.notes:
+        for note in () if quiet else _notes(running):
             say(f"note: {note}")
         yield running
+
+
+def _notes(running: Model) -> Iterator[str]:
+    from grok_local.ggml.devices import backend_names
+    from grok_local.machine.rebuild import unused_gpu
+
+    yield from running.placement.notes
+    if not running.placement.plan.machine.devices and (line := unused_gpu(backend_names())):
+        yield line
 
 
 @contextmanager

@@ -40,7 +40,6 @@ class Manner:
     """How a model is best used where nobody says otherwise; None leaves it to the plan."""
 
     context: int | None = None
-    threads: int | None = None
     temperature: float = 0.7
     greeting: str = ""  # what `chat` says instead of its name
 
@@ -48,7 +47,6 @@ class Manner:
 USUAL = Manner()
 MANNER = Manner(
     context=512,  # what it was trained on; beyond, it answers worse
-    threads=1,  # its products are so small that threads wait for each other, and beside other programs for milliseconds
     temperature=0.0,  # it knows one answer to each question
     greeting="tiny, a toy of {parameters} parameters that explains grok-local and Grok-1 (-m NAME runs another)",
 )

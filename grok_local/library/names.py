@@ -58,9 +58,8 @@ def model_request(model: str | os.PathLike[str], options: LoadOptions, *, packin
     manner, wanted = manner_of(name), options.copy()
     if wanted.get("context") is None:
         wanted["context"] = manner.context
-    if wanted.get("threads") is None:
-        wanted["threads"] = manner.threads
-    return load_request(resolve_model(name, packing=packing), wanted, trained_context=manner.context)
+    path = resolve_model(name, packing=packing)
+    return load_request(path, wanted, trained_context=manner.context, temperature=manner.temperature)
 
 
 def manner_of(model: str) -> Manner:

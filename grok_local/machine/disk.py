@@ -1,9 +1,10 @@
-"""How fast the disk is that a file is on."""
+"""How fast the disk is that a file is on, and what room a release needs on it."""
 
 from __future__ import annotations
 
 import mmap
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ from pathlib import Path
 from grok_local.files import DirectFile
 from grok_local.machine.kept import keep, kept, kept_path
 
-__all__ = ["disk_speed"]
+__all__ = ["RELEASE_SPACE", "disk_speed", "free_space"]
+
+RELEASE_SPACE = 318_000_000_000 + 181_000_000_000  # bytes of Grok-1 as released, and of its 4-bit file
 
 _SECONDS, _BYTES = 1.0, 1 << 30  # how long is read at most, and how much
 _BLOCK, _THREADS = 8 << 20, 4
@@ -38,6 +41,12 @@ def disk_speed(path: Path, *, measure: Callable[[Path], float] | None = None) ->
     if speed:
         keep(memory, mark, [speed, time.time()])
     return speed
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free where the folder is, or would be. Raises OSError."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def read_speed(path: Path) -> float:

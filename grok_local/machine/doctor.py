@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import resource
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from grok_local.errors import GrokLocalError, ModelError
 from grok_local.formats.gguf_file import Header, read_model
 from grok_local.ggml.devices import backend_names, cpu_device, cpu_features, extra_buffer_types
 from grok_local.machine import kernels
-from grok_local.machine.disk import RELEASE_SPACE, disk_speed
+from grok_local.machine.disk import RELEASE_SPACE, disk_speed, free_space
 from grok_local.machine.facts import Device, Say, Speeds
 from grok_local.machine.limits import core_count, cpu_flags, cpu_quota, memory_limits
 from grok_local.machine.rebuild import GPU, GPU_OPTIONS, LLAMA, find_gpu, is_clone, pinned_version, rebuild_command
@@ -305,11 +304,10 @@ def _check_files(_: _Case) -> Iterator[Finding]:
 
 def _check_disk(case: _Case) -> Iterator[Finding]:
     folder = case.model.parent if case.model else folders.models_folder()
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     files = [case.model] if case.model else [path for path in folder.glob("*.gguf") if path.is_file()]
     speed = max((disk_speed(path) for path in sorted(files, key=_size)[-1:]), default=0.0)
     reads = f"reads {format_bytes(speed)}/s" if speed else "no model here that is large enough to time its reading"
-    free = shutil.disk_usage(there).free
+    free = free_space(folder)
     text = f"{format_bytes(free)} free in {folder}; {reads}"
     if case.model is None and free < RELEASE_SPACE:
         yield _note(f"{text}; Grok-1 and its 4-bit file take {format_bytes(RELEASE_SPACE)}", _ELSEWHERE)

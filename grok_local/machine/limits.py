@@ -14,9 +14,12 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["core_count", "cpu_flags", "cpu_quota", "last_cache", "memory_limits"]
+__all__ = ["core_count", "cpu_flags", "cpu_quota", "free_cores", "last_cache", "memory_limits"]
 
 _CACHE_GUESS = 128 << 20  # bytes, where the system does not tell the size of its last cache
+
+
+_LOOK = 0.1  # seconds in which other programs' work is watched
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -116,6 +119,15 @@ def core_count(*, root: Path = Path("/")) -> int:
     cores = _allowed_cores(root) or psutil.cpu_count(logical=False) or os.cpu_count() or 1
     quota = cpu_quota(root=root)
     return max(min(cores, int(quota)), 1) if quota else cores
+
+
+def free_cores(cores: int) -> int:
+    """How many of `cores` other programs leave free just now, one at least. Takes a tenth of a second.
+
+    A thread that shares its core holds all the others up, for milliseconds at every matrix product.
+    """
+    busy = float(psutil.cpu_percent(_LOOK)) / 100
+    return max(cores - int(busy * cores + 0.5), 1)
 
 
 def _allowed_cores(root: Path) -> int:

@@ -6,14 +6,17 @@ products on each type, measured on this machine, which is the memory's bandwidth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
+from grok_local.errors import PlacementError
 from grok_local.machine.facts import Device, Machine
 from grok_local.placement.plan import Plan
+from grok_local.placement.planner import make_plan
 from grok_local.placement.shape import Role, Weight
 from grok_local.placement.wishes import RAM
 
-__all__ = ["Forecast", "forecast"]
+__all__ = ["Forecast", "enough_ram", "forecast"]
 
 ASSUMED_DEVICE_SPEED = 600e9  # bytes a second, of a GPU nobody measured: two thirds of a 24 GB card's nominal 936e9
 _UNKNOWN_DISK = 2e9  # bytes a second
@@ -21,6 +24,7 @@ _UNKNOWN_RAM = 20e9  # bytes a second
 # Of the disk's speed, where pages are read on demand; derived from 0.53 to 0.61 tokens a second of a 3.7 GB model under
 # a limit of 1.6 GB on a disk of 1.4 GB/s.
 _MAPPED_SHARE = 0.25
+_RAM_SIZES = tuple(int(gigabytes * 1e9) for gigabytes in (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536))
 _HIDDEN = 2 / 3  # of an expert's three matrices two are read while the one before is multiplied with
 _SECONDS_PER_LAYER = 35e-6  # of what is no matrix product: norms, attention of few tokens, waiting for each other
 # From one place to the next and back: of a worker measured on the loopback, of GPUs a guess.
@@ -63,6 +67,21 @@ class Forecast:
 def forecast(plan: Plan) -> Forecast:
     """What the plan predicts for decoding, one token at a time."""
     return _Forecaster(plan).forecast()
+
+
+def enough_ram(plan: Plan) -> tuple[int, Forecast] | None:
+    """The least RAM of those machines come with in which nothing of the model stays on the disk, and what that gives.
+
+    None where nothing does now, or no such machine would do.
+    """
+    for size in _RAM_SIZES if plan.disk else ():
+        if size > plan.machine.memory:
+            machine = replace(plan.machine, memory=size, available=size)
+            with suppress(PlacementError):
+                larger = make_plan(plan.model, machine, replace(plan.wishes, memory=None, stream="auto"))
+                if not larger.disk:
+                    return size, forecast(larger)
+    return None
 
 
 class _Forecaster:

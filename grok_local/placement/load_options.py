@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from grok_local.errors import OptionError
+from grok_local.files import is_part
 from grok_local.machine.limits import core_count
 from grok_local.placement.wishes import RAM, Wishes
 from grok_local.units import parse_size
@@ -17,6 +19,7 @@ __all__ = ["LoadOptions", "LoadRequest", "load_request"]
 
 _MAX_CONTEXT = 1 << 24
 _ALL_LAYERS = 10_000
+_SMALL = 32_000_000  # bytes of a model
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
@@ -24,13 +27,13 @@ class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `grok_local.load`; each may be left out.
 
     `context`: tokens, by default those the model was trained on and at most 8192; 0 is all of them. `threads`: by
-    default one per physical core. `kv_type`: f16, bf16 or f32. `memory`: what weights, KV cache and buffers may take in
-    RAM, "48G" or bytes. `placement`: "auto" plans for the GPUs there are, "cpu" leaves them alone. `gpu_layers`: so
-    many of the last layers go to devices, the output counting as one; -1 is all. `experts_on`: "cpu", "gpu", or of how
-    many layers the experts go to devices. `overrides`: "PATTERN=PLACE", a regular expression for tensor names, and RAM
-    or a device. `repack`: "auto", "on" or "off": weights rearranged in RAM for llama.cpp's faster products. `stream`:
-    "auto", "on" or "off": experts read as they are chosen, into at most what `memory` leaves them; "auto" does so where
-    they do not fit.
+    default one per physical core, fewer where other programs are busy, one for a small model. `kv_type`: f16, bf16 or
+    f32. `memory`: what weights, KV cache and buffers may take in RAM, "48G" or bytes. `placement`: "auto" plans for the
+    GPUs there are, "cpu" leaves them alone. `gpu_layers`: so many of the last layers go to devices, the output counting
+    as one; -1 is all. `experts_on`: "cpu", "gpu", or of how many layers the experts go to devices. `overrides`:
+    "PATTERN=PLACE", a regular expression for tensor names, and RAM or a device. `repack`: "auto", "on" or "off":
+    weights rearranged in RAM for llama.cpp's faster products. `stream`: "auto", "on" or "off": experts read as they are
+    chosen, into at most what `memory` leaves them; "auto" does so where they do not fit.
     `trace_experts`: a file that shall record which experts each token is routed to. `workers`: "HOST:PORT" each. `say`
     is told what takes long: measuring this machine, the first time. `template`: what lays conversations out, "none" for
     a plain transcript or a file with a Jinja template; by default the model's own.
@@ -54,13 +57,18 @@ class LoadOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """A model's file, and how it is to be loaded. `workers` are HOST:PORT each; `template` is for conversations."""
+    """A model's file, and how it is to be loaded. `workers` are HOST:PORT each; `template` is for conversations.
+
+    With `yielding`, fewer threads compute where other programs keep cores busy. `temperature` is what suits the model.
+    """
 
     path: Path
     wishes: Wishes
     threads: int
     workers: tuple[str, ...] = ()
     template: str | None = None
+    yielding: bool = False
+    temperature: float | None = None
 
     @property
     def contained(self) -> bool:
@@ -68,8 +76,11 @@ class LoadRequest:
         return bool(self.workers)
 
 
-def load_request(path: Path, options: LoadOptions, *, trained_context: int | None = None) -> LoadRequest:
-    """Of the model in `path`, which was trained on `trained_context` tokens where its file does not know it.
+def load_request(
+    path: Path, options: LoadOptions, *, trained_context: int | None = None, temperature: float | None = None
+) -> LoadRequest:
+    """Of the model in `path`, which was trained on `trained_context` tokens where its file does not know it, and is
+    best used at that temperature.
 
     Raises OptionError for values out of range, TypeError for unknown names.
     """
@@ -82,10 +93,20 @@ def load_request(path: Path, options: LoadOptions, *, trained_context: int | Non
     return LoadRequest(
         path,
         replace(_wishes(options), trained_context=trained_context),
-        threads=threads or core_count(),
+        threads=threads or _usual_threads(path),
         workers=tuple(workers or ()),
         template=None if template is None else os.fspath(template),
+        yielding=threads is None,
+        temperature=temperature,
     )
+
+
+def _usual_threads(path: Path) -> int:
+    """One per core; one in all for a small model, whose products are done before another thread has woken up."""
+    with suppress(OSError):
+        if path.stat().st_size < _SMALL and not is_part(path):
+            return 1
+    return core_count()
 
 
 def _wishes(options: LoadOptions) -> Wishes:

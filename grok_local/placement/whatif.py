@@ -42,6 +42,12 @@ class WhatIf:
             machine = replace(machine, disk_speed=float(self.disk_speed))
         return machine
 
+    def assumptions(self) -> list[str]:
+        """What is taken over from this machine although another is described."""
+        if self.ram is None or self.ram_speed is not None:
+            return []
+        return ["RAM is as fast as this machine's: --ram-speed says how fast the other's is"]
+
     def _devices(self, sizes: Sequence[int]) -> list[Device]:
         speed = float(self.vram_speed or 0)
         return [Device(f"GPU{i}", "described", "gpu", size, size, speed) for i, size in enumerate(sizes)]

@@ -14,7 +14,7 @@ from grok_local.errors import ContextError, GrokLocalError, ModelError, WorkerLo
 from grok_local.library import names
 from grok_local.units import printable
 from grok_local.views.speeds import experts_line, stats_line
-from grok_local.views.terminal import dimmed, edited_lines, wrapped_words
+from grok_local.views.terminal import dimmed, edited_lines, wrapped, wrapped_words
 
 if TYPE_CHECKING:
     from grok_local.runtime.text.chat import ChatReply
@@ -197,7 +197,7 @@ class Repl:
 
     def _note(self, text: str) -> None:
         if not self._quiet:
-            _say(dimmed(text))
+            print(dimmed(wrapped(text, sys.stderr)), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -216,4 +216,4 @@ def interruptible(model: Model) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(wrapped(text, sys.stderr) if "\n" not in text else text, file=sys.stderr, flush=True)

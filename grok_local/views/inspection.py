@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from grok_local.units import format_bytes, printable
-from grok_local.views.tables import cell
+from grok_local.views.tables import cell, new_table, output_width
 
 if TYPE_CHECKING:
     from grok_local.formats.gguf_file import Header
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["checkpoint_tables", "describe_checkpoint", "describe_gguf", "gguf_tables", "verify_summary", "verify_table"]
 
+_WIDE = 140  # columns that checkpoints' long names need
 _LONG = 8  # items of an array that are shown
 
 
@@ -60,14 +61,12 @@ def _plain(value: Any) -> Any:
 def gguf_tables(headers: list[Header]) -> Iterator[Table]:
     """Metadata, then tensors."""
     described = describe_gguf(headers)
-    keys = Table(
-        "key", "value", title=cell(f"{headers[0].path.name}: {format_bytes(described['bytes'])}"), title_justify="left"
-    )
+    keys = new_table("key", "value", caption=f"{headers[0].path.name}: {format_bytes(described['bytes'])}")
     for key, value in described["metadata"].items():
         long = isinstance(value, dict)
         keys.add_row(cell(key), cell(f"{value['length']} of {value['first']} ..." if long else str(value)))
     yield keys
-    tensors = Table("tensor", "type", "shape", "size", "offset", title_justify="left")
+    tensors = new_table("tensor", "type", "shape", "size", "offset")
     for tensor in described["tensors"]:
         tensors.add_row(*_tensor_row(tensor), str(tensor["offset"]))
     yield tensors
@@ -103,16 +102,18 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
     """Dimensions, then tensors."""
     described = describe_checkpoint(checkpoint)
-    title = cell(
-        f"{checkpoint.folder}: a checkpoint in {checkpoint.release.title}'s format, {format_bytes(checkpoint.nbytes)}"
+    size = format_bytes(checkpoint.nbytes)
+    dims = new_table(
+        "dimension", "size", caption=f"{checkpoint.folder}: a checkpoint in {checkpoint.release.title}'s format, {size}"
     )
-    dims = Table("dimension", "size", title=title, title_justify="left")
     for name, size in described["dimensions"].items():
         dims.add_row(name.replace("_", " "), str(size))
     yield dims
-    tensors = Table("file", "tensor", "type", "shape", "size", "becomes")
+    wide = output_width() >= _WIDE
+    tensors = new_table("file", *(["tensor"] if wide else []), "type", "shape", "size", "becomes")
     for tensor in described["tensors"]:
-        tensors.add_row(tensor["file"], *_tensor_row(tensor), tensor["becomes"])
+        name, *rest = _tensor_row(tensor)
+        tensors.add_row(tensor["file"], *([name] if wide else []), *rest, tensor["becomes"])
     yield tensors
 
 
@@ -131,15 +132,12 @@ def verify_summary(report: VerifyReport) -> str:
 
 def verify_table(report: VerifyReport, *, all_rows: bool) -> Table:
     """A line per tensor: of each, or of those with a problem."""
-    table = Table("tensor", "type", "relative RMS error", "largest error", "verdict", title=cell(str(report.path)))
+    compared = any(check.max_error is not None for check in report.tensors)
+    errors = ("RMS error", "largest error") if compared else ()
+    table = new_table("tensor", "type", *errors, "verdict", caption=str(report.path))
     for check in report.tensors if all_rows else [check for check in report.tensors if check.problem]:
-        table.add_row(
-            cell(check.name),
-            check.type,
-            _number(check.relative_rms),
-            _number(check.max_error),
-            _verdict(check, report),
-        )
+        numbers = [_number(check.relative_rms), _number(check.max_error)] if compared else []
+        table.add_row(cell(check.name), check.type, *numbers, _verdict(check, report))
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from grok_local.placement.forecast import enough_ram
 from grok_local.units import format_bytes, printable
+from grok_local.views.tables import new_table, output_width
 
 if TYPE_CHECKING:
     from grok_local.machine.doctor import Finding
@@ -18,16 +20,22 @@ if TYPE_CHECKING:
     from grok_local.placement.plan import Plan, Share
     from grok_local.runtime.text.bench import BenchReport
 
-__all__ = ["bench_table", "describe_plan", "findings_table", "print_plan"]
+__all__ = ["bench_table", "describe_plan", "print_findings", "print_plan"]
 
 _BAR = 48
+_TOKENS_A_WORD = 1.3  # of English
+_EXPLAINED = {
+    "overlap": "overlap: the disk read while computing",
+    "between": "between: norms, attention, moving on",
+}
 _USUAL_BATCH = 512  # llama.cpp's
 _PARTS = (("dense", "cyan"), ("experts", "green"), ("kv", "yellow"), ("compute", "magenta"))
 
 
-def describe_plan(plan: Plan, prediction: Forecast) -> dict[str, Any]:
-    """What `plan --json` prints; sizes in bytes, speeds in tokens a second."""
+def describe_plan(plan: Plan, prediction: Forecast, *, remarks: Sequence[str] = ()) -> dict[str, Any]:
+    """What `plan --json` prints; sizes in bytes, speeds in tokens a second. `remarks` join the notes."""
     return {
+        "verdict": verdict(plan, prediction),
         "model": plan.model.name,
         "bytes": plan.model.nbytes,
         "context": plan.context,
@@ -44,7 +52,7 @@ def describe_plan(plan: Plan, prediction: Forecast) -> dict[str, Any]:
             for reading in prediction.readings
         ],
         "llama": llama_options(plan),
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *remarks],
         "assumptions": list(prediction.assumptions),
     }
 
@@ -77,37 +85,68 @@ def llama_options(plan: Plan) -> list[str]:
     return options
 
 
-def print_plan(plan: Plan, prediction: Forecast) -> None:
-    """On stdout, as wide as it needs to be where that is no terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(Group(*_parts(plan, prediction)))
+def verdict(plan: Plan, prediction: Forecast) -> str:
+    """What a user wants to know first: where it runs from, how long an answer takes, and what would help."""
+    text = f"{_runs_from(plan)}: an answer of 100 words takes about {_waiting(prediction)}"
+    better = enough_ram(plan)
+    if better and better[1].seconds < 0.9 * prediction.seconds:
+        text += f"; with {better[0] / 1e9:.0f} GB of RAM {_waiting(better[1])}"
+    return f"{text}."
 
 
-def _parts(plan: Plan, prediction: Forecast) -> Iterator[RenderableType]:
+def _runs_from(plan: Plan) -> str:
+    if plan.disk:
+        share = plan.disk / max(plan.model.nbytes, 1)
+        how = "It runs from the disk" if share > 0.05 else "It nearly fits, and runs partly from the disk"
+        return f"{how} ({share:.0%} of it is read as needed)" if plan.streamed else f"{how}, mapped"
+    devices = [share for share in plan.shares[:-1] if share.used]
+    if devices and not plan.ram.experts:
+        return "It fits on the GPU" if len(devices) == 1 else "It fits on the GPUs"
+    return "It fits in GPU and RAM together" if devices else "It fits in RAM"
+
+
+def _waiting(prediction: Forecast) -> str:
+    seconds = _TOKENS_A_WORD * 100 * prediction.seconds
+    for size, unit in ((3600, "hours"), (60, "minutes"), (1, "seconds")):
+        if seconds >= 1.5 * size:
+            return f"{_rounded(seconds / size)} {unit}"
+    return "a second"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0") if value < 3 else f"{value:.0f}"
+
+
+def print_plan(plan: Plan, prediction: Forecast, *, remarks: Sequence[str] = ()) -> None:
+    """On stdout, as wide as it needs to be where that is no terminal. `remarks` come after the plan's notes."""
+    console = Console(width=min(output_width(), 120))
+    console.print(Group(*_parts(plan, prediction, remarks)))
+
+
+def _parts(plan: Plan, prediction: Forecast, remarks: Sequence[str]) -> Iterator[RenderableType]:
     model = plan.model
     yield Text(f"{printable(model.name)}: {format_bytes(model.nbytes)}, {plan.context} tokens of context", style="bold")
+    yield Text(verdict(plan, prediction))
     yield _places_table(plan)
     yield _bars(plan)
     yield Text(_token_line(plan, prediction))
     yield _token_table(prediction)
-    for note in (*plan.notes, *(f"assumed: {text}" for text in prediction.assumptions)):
+    for note in (*plan.notes, *remarks, *(f"assumed: {text}" for text in prediction.assumptions)):
         yield Text(note, style="dim")
 
 
 def _places_table(plan: Plan) -> Table:
-    table = Table("place", "layers", "dense", "experts of", "experts", "KV cache", "compute", "used", "of")
+    titles = ("place", "layers", "dense", "experts of", "experts", "KV cache", "compute", "used")
+    table = new_table(*titles)
     for column in table.columns[1:]:
         column.justify = "right"
     for share in plan.shares:
         found = _described(plan, share)
         sizes = [format_bytes(getattr(share, name)) for name in ("dense", "experts", "kv", "compute", "used")]
-        room = format_bytes(max(share.capacity, 0))
         layers, experts = str(found["layers"]), f"{found['expert_layers']} layers"
-        table.add_row(escape(share.place), layers, sizes[0], experts, *sizes[1:], room)
+        table.add_row(escape(share.place), layers, sizes[0], experts, *sizes[1:])
     if plan.disk:
-        table.add_row("disk", "", "", "", format_bytes(plan.disk), "", "", format_bytes(plan.disk), "")
+        table.add_row("disk", "", "", "", format_bytes(plan.disk), "", "", format_bytes(plan.disk))
     return table
 
 
@@ -115,7 +154,7 @@ def _bars(plan: Plan) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     for share in plan.shares:
         percent = 100 * share.used / share.capacity if share.capacity > 0 else 0
-        table.add_row(escape(share.place), _bar(share), f"{percent:.0f} %")
+        table.add_row(escape(share.place), _bar(share), f"{percent:.0f} % of {format_bytes(max(share.capacity, 0))}")
     legend = Text("  ").join(Text(f"■ {name.replace('kv', 'KV cache')}", style=colour) for name, colour in _PARTS)
     table.add_row("", legend, "")
     return table
@@ -139,11 +178,11 @@ def _token_line(plan: Plan, prediction: Forecast) -> str:
 
 
 def _token_table(prediction: Forecast) -> Table:
-    table = Table("reads from", "bytes", "time", "speed")
+    table = new_table("reads from", "bytes", "time", "speed")
     for reading in prediction.readings:
         speed = f"{format_bytes(reading.nbytes / reading.seconds)}/s" if reading.nbytes else ""
         size = format_bytes(reading.nbytes) if reading.nbytes else ""
-        table.add_row(escape(reading.place), size, _duration(reading.seconds), speed)
+        table.add_row(escape(_EXPLAINED.get(reading.place, reading.place)), size, _duration(reading.seconds), speed)
     return table
 
 
@@ -165,8 +204,8 @@ def bench_table(report: BenchReport) -> Table:
     """Measured speeds, and what they are to be compared with."""
     size = f"{format_bytes(report.nbytes)}, {format_bytes(report.bytes_per_token)} a token"
     repacked = f", {report.repacked_tensors} tensors repacked" if report.repacked_tensors else ""
-    title = f"{printable(report.model)}: {size}, {report.threads} threads{repacked}"
-    table = Table("", "tokens", "tokens a second", title=escape(title), title_justify="left")
+    title = f"{report.model}: {size}, {report.threads} thread{'s' * (report.threads != 1)}{repacked}"
+    table = new_table("", "tokens", "tokens a second", caption=title)
     for name, measured in (("prompt", report.prompt), ("generation", report.generation)):
         table.add_row(name, str(measured.tokens), f"{measured.mean:.2f} ± {measured.spread:.2f}")
     table.add_row("predicted generation", "", f"{report.predicted:.2f}{_ratio(report, report.predicted)}")
@@ -185,13 +224,14 @@ def _ratio(report: BenchReport, other: float) -> str:
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
-def findings_table(findings: Iterable[Finding]) -> Table:
-    """What the doctor found, and below each finding what would help."""
-    table = Table("", "", "finding, and what helps")
+def print_findings(findings: Iterable[Finding]) -> None:
+    """What the doctor found, and below each finding the command that helps, on a line of its own to be copied."""
+    console = Console(width=output_width(), highlight=False)
     for finding in findings:
-        text = Text(printable(finding.text))
+        line = Table.grid(padding=(0, 1))
+        line.add_column(width=7)
+        text = Text.assemble((finding.topic, "bold"), ": ", printable(finding.text))
+        line.add_row(Text(finding.status, style=_COLOURS[finding.status]), text)
+        console.print(line)
         if finding.remedy:
-            text.append(f"\n{printable(finding.remedy)}", style="cyan")
-        status = Text(finding.status, style=_COLOURS[finding.status])
-        table.add_row(escape(finding.topic), status, text)
-    return table
+            console.print(Text(f"        {printable(finding.remedy)}", style="cyan"), soft_wrap=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from grok_local import folders
 
-__all__ = ["dimmed", "edited_lines", "wrapped_words"]
+__all__ = ["dimmed", "edited_lines", "wrapped", "wrapped_words"]
 
 _PROMPT = "> "
 _LONGEST_WORD = 40  # columns; what is longer may as well be broken
@@ -21,7 +22,7 @@ _LONGEST_WORD = 40  # columns; what is longer may as well be broken
 def edited_lines(greeting: str, commands: Sequence[str]) -> Iterator[str]:
     """The lines that are typed at the terminal, until Ctrl-D; Tab completes `commands`."""
     if greeting:
-        _say(greeting)
+        _say(wrapped(greeting, sys.stderr))
     read = _plain_line if _is_dumb() else _editor(commands)
     while True:
         try:
@@ -43,6 +44,14 @@ def wrapped_words() -> Iterator[Callable[[str], None]]:
         yield wrap.write
     finally:
         wrap.flush()
+
+
+def wrapped(text: str, stream: TextIO) -> str:
+    """The text with its lines broken between words, where the stream is a terminal."""
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, max(width, 20), break_long_words=False, break_on_hyphens=False)
 
 
 def dimmed(text: str) -> str:

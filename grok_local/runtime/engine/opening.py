@@ -29,6 +29,7 @@ from grok_local.ggml.devices import (
 )
 from grok_local.ggml.mapping import unread_mappings
 from grok_local.machine.facts import Device, Say
+from grok_local.machine.limits import free_cores
 from grok_local.machine.this_machine import this_machine
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.plan import Plan, Share
@@ -105,7 +106,8 @@ def open_planned(
     shape, wishes = ModelShape.from_headers(headers), request.wishes
     types = shape.types if needs_speeds(shape, wishes) else ()
     plan = make_plan(shape, this_machine(types, threads=request.threads, workers=workers, say=say), wishes)
-    target, notes = _Target(first_part(request.path), request.threads, abort), [*plan.notes, *remarks(headers)]
+    threads, busy = _threads_now(request)
+    target, notes = _Target(first_part(request.path), threads, abort), [*plan.notes, *remarks(headers), *busy]
     for step in range(_MOST_STEPS):
         try:
             watch = watch_for(plan, headers, interrupted=interrupted)
@@ -114,6 +116,13 @@ def open_planned(
             plan, note = _step_down(plan, error, units=2**step)
             notes.append(note)
     raise ModelError(f"{target.path}: {notes[-1]}, and less does not fit either")
+
+
+def _threads_now(request: LoadRequest) -> tuple[int, list[str]]:
+    """How many threads compute, and what to say where they are fewer than usual."""
+    free = free_cores(request.threads) if request.yielding and request.threads > 1 else request.threads
+    note = f"other programs keep cores busy: {free} of {request.threads} threads compute; --threads says how many shall"
+    return free, [note] if free < request.threads else []
 
 
 def _open(target: _Target, plan: Plan, *, watch: Watch | None, notes: Sequence[str]) -> Opened:

@@ -68,8 +68,8 @@ class Sampling:
 
 
 def check_finite(logits: npt.NDArray[np.float32]) -> None:
-    """Raises ModelError where a row of logits has a NaN or an infinity, or nothing to choose by: ggml's integer products
-    take a NaN for a zero. Tokens may be ruled out with -inf, not all.
+    """Raises ModelError where a row of logits has a NaN or an infinity, or nothing to choose by: ggml's integer
+    products take a NaN for a zero. Tokens may be ruled out with -inf, not all.
     """
     highest = logits.max(axis=-1)
     if not np.isfinite(highest).all() or (logits.shape[-1] > 1 and (logits.min(axis=-1) == highest).any()):

@@ -29,8 +29,8 @@ from grok_local.placement.load_options import LoadRequest
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.engine.protocol import Placement
 from grok_local.runtime.engine.sampling import Sampling
-from grok_local.runtime.remote.asking import complaints, probe_workers
 from grok_local.runtime.remote.child import INTERRUPT, LOAD
+from grok_local.runtime.remote.probing import complaints, probe_workers
 
 __all__ = ["RemoteEngine"]
 

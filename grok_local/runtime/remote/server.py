@@ -20,7 +20,7 @@ from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices
 from grok_local.ggml.libraries import on_abort
 from grok_local.ggml.rpc import require_rpc, serve
 from grok_local.machine.limits import core_count
-from grok_local.runtime.remote.asking import DEFAULT_PORT, parse_endpoint
+from grok_local.runtime.remote.probing import DEFAULT_PORT, parse_endpoint
 from grok_local.units import format_bytes
 
 __all__ = ["serve_worker"]

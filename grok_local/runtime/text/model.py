@@ -30,18 +30,25 @@ __all__ = ["Model", "load_model"]
 def load_model(request: LoadRequest, *, say: Say | None = None) -> Model:
     """Load a GGUF; `say` is told what takes long. Raises GGUFError, ModelError, PlacementError or WorkerError."""
     if not request.contained:
-        return Model(request.path, LlamaEngine(request, say=say), template=request.template)
+        return _model(request, LlamaEngine(request, say=say))
     from grok_local.runtime.remote.client import RemoteEngine
 
-    return Model(request.path, RemoteEngine(request, say=say), template=request.template)
+    return _model(request, RemoteEngine(request, say=say))
+
+
+def _model(request: LoadRequest, engine: Engine) -> Model:
+    return Model(request.path, engine, template=request.template, temperature=request.temperature)
 
 
 class Model:
     """A GGUF, loaded. A context manager. Any thread may use it: they take turns, an answer each."""
 
-    def __init__(self, path: Path, engine: Engine, *, template: str | None = None) -> None:
+    def __init__(
+        self, path: Path, engine: Engine, *, template: str | None = None, temperature: float | None = None
+    ) -> None:
         self.path = path
         self.engine = engine
+        self._usual: SamplingOptions = {} if temperature is None else {"temperature": temperature}
         self._turns = Turns()
         self._conversation = Conversation(engine, template=template)
 
@@ -81,7 +88,7 @@ class Model:
         self,
         prompt: str | Sequence[int],
         *,
-        max_tokens: int | None = None,
+        max_tokens: int | None = 128,
         stop: str | Sequence[str] = (),
         special: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -94,7 +101,7 @@ class Model:
         """
         ids = self.tokenize(prompt, special=special) if isinstance(prompt, str) else self._checked(prompt)
         self._check_room(ids)
-        return Reply(self.engine, ids, self._turns, **_reply_options(max_tokens, stop, sampling))
+        return Reply(self.engine, ids, self._turns, **_reply_options(max_tokens, stop, {**self._usual, **sampling}))
 
     def chat(
         self,
@@ -110,7 +117,7 @@ class Model:
         conversation that goes on, only the new tokens are evaluated. When the context is full the oldest turns are
         left out, and `dropped_messages` says how many. Raises as `generate` does.
         """
-        options = _reply_options(max_tokens, stop, sampling)
+        options = _reply_options(max_tokens, stop, {**self._usual, **sampling})
         laid = self._conversation.lay_out(messages, reserve=options["max_tokens"])
         options["stop"] = [*self._conversation.form.stop, *options["stop"]]
         return ChatReply(self._conversation, laid, self._turns, **options)

@@ -27,8 +27,8 @@ from grok_local.errors import ContextError, GGUFError, ModelError, OptionError, 
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.wishes import Wishes
 from grok_local.runtime.engine.llama import LlamaEngine
-from grok_local.runtime.remote.asking import PROTOCOL, parse_endpoint, probe_worker, probe_workers
 from grok_local.runtime.remote.client import RemoteEngine
+from grok_local.runtime.remote.probing import PROTOCOL, parse_endpoint, probe_worker, probe_workers
 from grok_local.runtime.remote.server import serve_worker
 from tests.workers import Worker, free_port, wait_until
 
