@@ -41,6 +41,9 @@ def _order(command: str) -> int:
     return 0 if "--trace-experts" in command else 2 if " rm " in command else 1
 
 
+EXAMPLES = sorted(examples(), key=_order)
+
+
 @pytest.fixture(scope="module")
 def world(small: Path, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A home and a folder that have what the examples speak of."""
@@ -71,7 +74,7 @@ def run(command: str, world: dict[str, str]) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("command", sorted(examples(), key=_order))
+@pytest.mark.parametrize("command", EXAMPLES)
 def test_it_runs(command: str, world: dict[str, str]) -> None:
     done = run(command, world)
     assert done.returncode in ((0, 1) if " doctor" in command else (0,)), done.stderr
@@ -79,7 +82,7 @@ def test_it_runs(command: str, world: dict[str, str]) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(examples()) > 25
+    assert len(EXAMPLES) > 25
 
 
 def quoted() -> list[tuple[str, str]]:

@@ -1,0 +1,125 @@
+"""scripts/run and scripts/test: what they find, what they say, and that a clone that is set up is left alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ("sh", "dirname", "cat", "cksum", "grep", "uname", "python3")
+
+
+@pytest.fixture
+def setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "scripts" / "setup.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def path_with(folder: Path, names: Iterable[str], *, real: bool = True) -> str:
+    """A PATH with these commands and no others."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        found = sys.executable if name == "python3" else shutil.which(name)
+        (folder / name).symlink_to(found if real and found else "/bin/true")
+    return str(folder)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    folder = tmp_path / "a clone"
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
+    return folder
+
+
+def run(clone: Path, name: str, *arguments: str, path: str) -> subprocess.CompletedProcess[str]:
+    command = [str(clone / "scripts" / name), *arguments]
+    env = {"PATH": path, "HOME": str(clone)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=60)
+
+
+def set_up(clone: Path, kind: str) -> None:
+    """As setup.py leaves it, with a program that prints its arguments."""
+    program = clone / ".venv" / "bin" / "grok-local"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\nfor word; do echo "[$word]"; done\n')
+    program.chmod(0o755)
+    files = [clone / "pyproject.toml", clone / "scripts" / "setup.py"]
+    data = b"".join(file.read_bytes() for file in files)
+    mark = subprocess.run(["cksum"], input=data, capture_output=True, check=True).stdout.decode().strip()
+    (clone / ".venv" / "grok-local.stamp").write_text(f"{kind} {mark}\n")
+
+
+@pytest.mark.parametrize("kind", ["run", "test"])
+def test_a_clone_that_is_set_up_runs_at_once(clone: Path, tmp_path: Path, kind: str) -> None:
+    set_up(clone, kind)
+    done = run(clone, "run", "quantize", "a b", "--", "-x", path=path_with(tmp_path / "bin", TOOLS))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "[quantize]\n[a b]\n[--]\n[-x]\n"
+
+
+def test_without_a_compiler_a_line_says_what_to_install(clone: Path, tmp_path: Path) -> None:
+    set_up(clone, "run")
+    (clone / "pyproject.toml").write_text((clone / "pyproject.toml").read_text() + "# changed\n")
+    (clone / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    done = run(clone, "run", "chat", path=path_with(tmp_path / "bin", TOOLS))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no C++ compiler, which llama.cpp needs: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_python_a_line_says_so(clone: Path, tmp_path: Path) -> None:
+    done = run(clone, "run", "chat", path=path_with(tmp_path / "bin", set(TOOLS) - {"python3"}))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no Python 3.10 or newer: ")
+
+
+@pytest.mark.parametrize(
+    ("commands", "chosen"),
+    [
+        (["clang", "clang++"], {"CC": "clang", "CXX": "clang++"}),
+        (["clang-14", "clang++-14"], {"CC": "clang-14", "CXX": "clang++-14"}),
+        (["gcc", "g++", "clang", "clang++"], {"CC": "gcc", "CXX": "g++"}),
+        (["the-gcc", "c++"], {}),
+        (["c++", "cc"], {"CC": "cc", "CXX": "c++"}),
+    ],
+)
+def test_which_compiler_is_taken(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commands: list[str], chosen: dict[str, str]
+) -> None:
+    """Python was built with "the-gcc", which may be missing."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("sysconfig.get_config_var", lambda _: "the-gcc -pthread")
+    monkeypatch.setenv("PATH", path_with(tmp_path / "bin", commands, real=False))
+    assert setup.find_compilers() == chosen
+
+
+def test_what_it_reads_off_the_project(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    assert setup.pinned_llama() == version("llama-cpp-python")
+    assert {name.partition(">")[0] for name in setup.needed("test")} >= {"pytest", "hypothesis", "ruff", "mypy"}
+    assert setup.needed("run") == []
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_VULKAN=ON")
+    monkeypatch.setenv("PATH", path_with(tmp_path / "bin", ["nvcc"], real=False))
+    assert setup.cmake_options() == "-DGGML_RPC=ON -DLLAVA_BUILD=OFF -DGGML_CUDA=ON -DGGML_VULKAN=ON"
+
+
+def test_they_are_plain_posix_shell() -> None:
+    for name in ("run", "test", "environment.sh"):
+        shell = shutil.which("dash") or "sh"
+        subprocess.run([shell, "-n", ROOT / "scripts" / name], check=True)
+    assert os.access(ROOT / "scripts" / "run", os.X_OK)
+    assert os.access(ROOT / "scripts" / "test", os.X_OK)
