@@ -27,7 +27,8 @@ FIRST_PIECE = 325  # ids below are control tokens, digits, whitespace and bytes
 SYSTEM, LAYOUT, QUESTION, ANSWER = 0.05, 0.3, 0.05, 1.0
 CORRUPTED = 0.15  # of a question's tokens, at most
 OPENINGS = 0.5  # of the documents end soon after the last answer begins: which answer it is shows by then
-UNKNOWN = 0.16  # of the questions have no answer
+UNKNOWN = 0.2  # of the questions have no answer ...
+MIXED = 0.3  # ... and of these, so many are words of several facts that make no question together
 FOLLOWED = 0.35  # of the answers that can be followed up are
 KEYWORDS = 0.2  # of the questions are a few telling words instead of a wording
 _OPENING = 10  # tokens
@@ -143,13 +144,17 @@ class Documents:
     def _turn(self, rng: np.random.Generator) -> tuple[str, str, str]:
         """The fact's key, the question, and its answer."""
         if rng.random() < UNKNOWN:
-            return "", varied(unknown(rng), rng), NO_ANSWER
+            return "", self._mixed(rng) if rng.random() < MIXED else varied(unknown(rng), rng), NO_ANSWER
         fact = self._facts[rng.integers(len(self._facts))]
         if self._follow_ups and rng.random() < FOLLOWED / 3:  # more often than their share: they are few
             fact = self._by_key[list(self._follow_ups)[rng.integers(len(self._follow_ups))]]
         if rng.random() < KEYWORDS:
             return fact.key, self._words.question(fact, rng), fact.answer
         return fact.key, varied(fact.questions[rng.integers(len(fact.questions))], rng), fact.answer
+
+    def _mixed(self, rng: np.random.Generator) -> str:
+        chosen = rng.choice(len(self._facts), int(rng.integers(2, 5)), replace=False)
+        return self._words.mixed([self._facts[index] for index in chosen], rng)
 
     def _corrupted(self, ids: list[int], weights: list[float], rng: np.random.Generator) -> list[int]:
         """Some of the questions' tokens replaced by any: an answer must not hang on one of them."""

@@ -28,7 +28,21 @@ _OPENINGS = (
     "Also,",
     "I would like to know:",
 )
-_CLOSINGS = ("please", "exactly", "again", "in short", "for me", "here", "then", "on my machine", "with grok-local")
+_CLOSINGS = (
+    "please",
+    "pls",
+    "plz",
+    "thx",
+    "asap",
+    "exactly",
+    "again",
+    "in short",
+    "for me",
+    "here",
+    "then",
+    "on my machine",
+    "with grok-local",
+)
 
 # Each group's members mean the same wherever they stand.
 _SYNONYMS = (
@@ -136,6 +150,15 @@ class TellingWords:
         chosen = " ".join(rng.choice(words, count, replace=False, p=chances))
         return str(rng.choice(_ABOUT)).format(chosen)
 
+    def mixed(self, facts: list[Fact], rng: np.random.Generator) -> str:
+        """One or two telling words of each."""
+        words: list[str] = []
+        for fact in facts:
+            count = min(int(rng.integers(1, 3)), len(self._words[fact.key]))
+            words += map(str, rng.choice(self._words[fact.key], count, replace=False, p=self._chances[fact.key]))
+        rng.shuffle(words)
+        return str(rng.choice(_ABOUT)).format(" ".join(words))
+
 
 def _normalized(values: list[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     array = np.array(values)
@@ -145,11 +168,11 @@ def _normalized(values: list[float]) -> np.ndarray[tuple[int], np.dtype[np.float
 def varied(question: str, rng: np.random.Generator) -> str:
     """Another way to type `question`: synonyms, small words lost, a slip of the finger, case and punctuation."""
     words = _with_synonyms(question, rng).split()
-    if len(words) > 3 and rng.random() < 0.15:
+    if len(words) > 3 and rng.random() < 0.25:
         words = [w for w in words if w.lower() not in _FILLERS or rng.random() < 0.4] or words
     if len(words) > 5 and rng.random() < 0.1:
         del words[rng.integers(len(words))]
-    if rng.random() < 0.08:
+    if rng.random() < 0.15:
         words = _with_slip(words, rng)
     return _punctuated(" ".join(words), rng)
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Optional, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from grok_local.units import printable
 from grok_local.views.terminal import wrapped
 
 __all__ = [
@@ -214,7 +215,7 @@ def resumable() -> Iterator[None]:
 
 def say(text: str) -> None:
     """On stderr, where everything goes that is not data."""
-    print(wrapped(text, sys.stderr), file=sys.stderr)
+    print(wrapped(printable(text), sys.stderr), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

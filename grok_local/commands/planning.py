@@ -87,6 +87,7 @@ def plan(
 
     grok-local plan --like grok-1 --ram 128G --vram 24G
     """
+    from grok_local.library.names import shown_name
     from grok_local.placement import whatif
     from grok_local.placement.forecast import forecast
     from grok_local.placement.planner import make_plan
@@ -100,7 +101,7 @@ def plan(
     if as_json:
         print_json(describe_plan(made, prediction, remarks=remarks))
     else:
-        print_plan(made, prediction, remarks=remarks)
+        print_plan(made, prediction, name="" if like else shown_name(request.path), remarks=remarks)
 
 
 @bundled(loading=load_options)

@@ -17,6 +17,7 @@ from grok_local.library.built_in import CHECKPOINT
 from grok_local.models.release import Kind
 from grok_local.units import format_bytes
 from grok_local.views import progress
+from grok_local.views.tables import new_table
 
 if TYPE_CHECKING:
     from grok_local.quantize.convert import QuantizeReport
@@ -94,13 +95,14 @@ class Tour:
         self._title("4. Figures, and what next")
         generated, seconds = sum(s.generated_tokens for s in stats), sum(s.generation_seconds for s in stats)
         read, reading = sum(s.evaluated_tokens for s in stats), sum(s.prompt_seconds for s in stats)
-        table = Table("", "here, tiny", "Grok-1")
+        table = new_table("", "here, tiny", "Grok-1")
         table.add_row("packing", f"{packed.seconds:.2f} s", "minutes (q4_0) to hours (q4_k): docs/quantize.md")
         table.add_row("GGUF", format_bytes(packed.bytes), "181 GB")
         table.add_row("prompts", f"{read / max(reading, 1e-9):.0f} tok/s", "")
         table.add_row("answers", f"{generated / max(seconds, 1e-9):.0f} tok/s", "memory bandwidth / 50 GB")
         self._console.print(table)
         self._say(_fit())
+        self._say(_space())
         self._say("Talk to the built-in model:  grok-local chat")
         self._say("Fetch Grok-1 (318 GB):       grok-local pull grok-1")
         self._say("Then pack it:                grok-local quantize grok-1")
@@ -136,12 +138,21 @@ def _fit() -> str:
     return f"Grok-1 on this machine:      {', '.join(places)} (grok-local plan --like grok-1)"
 
 
+def _space() -> str:
+    from grok_local import folders
+    from grok_local.machine.disk import RELEASE_SPACE, free_space
+
+    free = free_space(folders.home())
+    room = "enough" if free >= RELEASE_SPACE else f"not the {format_bytes(RELEASE_SPACE)} of release and packed file"
+    return f"Disk:                        {format_bytes(free)} free in {folders.home()}: {room}"
+
+
 def _classes(checkpoint: Checkpoint, report: VerifyReport) -> Table:
     """What became of each class of tensors."""
     kinds = {tensor.target.name: tensor.target.kind for tensor in checkpoint.tensors}
     sizes = {tensor.target.name: tensor.nbytes for tensor in checkpoint.tensors}
     stored = {tensor.target.kind: "int8" if tensor.scales else "float32" for tensor in checkpoint.tensors}
-    table = Table("tensors", "count", "in the release", "size", "in the GGUF", "relative RMS error")
+    table = new_table("tensors", "count", "released", "size", "in the GGUF", "RMS error")
     for kind in (kind for kind in Kind if kind in stored):
         checks = [check for check in report.tensors if kinds[check.name] is kind]
         size = format_bytes(sum(sizes[check.name] for check in checks))

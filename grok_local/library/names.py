@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 from grok_local.errors import GGUFError
 from grok_local.files import linked_part
 from grok_local.folders import checkpoints_folder, models_folder
-from grok_local.library.built_in import BUILT_IN, CHECKPOINT, MANNER, USUAL, Manner, built_in_model, unseen
+from grok_local.library.built_in import (
+    BUILT_IN,
+    CHECKPOINT,
+    MANNER,
+    USUAL,
+    Manner,
+    built_in_model,
+    packed_files,
+    unseen,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,6 +38,7 @@ __all__ = [
     "pulled",
     "resolve_checkpoint",
     "resolve_model",
+    "shown_name",
 ]
 
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}$")  # of a part
@@ -143,6 +153,11 @@ def pulled() -> list[Path]:
     """The folders of the checkpoints that were pulled."""
     folder = checkpoints_folder()
     return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def shown_name(path: Path) -> str:
+    """What a model is called: as `list` shows it."""
+    return BUILT_IN if path in packed_files() else _NUMBER.sub("", path.stem)
 
 
 def default_output(type: str, checkpoint: Path) -> Path:

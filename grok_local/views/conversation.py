@@ -82,10 +82,11 @@ class Repl:
     def _greeting(self) -> str:
         if self._quiet:
             return ""
-        name = names.manner_of(self._name).greeting or self.model.metadata.get("general.name", self.model.path.name)
+        title = f"{names.shown_name(self.model.path)} ({self.model.metadata.get('general.name', 'no name')})"
+        greeting = names.manner_of(self._name).greeting or title
         count = sum(math.prod(tensor.shape) for header in self.model.engine.headers for tensor in header.tensors)
-        title = printable(str(name).format(parameters=f"{count / 1e6:.0f} million"))
-        return f"{title}; {self.model.context_size} tokens of context. /help lists the commands."
+        shown = printable(greeting.replace("{parameters}", f"{count / 1e6:.0f} million"))
+        return f"{shown}; {self.model.context_size} tokens of context. /help lists the commands."
 
     def _answer(self, text: str, number: int) -> None:
         self._asked += 1

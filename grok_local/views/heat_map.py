@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from grok_local.errors import OptionError, OutputError
 from grok_local.units import printable
+from grok_local.views.tables import new_table
 
 if TYPE_CHECKING:
     from grok_local.runtime.experts.routing import Routing
@@ -71,7 +73,7 @@ def _cell(share: float, even: float) -> Text:
 
 
 def _memory_table(routing: Routing) -> RenderableType:
-    table = Table("experts held of each layer", "choices found there", "if the hottest stayed")
+    table = new_table("experts held of each layer", "choices found there", "if the hottest stayed")
     for column in table.columns:
         column.justify = "right"
     for row in describe_routing(routing)["hit_rates"]:
@@ -87,7 +89,7 @@ def draw_routing(routing: Routing, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        raise OptionError("pictures need matplotlib: pip install 'grok-local[pictures]'") from None
+        raise OptionError(f"pictures need matplotlib: {sys.executable} -m pip install matplotlib") from None
     tokens, layers, used = routing.experts.shape
     figure = Figure(figsize=(2.5 + 0.55 * routing.count, 1.8 + 0.16 * layers), layout="constrained", dpi=160)
     axes = figure.subplots()

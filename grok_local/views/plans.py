@@ -117,15 +117,17 @@ def _rounded(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0") if value < 3 else f"{value:.0f}"
 
 
-def print_plan(plan: Plan, prediction: Forecast, *, remarks: Sequence[str] = ()) -> None:
-    """On stdout, as wide as it needs to be where that is no terminal. `remarks` come after the plan's notes."""
+def print_plan(plan: Plan, prediction: Forecast, *, name: str = "", remarks: Sequence[str] = ()) -> None:
+    """On stdout, as wide as it needs to be where that is no terminal. `name` is what `list` calls the model; `remarks`
+    come after the plan's notes.
+    """
     console = Console(width=min(output_width(), 120))
-    console.print(Group(*_parts(plan, prediction, remarks)))
+    console.print(Group(*_parts(plan, prediction, name or plan.model.name, remarks)))
 
 
-def _parts(plan: Plan, prediction: Forecast, remarks: Sequence[str]) -> Iterator[RenderableType]:
-    model = plan.model
-    yield Text(f"{printable(model.name)}: {format_bytes(model.nbytes)}, {plan.context} tokens of context", style="bold")
+def _parts(plan: Plan, prediction: Forecast, name: str, remarks: Sequence[str]) -> Iterator[RenderableType]:
+    size = format_bytes(plan.model.nbytes)
+    yield Text(f"{printable(name)}: {size}, {plan.context} tokens of context", style="bold")
     yield Text(verdict(plan, prediction))
     yield _places_table(plan)
     yield _bars(plan)
