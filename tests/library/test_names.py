@@ -251,3 +251,64 @@ def test_the_demo(run: Run, home: Path) -> None:
     for words in ("Q4_K", "exact", "> What is an expert?", "tok/s", "grok-local pull grok-1"):
         assert words in shown.stdout
     assert not (home / "models").exists()
+
+
+def test_a_link_to_a_part_leads_to_the_parts(run: Run, small: Path, home: Path, tmp_path: Path) -> None:
+    """Of any name, beside the parts, elsewhere, and over another link, as hubs' caches have them."""
+    grok_local.quantize_checkpoint(small, tmp_path / "parts" / "x.gguf", split_size="1M")
+    first = sorted((tmp_path / "parts").glob("*.gguf"))[0]
+    (home / "models").mkdir(parents=True)
+    links = [tmp_path / "parts" / "model.gguf", tmp_path / "m.gguf", tmp_path / first.name, home / "models" / "m.gguf"]
+    for link in links:
+        link.symlink_to(first)
+    (tmp_path / "twice.gguf").symlink_to(links[1])
+    for link in (*links, tmp_path / "twice.gguf"):
+        assert names.resolve_model(str(link)).samefile(first)
+        assert run("verify", link).returncode == 0
+    assert "cannot be" not in run("list").stdout
+
+
+def test_a_folder_with_one_model_is_that_model(packed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").touch()
+    with pytest.raises(GGUFError, match="a folder without a GGUF"):
+        names.resolve_model(str(folder))
+    (folder / "a.gguf").symlink_to(packed)
+    assert names.resolve_model(str(folder)).samefile(packed)
+    (folder / "b.GGUF").symlink_to(packed)
+    with pytest.raises(GGUFError, match="a folder with 2 models: give one of a, b"):
+        names.resolve_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["Grok-1-Q4_K", "grok-1-q4_k.GGUF", "GROK-1-Q4_K.gguf"])
+def test_capitals_do_not_matter(home: Path, packed: Path, name: str) -> None:
+    (home / "models").mkdir(parents=True)
+    (home / "models" / "grok-1-q4_K.gguf").symlink_to(packed)
+    assert names.resolve_model(name).samefile(packed)
+
+
+def test_pieces_are_listed(run: Run, home: Path) -> None:
+    (home / "models").mkdir(parents=True)
+    (home / "models" / "x.gguf.part1of2").write_bytes(b"GGUF" + bytes(100))
+    shown = run("list").stdout
+    assert "x.gguf.part1of2" in shown
+    assert "join all of them in their order with cat" in shown
+
+
+def test_a_releases_name_is_no_model_yet(run: Run) -> None:
+    done = run("chat", "-m", "grok-1", stdin="Hi\n")
+    assert done.returncode == 1
+    assert "grok-local pull grok-1 fetches the release, and quantize packs it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("my-grok", "my-grok-q4_k.gguf"),
+        ("grok-1/ckpt-0", "grok-1-q4_k.gguf"),
+        ("models--xai-org--grok-1/snapshots/0123abc", "grok-1-q4_k.gguf"),
+    ],
+)
+def test_an_output_is_named_after_its_checkpoint(tmp_path: Path, folder: str, name: str) -> None:
+    assert names.default_output("Q4_K", tmp_path / folder).name == name

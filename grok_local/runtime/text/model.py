@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,9 +139,10 @@ class Model:
         self.close()
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
-        whole = [token for token in ids if isinstance(token, int)] if isinstance(ids, Sequence) else []
-        if not whole or len(whole) != len(ids):
-            raise OptionError("prompt: a text, or a list of token ids, is wanted")
+        try:
+            whole = [operator.index(token) for token in ids]  # numpy's too
+        except TypeError:
+            raise OptionError("prompt: a text, or a list of token ids, is wanted") from None
         self.engine.detokenize(whole)
         return whole
 
@@ -156,7 +158,7 @@ class Model:
 
 def _reply_options(max_tokens: int | None, stop: str | Sequence[str], sampling: SamplingOptions) -> dict[str, Any]:
     """What a reply is told. Raises OptionError."""
-    stops = [stop] if isinstance(stop, str) else list(stop)
+    stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
     if not all(isinstance(text, str) and text for text in stops):
         raise OptionError(f"stop {stop!r:.60}: a text or a list of texts is wanted, none of them empty")
     return {"sampling": Sampling(**sampling), "max_tokens": None if max_tokens == -1 else max_tokens, "stop": stops}

@@ -117,6 +117,7 @@ def test_the_context_is_the_limit(packed: Path) -> None:
         {"top_k": 1.5},
         {"stop": [""]},
         {"stop": [None]},
+        {"stop": 5},
     ],
 )
 def test_options_out_of_range(model: grok_local.Model, options: dict[str, float]) -> None:

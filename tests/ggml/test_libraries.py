@@ -1,0 +1,25 @@
+"""Where the process would die without a word, it says one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+TOUCHED = """
+import mmap, os, sys
+from grok_local.ggml.libraries import exit_on_bus_error
+exit_on_bus_error()
+with open(sys.argv[1], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    os.truncate(sys.argv[1], 10)
+    print(mapped[5000])
+"""
+
+
+def test_a_mapped_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(10000))
+    done = subprocess.run([sys.executable, "-c", TOUCHED, path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip().startswith("error: a file became shorter while it was read, or its disk failed")
