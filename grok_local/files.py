@@ -175,6 +175,10 @@ class JsonLines:
             os.ftruncate(self._fd, len(data) - len(torn))
         return [_parsed(line) for line in lines]
 
+    def begins_with(self, start: bytes) -> bool:
+        """Whether the file begins so, as far as it goes: one that was killed early may have less."""
+        return start.startswith(os.pread(self._fd, len(start), 0))
+
     def append(self, *values: Any) -> None:
         """Write a line for each of the values, all in one call: lines of several threads never mix."""
         self._write(b"".join(json.dumps(value, separators=(",", ":")).encode() + b"\n" for value in values))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import platformdirs
@@ -27,6 +26,8 @@ def cache_folder() -> Path:
 
 def scratch_folder() -> Path:
     """Where small files lie for a moment: the system's folder for them, or our own. Raises OutputError."""
+    import tempfile
+
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:

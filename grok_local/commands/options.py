@@ -196,11 +196,12 @@ def bundled(**groups: Callable[..., None]) -> Callable[[Callable[..., None]], Ca
 
 
 def _expanded(command: Callable[..., None], groups: dict[str, Callable[..., None]]) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(command, include_extras=True)
     for name, parameter in inspect.signature(command).parameters.items():
         if name in groups:
             yield from _expanded(groups[name], {})
         else:
-            yield parameter.replace(annotation=get_type_hints(command, include_extras=True)[name])
+            yield parameter.replace(annotation=hints[name])
 
 
 @contextmanager
@@ -220,5 +221,9 @@ def say(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """On stdout, in one line."""
-    unicode = "utf" in (sys.stdout.encoding or "").lower()  # elsewhere a character might have no byte
-    print(json.dumps(value, ensure_ascii=not unicode, default=str), flush=True)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:  # a locale without the character, or a file's name that is no UTF-8
+        text = json.dumps(value, default=str)
+    print(text, flush=True)

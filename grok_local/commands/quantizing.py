@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from grok_local.commands.options import TYPES, Json, Threads, complete_model, print_json, resumable, say
-from grok_local.errors import VerifyError
+from grok_local.errors import OptionError, VerifyError
 from grok_local.views.terminal import wrapped
 
 __all__ = ["inspect", "quantize", "verify"]
@@ -91,12 +92,14 @@ def verify(
     from grok_local.quantize.verify import verify as check
     from grok_local.views import inspection, progress, tables
 
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256.strip()):
+        raise OptionError(f"--sha256 {sha256}: 64 hexadecimal digits are wanted")
     with progress.progress_view("verify", as_json=False) as show:
         source = against and names.resolve_checkpoint(against)
         report = check(names.resolve_model(gguf), source, sha256=sha256, progress=show)
     if as_json:
         print_json(asdict(report))
-    elif verbose or report.problems:
+    elif verbose or any(check.problem for check in report.tensors):
         tables.print_tables([inspection.verify_table(report, all_rows=verbose)])
     if not (as_json or report.problems):
         print(wrapped(inspection.verify_summary(report), sys.stdout))

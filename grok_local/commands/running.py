@@ -21,6 +21,7 @@ from grok_local.commands.options import (
     say,
 )
 from grok_local.commands.prompts import lines_of, prompt_text, unescaped
+from grok_local.errors import ContextError
 from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def generate(
     from grok_local.views import conversation, speeds
 
     text = prompt_text(prompt, file)
+    if not text:
+        raise ContextError("the prompt is empty: there is nothing to continue")
     options = {**_sampling(sampling, model), **_ending(max_tokens, stop)}
     with loaded(model, loading) as running:
         reply = running.generate(text, special=special, **options)

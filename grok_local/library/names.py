@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grok_local.errors import GGUFError
+from grok_local.errors import GGUFError, OptionError
 from grok_local.files import linked_part
 from grok_local.folders import checkpoints_folder, models_folder
 from grok_local.library.built_in import (
@@ -84,6 +84,10 @@ def resolve_model(name: str, *, packing: Packing = unseen) -> Path:
     if name == BUILT_IN:
         return built_in_model(packing)
     path = Path(name)
+    if not name:
+        raise OptionError("-m names no model: its value is empty")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise GGUFError(f"{name}: no regular file")
     if path.is_file():
         return linked_part(path)
     if path.is_dir():
@@ -100,7 +104,8 @@ def _only_model(folder: Path) -> Path:
     if len(inside) == 1:
         return next(linked_part(path) for path in inside.values())
     if inside:
-        raise GGUFError(f"{folder}: a folder with {len(inside)} models: give one of {', '.join(sorted(inside))}")
+        names = ", ".join(sorted(str(path) for path in inside.values()))
+        raise GGUFError(f"{folder}: a folder with {len(inside)} models: give one of {names}")
     from grok_local.quantize.sources.recognise import what_is_in
 
     raise GGUFError(f"{folder}: a folder without a GGUF: {what_is_in(folder)}")
@@ -135,7 +140,9 @@ def models() -> dict[str, Path]:
 
 def _models_in(folder: Path) -> dict[str, Path]:
     named: dict[str, Path] = {}
-    paths = [path for path in folder.glob("*") if path.suffix.lower() == ".gguf" and not path.is_dir()]
+    paths = [
+        path for path in folder.glob("*") if path.suffix.lower() == ".gguf" and (path.is_file() or path.is_symlink())
+    ]
     for path in sorted(paths, key=lambda path: (_NUMBER.search(path.stem) is not None, path)):
         named.setdefault(_NUMBER.sub("", path.stem), path)
     return named

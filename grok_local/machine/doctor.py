@@ -304,6 +304,10 @@ def _check_files(_: _Case) -> Iterator[Finding]:
 
 def _check_disk(case: _Case) -> Iterator[Finding]:
     folder = case.model.parent if case.model else folders.models_folder()
+    home = folders.home()
+    if home.exists() and not home.is_dir():
+        yield _problem(f"{home}: is no folder, so nothing can be kept there", _ELSEWHERE)
+        return
     files = [case.model] if case.model else [path for path in folder.glob("*.gguf") if path.is_file()]
     speed = max((disk_speed(path) for path in sorted(files, key=_size)[-1:]), default=0.0)
     reads = f"reads {format_bytes(speed)}/s" if speed else "no model here that is large enough to time its reading"

@@ -18,16 +18,24 @@ def kept_path(name: str) -> Path:
     return cache_folder() / name
 
 
+_unsaved: dict[Path, dict[str, Any]] = {}  # what found no place on the disk
+
+
 def kept(path: Path) -> dict[str, Any]:
     """What was kept there, by its mark; nothing where the file is missing or damaged."""
     with suppress(OSError, ValueError, RecursionError):
         data = json.loads(path.read_bytes())
         return data if isinstance(data, dict) else {}
-    return {}
+    return _unsaved.get(path, {})
 
 
 def keep(path: Path, mark: str, value: Any) -> None:
-    """Add a value, which has to be measured again where the file cannot be written; others may add theirs meanwhile."""
-    with suppress(OSError):
+    """Add a value, which is kept for this process alone where the file cannot be written; others may add theirs
+    meanwhile.
+    """
+    values = {**kept(path), mark: value}
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({**kept(path), mark: value}).encode())
+        write_whole(path, json.dumps(values).encode())
+    except OSError:
+        _unsaved[path] = values

@@ -64,6 +64,7 @@ def quantize_checkpoint(
     started, target, recipe = time.monotonic(), Path(output), recipe_named(type)
     limits = _Limits.parsed(target, threads=threads, memory=memory, split_size=split_size)
     source, vocabulary = _open(Path(checkpoint), tokenizer, recipe, target)
+    _check_no_input(target, source, Path(tokenizer) if tokenizer else None)
     plan = plan_output(source, recipe, vocabulary=vocabulary, name=target.name, split_size=limits.split_size)
     destination, resumed = Destination(target, plan, cache(partial(fingerprint, source))), 0
     try:
@@ -113,6 +114,8 @@ def _open(
         check_scales(source)
     except CheckpointError as error:
         problems.append(error)
+    if source is None and not path.is_dir():
+        raise CheckpointError(problems[0].problems)
     try:
         given, size = Path(tokenizer) if tokenizer else None, source.dimensions.vocabulary if source else None
         vocabulary = open_vocabulary(source.folder if source else path, given, size=size)
@@ -125,6 +128,15 @@ def _open(
         problems += [OutputError(line) for line in missing_room(target, needed)]
     kind = problems[0].__class__ if len({p.__class__ for p in problems}) == 1 else CheckpointError
     raise kind(line for problem in problems for line in problem.problems)
+
+
+def _check_no_input(target: Path, source: Checkpoint, tokenizer: Path | None) -> None:
+    """No `force` may replace what is being read. Raises OutputError."""
+    inputs = {source.folder / tensor.file_name for tensor in source.tensors}
+    inputs |= {folder / "tokenizer.model" for folder in (source.folder, source.folder.absolute().parent)}
+    inputs |= {tokenizer} if tokenizer else set()
+    if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
+        raise OutputError(f"{target}: is a file of the checkpoint itself: choose another name with -o")
 
 
 def _report(destination: Destination, *, started: float, unchanged: bool, resumed: int) -> QuantizeReport:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from grok_local.units import format_bytes
+from grok_local.errors import OutputError
+from grok_local.units import format_bytes, printable
 
 if TYPE_CHECKING:
     from grok_local.hub.fetch import FetchReport
@@ -58,7 +59,12 @@ def progress_view(label: str, *, as_json: bool) -> Iterator[Show]:
 
 
 def _json_events(event: Event) -> None:
-    print(json.dumps({"event": "progress", **asdict(event)}), flush=True)  # type: ignore[call-overload]
+    try:
+        print(json.dumps({"event": "progress", **asdict(event)}), flush=True)  # type: ignore[call-overload]
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of stdout: the files that are being written are innocent
+        raise OutputError(f"output: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -123,10 +129,10 @@ def quantize_summary(report: QuantizeReport) -> Iterator[str]:
         yield f"continued: {report.resumed_pieces} pieces were packed already"
     size = f"{report.tensors} tensors, {format_bytes(report.bytes)}"
     if report.unchanged:
-        yield f"{report.path}: there already, packed from this checkpoint with these options ({size})"
+        yield f"{printable(str(report.path))}: there already, packed from this checkpoint with these options ({size})"
     else:
         parts = f" in {len(report.paths)} parts" if len(report.paths) > 1 else ""
-        yield f"{report.path}: {size}{parts}, {report.seconds:.1f} s"
+        yield f"{printable(str(report.path))}: {size}{parts}, {report.seconds:.1f} s"
 
 
 def fetch_summary(report: FetchReport) -> Iterator[str]:
@@ -137,4 +143,5 @@ def fetch_summary(report: FetchReport) -> Iterator[str]:
         if report.fetched
         else "all there already, none changed since it was hashed"
     )
-    yield f"{report.folder}: {report.files} files, {format_bytes(report.bytes)}, every hash right ({came})"
+    files = f"{report.files} files, {format_bytes(report.bytes)}"
+    yield f"{printable(str(report.folder))}: {files}, every hash right ({came})"

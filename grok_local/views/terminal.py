@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
-
-from grok_local import folders
 
 __all__ = ["dimmed", "edited_lines", "wrapped", "wrapped_words"]
 
@@ -39,7 +35,7 @@ def wrapped_words() -> Iterator[Callable[[str], None]]:
     if not sys.stdout.isatty() or _is_dumb():
         yield lambda text: print(text, end="", flush=True)
         return
-    wrap = _WordWrap(shutil.get_terminal_size().columns)
+    wrap = _WordWrap(_width())
     try:
         yield wrap.write
     finally:
@@ -50,8 +46,15 @@ def wrapped(text: str, stream: TextIO) -> str:
     """The text with its lines broken between words, where the stream is a terminal."""
     if not stream.isatty():
         return text
-    width = shutil.get_terminal_size().columns
-    return textwrap.fill(text, max(width, 20), break_long_words=False, break_on_hyphens=False)
+    import textwrap
+
+    return textwrap.fill(text, max(_width(), 20), break_long_words=False, break_on_hyphens=False)
+
+
+def _width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
 
 
 def dimmed(text: str) -> str:
@@ -121,6 +124,8 @@ def _editor(commands: Sequence[str]) -> Callable[[], str]:
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.output import create_output
+
+    from grok_local import folders
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))

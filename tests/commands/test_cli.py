@@ -301,3 +301,39 @@ def test_saving_where_nothing_can_be_saved(run: Run, packed: Path) -> None:
     assert result.returncode == 0
     assert result.stderr.count("cannot be written") == 3
     assert "(0 answers" in result.stderr
+
+
+def test_lost_streams_are_not_the_outputs_fault(run: Run, small: Path, tmp_path: Path) -> None:
+    grok_local = f"{sys.executable} -m grok_local"
+    full = f"{grok_local} quantize {small} -o {tmp_path}/a.gguf --json > /dev/full"
+    done = subprocess.run(["bash", "-c", full], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
+    for command in (f"quantize {small} -o {tmp_path}/b.gguf", "list"):
+        assert subprocess.run(["bash", "-c", f"{grok_local} {command} 2> /dev/full"], check=False).returncode == 0
+    assert (tmp_path / "b.gguf").exists()
+
+
+def test_names_that_are_no_text(run: Run, small: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "n\x1b[31m\nred.gguf"
+    assert "\x1b" not in run("quantize", small, "-o", odd).stderr
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.gguf")
+    report = json.loads(run("quantize", small, "-o", output, "--json").stdout.splitlines()[-1])
+    assert Path(report["path"]).exists()
+
+
+@pytest.mark.parametrize("digest", ["zz", "0" * 63, "g" * 64])
+def test_a_sha256_that_is_none(run: Run, packed: Path, digest: str) -> None:
+    done = run("verify", packed, "--sha256", digest)
+    assert done.returncode == 2
+    assert "64 hexadecimal digits" in done.stderr
+
+
+def test_ctrl_c_while_everything_is_imported(small: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "grok_local", "quantize", str(small), "-o", str(tmp_path / "x.gguf")]
+    for wait in (0.15, 0.3, 0.5):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode in (0, 130, -signal.SIGINT)  # the last where Python itself is not up yet
+        assert "grok_local/" not in said  # no traceback of ours

@@ -364,3 +364,26 @@ def test_progress_reaches_the_end(small: Path, tmp_path: Path) -> None:
     assert events[-1].done == events[-1].total == weights
     assert [event.done for event in events] == sorted(event.done for event in events)
     assert events[-1].bytes_written <= report.bytes
+
+
+def test_no_force_replaces_what_is_being_read(small: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(small, tmp_path / "c"))
+    for name in ("tensor00002_000", "tokenizer.model"):
+        path = next(checkpoint.rglob(name))
+        before = path.read_bytes()
+        with pytest.raises(OutputError, match="is a file of the checkpoint itself"):
+            grok_local.quantize_checkpoint(checkpoint, path, force=True)
+        assert path.read_bytes() == before
+
+
+def test_files_of_somebody_else_are_left_alone(small: Path, tmp_path: Path) -> None:
+    for name, words in (("x.gguf.partial", "without its journal"), ("x.gguf.journal", "no journal of grok-local")):
+        other = tmp_path / name
+        other.write_bytes(b"precious\nand torn")
+        with pytest.raises(OutputError, match=words):
+            grok_local.quantize_checkpoint(small, tmp_path / "x.gguf")
+        assert other.read_bytes() == b"precious\nand torn"
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        other.unlink()
+    (tmp_path / "x.gguf.partial").touch()
+    grok_local.quantize_checkpoint(small, tmp_path / "x.gguf", force=True)

@@ -69,6 +69,8 @@ class Destination:
         """
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with Journal(journal_of(self.target), self.plan, force=force) as journal:
+            if not (journal.resumed or force):
+                self._refuse_strangers(journal)
             self._prepare(resumed=journal.resumed and not force)
             try:
                 self._check_room()
@@ -85,6 +87,16 @@ class Destination:
                     for partial in self.partials:
                         partial.unlink(missing_ok=True)
                     journal.finish()
+
+    def _refuse_strangers(self, journal: Journal) -> None:
+        """An unfinished file without its journal is somebody else's, or of no use. Raises OutputError."""
+        present = [partial for partial in self.partials if partial.exists()]
+        if present:
+            journal.finish()
+            raise OutputError(
+                f"{present[0]}: is there without its journal, so nothing can go on from it: move it away, or begin "
+                "anew with --force"
+            )
 
     def _prepare(self, *, resumed: bool) -> None:
         """Leave only what the run may go on from: stray bytes of another would stay in the padding."""

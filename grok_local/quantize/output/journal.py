@@ -19,6 +19,8 @@ from grok_local.quantize.layout.pieces import Piece
 
 __all__ = ["Journal"]
 
+_BEGINNING = b'{"plan":'  # of every journal
+
 
 class Journal:
     """The open journal of one output; holds the lock that keeps a second run away. A context manager."""
@@ -47,6 +49,8 @@ class Journal:
 
     def _read(self, plan: str, force: bool) -> bool:
         """Whether there was something of the same plan to go on from."""
+        if not force and not self._lines.begins_with(_BEGINNING):
+            raise OutputError(f"{self.path}: is there, and no journal of grok-local: move it away, or give --force")
         header, *entries = self._lines.read() or [None]
         if isinstance(header, dict) and header.get("plan") == plan:
             known = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("piece"), int)]

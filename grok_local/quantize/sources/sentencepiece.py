@@ -66,7 +66,10 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path:
 def read_tokenizer(path: Path, vocabulary: int | None) -> Tokenizer:
     """The tokenizer in `path`, which must have `vocabulary` pieces (None: any number). Raises TokenizerError."""
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        data = path.read_bytes()
+        if not data:  # of which the library says a great deal by itself
+            raise TokenizerError(f"{path}: empty: {_WHERE}")
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
         size = len(model)
     except (RuntimeError, OSError, ValueError, TypeError):
         raise TokenizerError(f"{path}: not a SentencePiece model: {_WHERE}") from None
