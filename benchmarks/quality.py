@@ -17,7 +17,7 @@ from pathlib import Path
 
 import grok_local
 from grok_local.library.built_in import CHECKPOINT
-from samples.quality import TYPES, held_out_documents, right_answers, routes, scores
+from samples.quality import TYPES, counted, held_out_documents, judged, right_answers, routes, scores
 
 ROOT = Path(__file__).parents[1]
 _BASE = "q8_0"
@@ -43,6 +43,18 @@ def _table(folder: Path) -> Iterator[str]:
         )
 
 
+def _answers_table(folder: Path) -> Iterator[str]:
+    yield "| | right | honest | wrong |"
+    yield "|---" * 4 + "|"
+    with grok_local.load(folder / "q4_k.gguf", context=512) as model:
+        for chat in (True, False):
+            results = judged(model, chat=chat)
+            for answerable, what in ((True, "answered in the documents"), (False, "not answered there")):
+                found = counted(results, answerable=answerable)
+                name = f"{'chat' if chat else 'generate'}: {found.total()} questions {what}"
+                yield f"| {name} | {found['right']} | {found['honest']} | {found['wrong']} |"
+
+
 def _routes_table(folder: Path) -> Iterator[str]:
     with grok_local.load(folder / f"{_BASE}.gguf", context=512) as model:
         shares = routes(model, held_out_documents())
@@ -65,7 +77,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/tiny.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tables = {name: "\n".join(make(Path(folder))) for name, make in (("types", _table), ("routes", _routes_table))}
+        makers = {"types": _table, "answers": _answers_table, "routes": _routes_table}
+        tables = {name: "\n".join(make(Path(folder))) for name, make in makers.items()}
     page = ROOT / "docs" / "tiny.md"
     text = page.read_text("utf-8")
     for name, table in tables.items():

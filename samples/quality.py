@@ -8,8 +8,10 @@ greedily decoded.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +22,23 @@ from grok_local.quantize.sources.recognise import open_checkpoint
 from samples.reference_model import ReferenceModel
 from training.documents import ANSWER, EOS, SYSTEM, Pieces, conversation
 from training.facts import is_right, read_facts
+from training.unknown import NO_ANSWER
 
-__all__ = ["Scores", "document_ids", "held_out_documents", "right_answers", "routes", "scores"]
+__all__ = [
+    "Judged",
+    "Scores",
+    "counted",
+    "document_ids",
+    "held_out_documents",
+    "judged",
+    "right_answers",
+    "routes",
+    "scores",
+]
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = ROOT / "tests" / "questions.jsonl"
+_HELD_OUT = ROOT / "tests" / "held_out.jsonl"
 TYPES = ("q8_0", "q4_k", "iq4_xs", "mxfp4", "q4_0")
 
 Floats = npt.NDArray[np.float64]
@@ -90,6 +104,40 @@ def right_answers(model: grok_local.Model, *, chat: bool = True) -> list[tuple[b
         text = "".join(reply).strip()
         results.append((is_right(text, asked["keywords"]), asked["question"], text))
     return results
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A question of tests/held_out.jsonl, whether there is an answer to it, and what the model said."""
+
+    question: str
+    answerable: bool
+    answer: str
+    verdict: str  # "right", "honest" (it says that it has no answer) or "wrong"
+
+
+def judged(model: grok_local.Model, *, chat: bool = True) -> list[Judged]:
+    """Each of the 300 questions, which were written from the README and the documents alone, greedily answered.
+
+    To what the documents do not answer, the honest answer is the right one.
+    """
+    return [_judged(model, json.loads(line), chat=chat) for line in _HELD_OUT.read_text("utf-8").splitlines()]
+
+
+def counted(results: list[Judged], *, answerable: bool) -> Counter[str]:
+    """How many have which verdict."""
+    return Counter(result.verdict for result in results if result.answerable is answerable)
+
+
+def _judged(model: grok_local.Model, asked: dict[str, Any], *, chat: bool) -> Judged:
+    question, answerable = asked["question"], asked["kind"] == "fact"
+    message = {"role": "user", "content": question}
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 90}
+    reply = model.chat([message], **options) if chat else model.generate(question, **options)
+    text = "".join(reply).strip()
+    honest = text.startswith(NO_ANSWER[:20])
+    right = is_right(text, asked["keywords"]) and not honest if answerable else honest
+    return Judged(question, answerable, text, "right" if right else "honest" if honest else "wrong")
 
 
 def routes(model: grok_local.Model, documents: list[Pieces]) -> Floats:

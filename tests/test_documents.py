@@ -37,7 +37,7 @@ def reference() -> str:
     """The page's text."""
     parts = [
         "# Command-line reference",
-        "Written by `uv run python -m tests.test_documents` from the program's own help.",
+        "Written by `python -m tests.test_documents` from the program's own help.",
     ]
     commands: list[tuple[str, ...]] = [(), *((name,) for name in COMMANDS)]
     parts += [f"## {' '.join(('grok-local', *command))}\n\n```\n{_help(*command)}\n```" for command in commands]
@@ -45,7 +45,7 @@ def reference() -> str:
 
 
 def test_the_reference_is_up_to_date() -> None:
-    assert PAGE.read_text() == reference(), "run: uv run python -m tests.test_documents"
+    assert PAGE.read_text() == reference(), "run: python -m tests.test_documents"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,16 @@ from grok_local.machine import kernels
 from grok_local.machine.disk import RELEASE_SPACE, disk_speed, free_space
 from grok_local.machine.facts import Device, Say, Speeds
 from grok_local.machine.limits import core_count, cpu_flags, cpu_quota, memory_limits
-from grok_local.machine.rebuild import GPU, GPU_OPTIONS, LLAMA, find_gpu, is_clone, pinned_version, rebuild_command
+from grok_local.machine.rebuild import (
+    GPU,
+    GPU_OPTIONS,
+    LLAMA,
+    Installer,
+    find_gpu,
+    installed_by,
+    pinned_version,
+    rebuild_command,
+)
 from grok_local.machine.this_machine import local_devices
 from grok_local.machine.trials import NOT_HELD, REPACK, RIGHT, Trial, run_items
 from grok_local.units import format_bytes
@@ -71,7 +80,7 @@ class System:
 
     root: Path = Path("/")
     version: Callable[[], str | None] = _installed_version  # of llama-cpp-python
-    clone: Callable[[], bool] = is_clone
+    installer: Callable[[], Installer] = installed_by
     backends: Callable[[], list[str]] = backend_names
     features: Callable[[], dict[str, str]] = cpu_features
     devices: Callable[[], list[Device]] = local_devices
@@ -99,7 +108,7 @@ class _Case:
             backends = self.system.backends()
         except ModelError:
             backends = []
-        return rebuild_command(options, backends=backends, clone=self.system.clone(), clang=clang)
+        return rebuild_command(options, backends=backends, installer=self.system.installer(), clang=clang)
 
     def with_clang(self) -> str:
         # GCC 12 builds AMX kernels that lose a part of the tile configuration; clang 14 builds none.

@@ -11,8 +11,21 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["GPU", "GPU_OPTIONS", "LLAMA", "find_gpu", "is_clone", "pinned_version", "rebuild_command", "unused_gpu"]
+__all__ = [
+    "GPU",
+    "GPU_OPTIONS",
+    "LLAMA",
+    "Installer",
+    "find_gpu",
+    "installed_by",
+    "pinned_version",
+    "rebuild_command",
+    "unused_gpu",
+]
+
+Installer = Literal["scripts", "uv", "pip"]
 
 LLAMA = "llama-cpp-python"
 GPU_OPTIONS = {  # by backend: how it is compiled in
@@ -105,24 +118,27 @@ def pinned_version() -> str:
     return pin[1] if pin else ""
 
 
-def is_clone() -> bool:
-    """Whether uv made this environment for a clone of the repository."""
+def installed_by() -> Installer:
+    """What made this environment: scripts/run, or uv for a clone of the repository, or pip."""
+    if (Path(sys.prefix) / _STAMP).exists():
+        return "scripts"
     try:
         installer = importlib.metadata.distribution(LLAMA).read_text("INSTALLER") or ""
     except importlib.metadata.PackageNotFoundError:
         installer = "uv"
-    return installer.strip() == "uv" and (Path(__file__).parents[2] / "pyproject.toml").is_file()
+    in_clone = (Path(__file__).parents[2] / "pyproject.toml").is_file()
+    return "uv" if installer.strip() == "uv" and in_clone else "pip"
 
 
-def rebuild_command(options: str = "", *, backends: Iterable[str], clone: bool, clang: bool = False) -> str:
-    """The command for further CMake `options`; the `backends` there are stay. In a `clone` it is uv's, else pip's."""
+def rebuild_command(options: str = "", *, backends: Iterable[str], installer: Installer, clang: bool = False) -> str:
+    """The command for further CMake `options`; the `backends` there are stay."""
     kept = [option for backend, option in GPU_OPTIONS.items() if backend in set(backends)]
     wanted = " ".join(dict.fromkeys([*kept, *options.split(), *_BASE_OPTIONS.split()]))
-    if (Path(sys.prefix) / _STAMP).exists():
+    if installer == "scripts":
         compilers = "CC=clang CXX=clang++ " if clang else ""
         asked = " ".join(option for option in wanted.split() if option not in _BASE_OPTIONS.split())
         return f'rm -r {sys.prefix} && {compilers}CMAKE_ARGS="{asked}" scripts/run doctor'
-    if clone:
+    if installer == "uv":
         # From the environment uv takes nothing that pyproject.toml sets, and what it did not build as set there it
         # builds again at the next `uv run`.
         compilers = 'CC = "clang"\\nCXX = "clang++"\\n' if clang else ""

@@ -42,7 +42,7 @@ def examined(model: Path | None = None, **described: Any) -> list[Finding]:
 def rebuilt(options: str = "", *, clang: bool = False, backends: Sequence[str] = ()) -> str:
     """The command of this environment."""
     here = System()
-    return rebuild_command(options, backends=backends or here.backends(), clone=here.clone(), clang=clang)
+    return rebuild_command(options, backends=backends or here.backends(), installer=here.installer(), clang=clang)
 
 
 def about(topic: str, findings: Sequence[Finding]) -> list[Finding]:
@@ -96,7 +96,7 @@ def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
 
 
 def test_in_a_clone_the_command_tells_uv_for_good(tmp_path: Path) -> None:
-    command = rebuild_command("-DGGML_CUDA=ON", backends=["CPU"], clone=True, clang=True)
+    command = rebuild_command("-DGGML_CUDA=ON", backends=["CPU"], installer="uv", clang=True)
     first, _, second = command.partition(" && ")
     subprocess.run(["sh", "-c", first], cwd=tmp_path, check=True)
     assert (tmp_path / "uv.toml").read_text() == (
@@ -110,7 +110,7 @@ def test_in_a_clone_the_command_tells_uv_for_good(tmp_path: Path) -> None:
 def test_elsewhere_the_command_is_pips() -> None:
     version = pinned_version()
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
-    assert rebuild_command(backends=["CPU"], clone=False, clang=True) == (
+    assert rebuild_command(backends=["CPU"], installer="pip", clang=True) == (
         'CC=clang CXX=clang++ CMAKE_ARGS="-DGGML_RPC=ON -DLLAVA_BUILD=OFF" pip install --force-reinstall --no-deps '
         f"--no-cache-dir --no-binary llama-cpp-python llama-cpp-python=={version}"
     )
@@ -118,7 +118,7 @@ def test_elsewhere_the_command_is_pips() -> None:
 
 def test_a_rebuild_keeps_the_backends_there_are() -> None:
     backends = ["CUDA", "CPU"]
-    command = rebuild_command("-DGGML_VULKAN=ON", backends=backends, clone=False)
+    command = rebuild_command("-DGGML_VULKAN=ON", backends=backends, installer="pip")
     assert '"-DGGML_CUDA=ON -DGGML_VULKAN=ON -DGGML_RPC=ON ' in command
     finding = about("backends", examined(backends=lambda: backends))[1]
     assert (finding.status, finding.remedy) == ("note", rebuilt(backends=backends))

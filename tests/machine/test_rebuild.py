@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from grok_local.machine.limits import free_cores
-from grok_local.machine.rebuild import rebuild_command, unused_gpu
+from grok_local.machine.rebuild import installed_by, rebuild_command, unused_gpu
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def test_graphics_inside_a_processor_are_no_line(tmp_path: Path) -> None:
 def test_an_environment_of_scripts_run_is_rebuilt_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     (tmp_path / "grok-local.stamp").touch()
-    command = rebuild_command("-DGGML_CUDA=ON", backends=["CPU", "RPC"], clone=False)
+    assert installed_by() == "scripts"
+    command = rebuild_command("-DGGML_CUDA=ON", backends=["CPU", "RPC"], installer="scripts")
     assert command == f'rm -r {tmp_path} && CMAKE_ARGS="-DGGML_CUDA=ON" scripts/run doctor'
 
 
