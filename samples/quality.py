@@ -38,7 +38,7 @@ __all__ = [
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = ROOT / "tests" / "questions.jsonl"
-_HELD_OUT = ROOT / "tests" / "held_out.jsonl"
+HELD_OUT = ROOT / "tests" / "held_out.jsonl"
 TYPES = ("q8_0", "q4_k", "iq4_xs", "mxfp4", "q4_0")
 
 Floats = npt.NDArray[np.float64]
@@ -121,7 +121,7 @@ def judged(model: grok_local.Model, *, chat: bool = True) -> list[Judged]:
 
     To what the documents do not answer, the honest answer is the right one.
     """
-    return [_judged(model, json.loads(line), chat=chat) for line in _HELD_OUT.read_text("utf-8").splitlines()]
+    return [_judged(model, json.loads(line), chat=chat) for line in HELD_OUT.read_text("utf-8").splitlines()]
 
 
 def counted(results: list[Judged], *, answerable: bool) -> Counter[str]:
