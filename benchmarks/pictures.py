@@ -50,6 +50,7 @@ def shown(arguments: list[str]) -> str:
 
 def talked() -> str:
     """A chat's screen: each question behind its prompt, without what an editor sends to move the cursor."""
+    subprocess.run([*PROGRAM, "generate", "Hi"], check=True, capture_output=True)  # packs it, once
     questions = [f"{question}\r" for question in QUESTIONS]
     screen = _in_terminal(["chat"], [*questions, "/exit\r"], TERM="dumb")
     return re.sub(r"\x1b\[[0-9;?]*[A-LN-Za-ln-z]", "", screen)
@@ -60,10 +61,10 @@ def _in_terminal(arguments: list[str], lines: list[str], **env: str) -> str:
     environment = {**os.environ, "COLUMNS": "80", "LINES": "50", "TERM": "xterm-256color", **env}
     process = subprocess.Popen([*PROGRAM, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment)
     os.close(slave)
-    output = b""
-    for line in [*lines, ""]:
-        output += _read(master, quiet=2.0)
+    output = _read(master, quiet=6.0)  # the start takes longest
+    for line in lines:
         os.write(master, line.encode())
+        output += _read(master, quiet=2.0)
     output += _read(master, quiet=1.0)
     process.wait(60)
     os.close(master)

@@ -36,6 +36,8 @@ def prompt_text(argument: str | None, file: Path | None) -> str:
 
 def decoded(data: bytes, name: str) -> str:
     """Text in UTF-8, or in UTF-16 with a byte order mark, or in the locale's encoding. Raises OptionError."""
+    if b"\0" in data and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise OptionError(f"{name}: no text: it has NUL bytes (UTF-16 needs its byte order mark)")
     mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
     encoding = _MARKS.get(mark, "utf-8")
     try:

@@ -221,3 +221,9 @@ def test_a_template_that_takes_no_system_role(run: Run, packed: Path, tmp_path: 
     done = run("chat", "-m", path, "--context", 256, "--max-tokens", 4, stdin="Hi\n/system Be brief.\nWho?\nAnd?\n")
     assert done.returncode == 0
     assert done.stderr.count("has no system role") == 1
+
+
+def test_utf_16_without_its_mark_is_no_text(packed: Path) -> None:
+    done = asked(packed, "-", stdin=QUESTION.encode("utf-16-le"))
+    assert done.returncode == 2
+    assert b"it has NUL bytes" in done.stderr
