@@ -1,6 +1,6 @@
 """Speed of grok-local bench against llama.cpp's llama-bench, and of the plan's prediction against what is measured.
 
-    uv run python -m benchmarks.placement --folder FOLDER --llama-bench FILE [--library FOLDER]
+    python -m benchmarks.placement --folder FOLDER --llama-bench FILE [--library FOLDER]
 
 Models of Grok-1's true width with random weights are written to FOLDER. Both programs run in turn, `--rounds` times,
 with the same threads, context, batch and repacking. --library is a folder with a copy of the package llama_cpp whose

@@ -1,6 +1,6 @@
 """What 4 bits cost a trained model: the built-in one, packed to several types, on wordings it was not trained on.
 
-    uv run python -m benchmarks.quality [--write]
+    python -m benchmarks.quality [--write]
 
 The corpus holds one wording of every fact out of training. Each becomes a conversation of one turn; perplexity is
 over its tokens after the introduction, KL divergence is from the release's own int8 (q8_0, nothing lost), the share of

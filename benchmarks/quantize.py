@@ -1,6 +1,6 @@
 """How fast a layer of Grok-1's true width is packed, and in how much memory.
 
-    uv run python -m benchmarks.quantize [--folder DIR] [--types q4_k q4_0] [--rounds 3] [--llama-quantize FILE]
+    python -m benchmarks.quantize [--folder DIR] [--types q4_k q4_0] [--rounds 3] [--llama-quantize FILE]
 
 Three ways over the same weights (one layer: 6144 wide, 8 experts of 32768, 4.9 billion weights, about 5 GB), in turn:
   ours     grok-local quantize --memory 1.5G, a process of its own: everything, start-up, hashing and fsync included;

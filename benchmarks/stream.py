@@ -1,6 +1,6 @@
 """Models larger than memory: streaming their experts against mapping them, under a memory limit.
 
-    uv run python -m benchmarks.stream --folder FOLDER [--only shares fits together budget prompt giant]
+    python -m benchmarks.stream --folder FOLDER [--only shares fits together budget prompt giant]
 
 A model of Grok-1's proportions with random weights (every width a quarter, 22 layers, 3.9 GB) is written to FOLDER.
 Each run is a process of its own in a control group (version 1 or 2, where we may make one) whose memory is limited; it

@@ -1,6 +1,6 @@
 """Models of true width and few layers, or of true proportions, with random weights, for measuring speed.
 
-    uv run python -m samples.random_models OUT --release grok-1 --type q4_k --layers 3
+    python -m samples.random_models OUT --release grok-1 --type q4_k --layers 3
 
 Weights are packed from random numbers once and repeated; the router is random throughout, so that tokens spread over
 the experts.

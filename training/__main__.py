@@ -1,4 +1,4 @@
-"""Trains the built-in model and writes its checkpoint and its loss curve: `uv run --group train python -m training`.
+"""Trains the built-in model and writes its checkpoint and its loss curve: `python -m training`.
 
 Stopped, the same command goes on from the last state saved.
 """

@@ -102,13 +102,16 @@ class Template:
         return list(self._segments(rendered, mark))
 
     def _accepted(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        folded = _folded(messages)
         try:
-            return list(messages), self._text(messages)
+            text = self._text(messages)
+            # Some templates refuse a system message, and some leave it out without a word.
+            if folded is None or all(m["content"].strip() in text for m in messages if m["role"] == "system"):
+                return list(messages), text
         except ModelError:
-            folded = _folded(messages)
             if folded is None:
                 raise
-            text = self._text(folded)
+        text = self._text(folded)
         note = "the chat template has no system role: that text goes before the first question"
         if note not in self.notes:
             self.notes.append(note)

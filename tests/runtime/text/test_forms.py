@@ -79,16 +79,21 @@ def test_templates_that_refuse() -> None:
         Template("{{ ''.__class__.__mro__[1].__subclasses__() }}").render([user("x")])
 
 
-def test_a_template_without_a_system_role_gets_its_text_before_the_question() -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    form = Template(refusing + "{% for m in messages %}{{ m.role + ':' + m.content + ';' }}{% endfor %}")
+@pytest.mark.parametrize(
+    "begins", ["{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}", ""]
+)
+def test_a_template_without_a_system_role_gets_its_text_before_the_question(begins: str) -> None:
+    """Whether it refuses the role or leaves it out in silence."""
+    loop = "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
+    form = Template(begins + loop)
     system = {"role": "system", "content": "Be brief."}
     assert text_of(form, system, user("Hi"), assistant("Yes"), user("Who?")) == (
         "user:Be brief.\n\nHi;assistant:Yes;user:Who?;"
     )
     assert [note for note in form.notes if "no system role" in note] == form.notes != []
-    with pytest.raises(ModelError, match="no system role"):
-        form.render([system])
+    if begins:
+        with pytest.raises(ModelError, match="no system role"):
+            form.render([system])
 
 
 PIECES = st.sampled_from([*NAMES, "<|im_", "a", " ", "\n", "é", "\ue000", "|>"])
