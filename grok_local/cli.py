@@ -18,6 +18,8 @@ from grok_local.errors import GrokLocalError
 from grok_local.units import printable
 from grok_local.views.terminal import wrapped
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="grok-local",
     help="Packs xAI's Grok-1 release into 4-bit GGUF, and runs it on this machine.",
@@ -64,6 +66,8 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _give_up_stdout()
+    except KeyboardInterrupt:  # before a command has begun
+        code = _INTERRUPTED
     except OSError as error:
         _give_up_stdout()
         code = _fail([f"{error.filename or 'output'}: {error.strerror or error}"])

@@ -19,7 +19,7 @@ def parse_size(text: str | int) -> int:
     unit = match and match[2][:1].upper() + match[2][1:]
     if not match or unit not in _FACTORS:
         raise OptionError(f"{text!r} is not a size: write 4G (10^9 bytes) or 4Gi (2^30), for example")
-    if not unit and 0 < float(match[1]) < _FEWEST:
+    if isinstance(text, str) and not unit and 0 < float(match[1]) < _FEWEST:
         raise OptionError(f"{text} would be {text} bytes: was {text}G meant?")
     return int(float(match[1]) * _FACTORS[unit])
 

@@ -48,13 +48,19 @@ def test_links_in_the_documents_lead_somewhere() -> None:
         ("4Gi", 2**32),
         ("500M", 5 * 10**8),
         ("10k", 10**4),
-        ("7", 7),
+        ("8192", 8192),
         (9, 9),
         ("2GB", 2 * 10**9),
     ],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["64", "7", "1.5"])
+def test_a_few_bytes_were_meant_otherwise(text: str) -> None:
+    with pytest.raises(OptionError, match=f"was {text}G meant"):
+        parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["", "G", "4X", "-1G", "1e9", "4 G G", "nan"])
