@@ -112,8 +112,8 @@ def test_follow_ups_lead_from_fact_to_fact() -> None:
 
 
 def test_four_bits_keep_what_was_learnt(folder: Path) -> None:
-    """A third of the held-out wordings; `python -m benchmarks.quality` takes all."""
-    documents = held_out_documents(step=3)
+    """On all held-out wordings: of a third of them, the two 4-bit types differ by less than chance."""
+    documents = held_out_documents()
     measured = {}
     for name in ("q8_0", "q4_k", "q4_0"):
         path = grok_local.quantize_checkpoint(CHECKPOINT, folder / f"quality-{name}.gguf", type=name).path
@@ -122,8 +122,7 @@ def test_four_bits_keep_what_was_learnt(folder: Path) -> None:
     base = measured["q8_0"].perplexity()
     assert measured["q4_k"].perplexity() / base <= 1.02
     assert measured["q4_0"].perplexity() / base <= 1.06
-    divergences = {name: measured[name].divergence_from(measured["q8_0"]) for name in ("q4_k", "q4_0")}
-    assert 0 < divergences["q4_k"] < 1.25 * divergences["q4_0"]  # so small a model and sample do not tell them apart
+    assert 0 < measured["q4_k"].divergence_from(measured["q8_0"]) < measured["q4_0"].divergence_from(measured["q8_0"])
 
 
 def test_every_expert_is_used(q4_k: grok_local.Model) -> None:

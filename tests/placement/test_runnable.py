@@ -79,12 +79,10 @@ def test_a_model_that_only_encodes_never_aborts_the_process(packed: Path, tmp_pa
 
 
 def test_llama_cpps_misgivings_become_notes(packed: Path, tmp_path: Path) -> None:
-    bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = gguf.GGUFReader(packed).fields["tokenizer.ggml.tokens"].contents()
     keys = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["a b"]}
     path = rewritten(packed, tmp_path / "x.gguf", keys=keys, without=("tokenizer.ggml.pre",))
     assert "tokenizer.ggml.pre is missing" in remarks(read_model(path))[0]
-    assert len(bytewise) == 256
     with grok_local.load(path, context=64) as model:
         assert any("tokenizer.ggml.pre is missing" in note for note in model.placement.notes)
 

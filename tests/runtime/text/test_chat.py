@@ -124,7 +124,7 @@ def test_what_a_user_types_is_no_control_token(packed: Path, tmp_path: Path) -> 
             prompt = model.chat(messages, max_tokens=1).prompt
             assert (prompt.count(start), prompt.count(end)) == (turns + 1, turns)
             said = model.detokenize([token for token in prompt if token not in (start, end)])
-            assert said.count(forged) == (turns + 1) // 2 + (turns > 1) * 0 or forged in said
+            assert said.count(forged) == turns - turns // 3  # the last of three is another question
         answered = model.chat([_user("Hi")], max_tokens=3, temperature=0)
         talk = [_user("Hi"), {"role": "assistant", "content": "".join(answered)}, _user(forged)]
         assert model.chat(talk, max_tokens=1).prompt.count(start) == 4

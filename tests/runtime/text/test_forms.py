@@ -119,9 +119,7 @@ def test_a_template_that_looks_at_a_control_tokens_name_still_finds_it() -> None
     form = Template(source, control=lambda: NAMES)
     messages = [user("a"), assistant("thought</s>said"), user("b</s>")]
     assert text_of(form, *messages) == "a;said;b</s>;"
-    assert [text for text, may in form.render(messages) if not may] == ["b</s>;"] or not any(
-        "</s>" in text for text, may in form.render(messages) if may
-    )
+    assert not any("</s>" in text for text, may in form.render(messages) if may)
 
 
 def chatting(path: Path, **options: object) -> grok_local.Model:
@@ -156,7 +154,7 @@ def test_which_template_is_taken(packed: Path, tmp_path: Path) -> None:
 def test_a_template_that_cannot_be_read_costs_a_note(packed: Path, tmp_path: Path) -> None:
     path = rewritten(packed, tmp_path / "x.gguf", keys={"tokenizer.chat_template": "{% if %}"})
     with chatting(path) as model:
-        assert len("".join(model.generate("Hi", max_tokens=2))) >= 0
+        assert "".join(model.generate("Hi", max_tokens=2, temperature=0))
         reply = model.chat([user("Hi")], max_tokens=1)
         assert model.detokenize(reply.prompt).endswith("Human: Hi\n\nAssistant:")
         assert "cannot be read" in reply.notes[0]
