@@ -26,14 +26,19 @@ VENV, BUILD = ROOT / ".venv", ROOT / "build" / "llama.cpp"
 PYTHON = VENV / "bin" / "python"
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 LLAMA = "llama-cpp-python"
+CUDA = "-DGGML_CUDA=ON"
 _BUILD_TOOLS = ("scikit-build-core>=0.10", "cmake>=3.21", "ninja")
+
+
+class CompileError(Exception):
+    """llama.cpp did not compile; the message has the compiler's last words and says where the others are."""
 
 
 def main(kind: str, stamp: str) -> None:
     uv = shutil.which("uv")
     make_environment(uv)
     if installed_llama() != pinned_llama():
-        install(uv, build_llama(find_compilers(), uv))
+        install(uv, best_llama(uv))
     say("installing the other packages")
     install(uv, "-e", ROOT, *needed(kind))
     (VENV / "grok-local.stamp").write_text(f"{stamp}\n", encoding="utf-8")
@@ -56,15 +61,25 @@ def find_compilers() -> dict[str, str]:
     return fail(f"no C++ compiler, which llama.cpp needs: {_install('g++', mac='xcode-select --install')}")
 
 
-def cmake_options() -> str:
-    """The project's, CUDA where its compiler is, and what the user's CMAKE_ARGS say."""
+def cmake_options(*, cuda: bool) -> str:
+    """The project's, CUDA's if wanted, and what the user's CMAKE_ARGS say, which have the last word."""
     base = re.search(r'CMAKE_ARGS = "([^"]*)"', PROJECT)
-    cuda = "-DGGML_CUDA=ON" if find_nvcc() else ""
-    return " ".join(filter(None, [base[1] if base else "", cuda, os.environ.get("CMAKE_ARGS", "")]))
+    wanted = [base[1] if base else "", CUDA if cuda else "", os.environ.get("CMAKE_ARGS", "")]
+    return " ".join(filter(None, wanted))
 
 
 def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def has_nvidia_card(root: Path = Path("/")) -> bool:
+    """Whether the driver knows one: the compiler alone is on many machines without. WSL has the tool alone."""
+    if any(root.glob("proc/driver/nvidia/gpus/*")):
+        return True
+    if root != Path("/") or not shutil.which("nvidia-smi"):
+        return False
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and "GPU 0" in listed.stdout
 
 
 def pinned_llama() -> str:
@@ -112,9 +127,22 @@ def needed(kind: str) -> list[str]:
 # -- llama.cpp ---------------------------------------------------------------------------------------------------------
 
 
-def build_llama(compilers: dict[str, str], uv: str | None) -> Path:
-    """A wheel of llama.cpp for this machine."""
-    options = cmake_options()
+def best_llama(uv: str | None) -> Path:
+    """A wheel of llama.cpp for this machine: with CUDA where that can be had. Exits where it cannot be compiled."""
+    compilers = find_compilers()
+    if find_nvcc() and has_nvidia_card():
+        try:
+            return build_llama(compilers, uv, options=cmake_options(cuda=True))
+        except CompileError as error:
+            say(f"{error}\nllama.cpp did not compile for the GPU: compiling it for the processor alone")
+    try:
+        return build_llama(compilers, uv, options=cmake_options(cuda=False))
+    except CompileError as error:
+        return fail(str(error))
+
+
+def build_llama(compilers: dict[str, str], uv: str | None, *, options: str) -> Path:
+    """A wheel of llama.cpp, compiled with these options of CMake. Raises CompileError."""
     version = pinned_llama()
     key = hashlib.sha256(repr((version, options, compilers, sys.version_info[:2])).encode()).hexdigest()[:8]
     folder = BUILD / key
@@ -153,7 +181,7 @@ def _source(folder: Path, version: str) -> Path:
 
 
 def compile_watched(command: Sequence[str], env: dict[str, str], folder: Path) -> None:
-    """Run it with a line that moves; its own words go to a file. Exits where it fails."""
+    """Run it with a line that moves; its own words go to a file. Raises CompileError."""
     log = folder / "compile.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
@@ -174,7 +202,7 @@ def compile_watched(command: Sequence[str], env: dict[str, str], folder: Path) -
         words = [
             line for line in log.read_text(errors="replace").splitlines() if re.search(r"error|Error|No such", line)
         ]
-        fail(f"llama.cpp did not compile; {log} has all of it:\n  " + "\n  ".join(words[-5:]))
+        raise CompileError(f"llama.cpp did not compile; {log} has all of it:\n  " + "\n  ".join(words[-5:]))
 
 
 def _show(objects: Path, seconds: float) -> None:

@@ -106,15 +106,43 @@ def test_which_compiler_is_taken(
     assert setup.find_compilers() == chosen
 
 
-def test_what_it_reads_off_the_project(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_it_reads_off_the_project(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import version
 
     assert setup.pinned_llama() == version("llama-cpp-python")
     assert {name.partition(">")[0] for name in setup.needed("test")} >= {"pytest", "hypothesis", "ruff", "mypy"}
     assert setup.needed("run") == []
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_VULKAN=ON")
-    monkeypatch.setenv("PATH", path_with(tmp_path / "bin", ["nvcc"], real=False))
-    assert setup.cmake_options() == "-DGGML_RPC=ON -DLLAVA_BUILD=OFF -DGGML_CUDA=ON -DGGML_VULKAN=ON"
+    assert setup.cmake_options(cuda=True) == "-DGGML_RPC=ON -DLLAVA_BUILD=OFF -DGGML_CUDA=ON -DGGML_VULKAN=ON"
+    assert setup.cmake_options(cuda=False) == "-DGGML_RPC=ON -DLLAVA_BUILD=OFF -DGGML_VULKAN=ON"
+
+
+def test_a_card_is_one_that_the_driver_knows(setup: ModuleType, tmp_path: Path) -> None:
+    """CUDA's compiler alone is on many machines, and its libraries need the driver's."""
+    assert not setup.has_nvidia_card(tmp_path)
+    (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
+    assert setup.has_nvidia_card(tmp_path)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_what_does_not_compile_for_the_card_is_compiled_for_the_processor(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, works: bool
+) -> None:
+    tried: list[str] = []
+
+    def build(_compilers: dict[str, str], _uv: str | None, *, options: str) -> Path:
+        tried.append(options)
+        if "CUDA" in options and not works:
+            raise setup.CompileError("no cuda_driver")
+        return Path("a.whl")
+
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    for name, found in {"find_compilers": {}, "find_nvcc": "/nvcc", "has_nvidia_card": True}.items():
+        monkeypatch.setattr(setup, name, lambda found=found: found)
+    monkeypatch.setattr(setup, "build_llama", build)
+    assert setup.best_llama(None) == Path("a.whl")
+    assert len(tried) == (1 if works else 2)
+    assert ("for the processor alone" in capsys.readouterr().err) is not works
 
 
 def test_they_are_plain_posix_shell() -> None:
