@@ -1,16 +1,19 @@
 """Models larger than memory: streaming their experts against mapping them, under a memory limit.
 
     python -m benchmarks.stream --folder FOLDER [--only shares fits together budget prompt giant]
+                                [--against CHECKOUT]
 
 A model of Grok-1's proportions with random weights (every width a quarter, 22 layers, 3.9 GB) is written to FOLDER.
 Each run is a process of its own in a control group (version 1 or 2, where we may make one) whose memory is limited; it
-evaluates random tokens one by one, so that each chooses its experts anew.
+evaluates random tokens one by one, so that each chooses its experts anew. The limit is a replay: the same reads into
+the same memory, layer after layer, without computing anything. With --against, another checkout's program runs in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -20,13 +23,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from samples.random_models import random_model
 
 _LAYERS, _NARROWER = 22, 4
-_BLOCK = 64 << 20  # bytes
+_HERE = Path(__file__).parents[1]
 _PROCESS = 150_000_000  # bytes that Python and its libraries take beside the budget
 
 
@@ -85,6 +89,8 @@ def child(model: Path, options: dict[str, Any]) -> dict[str, Any]:
     rng = random.Random(1)
     count, sequences = options.pop("tokens"), options.get("sequences", 1)
     prompt = options.pop("prompt", 0)
+    if "trace_experts" in options:
+        options["trace_experts"] = Path(options["trace_experts"])
     wishes = Wishes(repack="off", **options)
     started = time.perf_counter()
     engine = LlamaEngine(LoadRequest(model, wishes, threads=2))
@@ -96,15 +102,54 @@ def child(model: Path, options: dict[str, Any]) -> dict[str, Any]:
     else:
         texts = [[rng.randrange(engine.vocabulary) for _ in range(sequences)] for _ in range(count)]
         steps = [_step(engine, tokens) for tokens in texts]
-    seconds, read = [], []
+    seconds, read, began = [], [], time.process_time()
     for step in steps:
         before, start = _bytes(engine), time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
         read.append(_bytes(engine) - before)
+    used = time.process_time() - began
     plan = engine.placement.plan
     engine.close()
-    return {"loaded": loaded, "seconds": seconds, "read": read, "batch": plan.batch, "held": plan.ram.experts}
+    return {"loaded": loaded, "seconds": seconds, "read": read, "batch": plan.batch, "processor": used / len(steps)}
+
+
+def replayed(model: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Read what streaming would, choice by choice as recorded, and say how long each token took, and was to take."""
+    from grok_local.formats import gguf_file
+    from grok_local.machine.disk import read_speed
+    from grok_local.machine.this_machine import this_machine
+    from grok_local.placement.forecast import forecast
+    from grok_local.placement.planner import make_plan
+    from grok_local.placement.shape import ModelShape
+    from grok_local.placement.wishes import Wishes
+    from grok_local.runtime.experts.routing import read_routing
+    from grok_local.runtime.experts.streamer import ExpertStreamer
+    from grok_local.runtime.graph.rows import Row
+    from grok_local.runtime.graph.tap import Ending
+
+    headers = gguf_file.read_model(model)
+    shape = ModelShape.from_headers(headers)
+    trace, tokens = Path(options.pop("trace")), options.pop("tokens")
+    machine = replace(this_machine(shape.types, threads=2), disk_speed=read_speed(model))
+    plan = make_plan(shape, machine, Wishes(repack="off", **options))
+    names = [weight.name for weight in shape.weights]
+    streamer = ExpertStreamer(
+        headers, names, used=shape.experts_used, room=plan.room_for_experts, interrupted=lambda: False
+    )
+    seconds, read = [], []
+    for token in read_routing(trace).experts[:tokens]:
+        start, before = time.perf_counter(), streamer.stats.bytes_read
+        streamer.begin([Row(0, 0, 0, True)])
+        for layer, chosen in enumerate(token):
+            streamer.choose(layer, chosen[None])
+            streamer.settle(layer)
+        streamer.finish(Ending.COMPLETE)
+        seconds.append(time.perf_counter() - start)
+        read.append(streamer.stats.bytes_read - before)
+    streamer.close()
+    found = forecast(plan)
+    return {"seconds": seconds, "read": read, "predicted": found.seconds, "disk": machine.disk_speed}
 
 
 def _step(engine: Any, tokens: Sequence[int]) -> Callable[[], object]:
@@ -119,15 +164,18 @@ def _bytes(engine: Any) -> int:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def measure(model: Path, *, limit: int | None, tokens: int, **options: Any) -> dict[str, Any]:
+def measure(
+    model: Path, *, limit: int | None, tokens: int, checkout: Path = _HERE, work: str = "child", **options: Any
+) -> dict[str, Any]:
     """Run a child under a limit, and watch what is charged to it. What is cached of the file already would not be."""
     with model.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with group(limit) as own:
-        command = [sys.executable, "-m", "benchmarks.stream", "--child", str(model)]
         request = json.dumps({"tokens": tokens, "context": 1024, **options})
-        process = subprocess.Popen([*command, request], stdout=subprocess.PIPE, preexec_fn=own.enter)  # noqa: PLW1509
+        command = [sys.executable, "-m", "benchmarks.stream", f"--{work}", str(model), request]
+        env = {**os.environ, "PYTHONPATH": str(checkout)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=own.enter, cwd=checkout, env=env)  # noqa: PLW1509
         most = 0
         while process.poll() is None:
             most = max(most, own.used())
@@ -139,50 +187,43 @@ def measure(model: Path, *, limit: int | None, tokens: int, **options: Any) -> d
     return found | {"most": most}
 
 
-def disk_speed(model: Path) -> float:
-    """Bytes a second: the whole file read directly into memory that is there, four or eight at a time."""
-    from grok_local.runtime.experts.memory import Region
-    from grok_local.runtime.experts.reader import Reader
-
-    region, speeds = Region(0, _BLOCK), []
-    region.view(0, _BLOCK)[:] = bytes(_BLOCK)
-    starts = range(0, model.stat().st_size - _BLOCK, _BLOCK)
-    for threads in (4, 8):
-        reader = Reader([model], threads=threads)
-        begun = time.perf_counter()
-        for ticket in [reader.read(0, at, at + _BLOCK, region=region, at=0) for at in starts]:
-            ticket.wait(600)
-        speeds.append(len(starts) * _BLOCK / (time.perf_counter() - begun))
-        reader.close()
-    region.close()
-    return max(speeds)
-
-
 def resident(model: Path, tokens: int) -> dict[str, Any]:
     return measure(model, limit=None, tokens=tokens, stream="off")
 
 
-def shares(model: Path, limits: Sequence[int], *, tokens: int, rounds: int) -> None:
+def shares(model: Path, limits: Sequence[int], *, tokens: int, rounds: int, against: Path | None) -> None:
     """Under limits of so many percent of the file, in turn with mapping; medians of the rounds' medians."""
-    size = model.stat().st_size
     whole = statistics.median(resident(model, tokens)["median"] for _ in range(rounds))
+    trace = recorded(model, tokens)
     print(f"resident: {1 / whole:.2f} tok/s\n")
-    names = "limit | mapped | streamed | ratio | read a token | disk GB/s | bound | of the bound"
-    print(f"| {names} |\n" + "|---" * 8 + "|")
+    names = (
+        "limit | mapped | before | streamed | to mapped | to before | replay | of the replay | predicted | read a token"
+    )
+    print(f"| {names} | processor | charged of the limit |\n" + "|---" * 12 + "|")
     for percent in limits:
-        limit, rows = size * percent // 100, []
+        limit = model.stat().st_size * percent // 100
+        common: dict[str, Any] = {"limit": limit, "tokens": tokens}
+        ours = {**common, "memory": limit - _PROCESS, "stream": "on"}
+        rows = []
         for _ in range(rounds):
-            mapped = measure(model, limit=limit, tokens=tokens, stream="off")
-            before = disk_speed(model)
-            streamed = measure(model, limit=limit, tokens=tokens, stream="on", memory=limit - _PROCESS)
-            speed = (before + disk_speed(model)) / 2
-            bound = max(streamed["read_median"] / speed, whole)
-            rows.append((mapped["median"], streamed["median"], streamed["read_median"], speed, bound))
-        mapped_s, streamed_s, read, speed, _ = (statistics.median(column) for column in zip(*rows, strict=True))
-        ratio = statistics.median(row[0] / row[1] for row in rows)
-        share = statistics.median(row[4] / row[1] for row in rows)
-        figures = f"{1 / mapped_s:.2f} | {1 / streamed_s:.2f} | {ratio:.2f} | {read / 1e6:.0f} MB | {speed / 1e9:.2f}"
-        print(f"| {percent} % | {figures} | {streamed_s * share:.3f} s | {share:.2f} |", flush=True)
+            mapped = measure(model, **common, stream="off")["median"]
+            before = measure(model, **ours, checkout=against)["median"] if against else math.nan
+            now = measure(model, **ours)
+            replay = measure(model, **ours, work="replay", trace=str(trace))
+            speeds = [1 / mapped, 1 / before, 1 / now["median"], mapped / now["median"], before / now["median"]]
+            speeds += [1 / replay["median"], replay["median"] / now["median"], now["median"] / replay["predicted"]]
+            rows.append([*speeds, now["read_median"] / 1e6, now["processor"], now["most"] / limit])
+        found = [statistics.median(column) for column in zip(*rows, strict=True)]
+        figures = " | ".join(f"{figure:.2f}" for figure in found[:8])
+        print(f"| {percent} % | {figures} | {found[8]:.0f} MB | {found[9]:.2f} s | {found[10]:.2f} |", flush=True)
+
+
+def recorded(model: Path, tokens: int) -> Path:
+    """Which experts the tokens choose that every child evaluates."""
+    path = model.with_name(f"{model.stem}-{tokens}.jsonl")
+    if not path.exists():
+        measure(model, limit=None, tokens=tokens, stream="off", trace_experts=str(path))
+    return path
 
 
 def fits(model: Path, tokens: int, rounds: int) -> None:
@@ -255,16 +296,19 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096, help="tokens of the long prompt")
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--against", type=Path, help="another checkout, compared with this one")
+    parser.add_argument("--replay", nargs=2, metavar=("MODEL", "JSON"), help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "JSON"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        print(json.dumps(child(Path(args.child[0]), json.loads(args.child[1]))))
-        return
+    for work, given in ((child, args.child), (replayed, args.replay)):
+        if given:
+            print(json.dumps(work(Path(given[0]), json.loads(given[1]))))
+            return
     args.folder.mkdir(parents=True, exist_ok=True)
     model = random_model(args.folder / "grok-1-quarter.gguf", layers=_LAYERS, narrower=_NARROWER)
     for name in args.only:
         if name == "shares":
-            shares(model, args.limits, tokens=args.tokens, rounds=args.rounds)
+            shares(model, args.limits, tokens=args.tokens, rounds=args.rounds, against=args.against)
         elif name in ("fits", "together"):
             {"fits": fits, "together": together}[name](model, args.tokens, args.rounds)
         elif name == "giant":

@@ -134,7 +134,9 @@ def routing(
 @contextmanager
 def loaded(model: str, options: Bundle, *, quiet: bool = False) -> Iterator[Model]:
     """The model, with what had to be said about its placement on stderr."""
-    from grok_local.ggml.libraries import exit_on_abort, exit_on_bus_error
+    from grok_local.ggml.libraries import exit_on_abort, exit_on_bus_error, let_threads_rest
+
+    let_threads_rest()
     from grok_local.library.names import model_request
     from grok_local.runtime.text.model import load_model
 

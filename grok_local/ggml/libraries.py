@@ -13,7 +13,19 @@ from pathlib import Path
 
 from grok_local.errors import ModelError
 
-__all__ = ["InitParams", "exit_on_abort", "exit_on_bus_error", "library_path", "on_abort", "open_library", "prototype"]
+__all__ = [
+    "InitParams",
+    "exit_on_abort",
+    "exit_on_bus_error",
+    "let_threads_rest",
+    "library_path",
+    "on_abort",
+    "open_library",
+    "prototype",
+]
+
+
+_SPINS = "100000"  # a third of the usual; benchmarks/README.md has what it costs and saves
 
 
 class InitParams(ctypes.Structure):
@@ -49,6 +61,15 @@ def prototype(library: ctypes.CDLL, name: str, result: object, *arguments: objec
     function = getattr(library, name)
     function.restype = result
     function.argtypes = list(arguments)
+
+
+def let_threads_rest() -> None:
+    """For programs: threads that have nothing to compute for a millisecond or so sleep, as while experts are read.
+
+    GNU's OpenMP reads it once, when llama.cpp is loaded. What the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_char_p)

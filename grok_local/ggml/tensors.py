@@ -1,7 +1,7 @@
-"""Looks into the tensors of a running graph, and changes where one has its data.
+"""Looks into the tensors of a running graph, and changes where one has its data, or a product its experts.
 
 `struct ggml_tensor` is public (ggml.h) but not part of an interface that stays: `layout_is_known` must be true before
-`sources` and `move_data` may be used. The other functions use ggml's own.
+`sources`, `compute_buffer`, `move_data` and a StandIn may be used. The other functions use ggml's own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import numpy.typing as npt
 from grok_local.ggml.libraries import InitParams, open_library, prototype
 
 __all__ = [
+    "StandIn",
     "TensorStruct",
+    "compute_buffer",
     "data_address",
     "layout_is_known",
     "move_data",
+    "multiplies_experts",
     "read_ints",
     "size_of",
     "sources",
@@ -30,6 +33,7 @@ __all__ = [
 _P = ctypes.c_void_p
 _DIMS, _SOURCES, _NAME, _PARAMS = 4, 10, 64, 16  # GGML_MAX_DIMS, _SRC, _NAME, _OP_PARAMS / 4 of ggml.h
 _F32, _I32 = 0, 26  # enum ggml_type
+_COMPUTE = 2  # enum ggml_backend_buffer_usage
 
 
 class TensorStruct(ctypes.Structure):
@@ -48,6 +52,8 @@ class TensorStruct(ctypes.Structure):
         ("view_offs", ctypes.c_size_t),
         ("data", _P),
         ("name", ctypes.c_char * _NAME),
+        ("extra", _P),
+        ("padding", ctypes.c_char * 8),
     ]
 
 
@@ -66,6 +72,11 @@ def _base() -> ctypes.CDLL:
     prototype(lib, "ggml_nbytes", ctypes.c_size_t, _P)
     prototype(lib, "ggml_nelements", ctypes.c_int64, _P)
     prototype(lib, "ggml_nrows", ctypes.c_int64, _P)
+    prototype(lib, "ggml_backend_buffer_get_base", _P, _P)
+    prototype(lib, "ggml_backend_buffer_get_size", ctypes.c_size_t, _P)
+    prototype(lib, "ggml_backend_buffer_get_type", _P, _P)
+    prototype(lib, "ggml_backend_buffer_get_usage", ctypes.c_int, _P)
+    prototype(lib, "ggml_backend_buft_name", ctypes.c_char_p, _P)
     prototype(lib, "ggml_backend_tensor_get", None, _P, _P, ctypes.c_size_t, ctypes.c_size_t)
     return lib
 
@@ -104,9 +115,70 @@ def sources(tensor: int) -> Iterator[int]:
     yield from filter(None, TensorStruct.from_address(tensor).src)
 
 
+def compute_buffer(node: int) -> tuple[int, int] | None:
+    """Where the buffer lies that a node's result is in: its first address, and its end.
+
+    None where it is not one for what is computed, in memory that is the CPU's alone: drivers pin theirs.
+    """
+    base, buffer = _base(), TensorStruct.from_address(node).buffer
+    if not buffer or base.ggml_backend_buffer_get_usage(buffer) != _COMPUTE:
+        return None
+    if base.ggml_backend_buft_name(base.ggml_backend_buffer_get_type(buffer)) != b"CPU":
+        return None
+    start = int(base.ggml_backend_buffer_get_base(buffer) or 0)
+    return start, start + int(base.ggml_backend_buffer_get_size(buffer))
+
+
 def move_data(tensor: int, address: int) -> None:
     """From now on the tensor's data is at `address`."""
     TensorStruct.from_address(tensor).data = address
+
+
+class StandIn:
+    """What an expert product multiplies with in place of the model's experts: slots of memory, and their numbers."""
+
+    def __init__(self) -> None:
+        self._weights, self._ids = TensorStruct(), TensorStruct()
+        self._numbers = np.empty((0, 0), np.int32)
+
+    def put(self, product: int, *, address: int, stride: int, slots: npt.NDArray[np.int32]) -> bool:
+        """Have a product, before it is computed, use those of the slots, every `stride` bytes from `address` on.
+
+        `slots`, int32 [tokens, experts used], stand for the experts that it was to use. Returns whether they are as
+        many. The tensors of the model stay as they are.
+        """
+        node = TensorStruct.from_address(product)
+        ours = ctypes.addressof(self._weights), ctypes.addressof(self._ids)
+        for number, copy in ((0, self._weights), (2, self._ids)):
+            if node.src[number] not in ours:
+                ctypes.memmove(ctypes.addressof(copy), node.src[number], ctypes.sizeof(copy))
+        if slots.shape != (self._ids.ne[1], self._ids.ne[0]):
+            return False
+        self._numbers = np.ascontiguousarray(slots)
+        self._weights.data, self._weights.ne[2] = address, int(slots.max(initial=0)) + 1
+        self._weights.nb[2] = self._weights.nb[3] = stride
+        self._ids.data, self._ids.nb[0], self._ids.nb[1] = self._numbers.ctypes.data, 4, 4 * slots.shape[1]
+        self._ids.view_src, self._ids.view_offs = None, 0
+        node.src[0], node.src[2] = ours
+        return True
+
+
+@cache
+def _product_op() -> int:
+    """The enum ggml_op of a product with experts."""
+    base = _base()
+    context = base.ggml_init(InitParams(4 * (base.ggml_tensor_overhead() + 64), None, True))
+    try:
+        weights = base.ggml_new_tensor_3d(context, _F32, 32, 5, 3)
+        inputs, ids = base.ggml_new_tensor_3d(context, _F32, 32, 1, 7), base.ggml_new_tensor_2d(context, _I32, 2, 7)
+        return int(TensorStruct.from_address(base.ggml_mul_mat_id(context, weights, inputs, ids)).op)
+    finally:
+        base.ggml_free(context)
+
+
+def multiplies_experts(node: int) -> bool:
+    """Whether a node multiplies with the experts that its third source names."""
+    return int(TensorStruct.from_address(node).op) == _product_op()
 
 
 @cache

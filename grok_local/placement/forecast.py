@@ -136,7 +136,9 @@ class _Forecaster:
         if not plan.disk:
             return []
         routed = sum(w.read for w in plan.model.weights if w.role is Role.EXPERTS and plan.place_of(w) == RAM)
-        nbytes = routed * plan.disk / (plan.disk + plan.ram.experts)
+        experts = plan.disk + plan.ram.experts
+        held = plan.room_for_experts(1) if plan.streamed else plan.ram.experts
+        nbytes = routed * (experts - held) / experts
         if not self._machine.disk_speed:
             self._assumptions["the disk's speed is not known: taken as 2 GB/s"] = None
         seconds = nbytes / (self._machine.disk_speed or _UNKNOWN_DISK)

@@ -16,7 +16,7 @@ from grok_local.machine.facts import Device, Machine
 from grok_local.placement.shape import ModelShape, Role, Weight
 from grok_local.placement.wishes import RAM, Wishes
 
-__all__ = ["Override", "Places", "Plan", "Share", "units_of"]
+__all__ = ["Override", "Places", "Plan", "Share", "are_pinned", "units_of"]
 
 Override: TypeAlias = tuple[str, str]  # (regular expression for tensor names, place)
 
@@ -68,6 +68,20 @@ class Plan:
         """RAM's share."""
         return self.shares[-1]
 
+    def room_for_experts(self, tokens: int) -> int:
+        """Bytes of RAM that streamed experts may take while so many tokens are evaluated at once.
+
+        Beside few tokens, the buffers for what a wide batch computes leave room.
+        """
+        ram = self.ram
+        if not self.disk or are_pinned(self.machine.devices, self.shares):
+            return ram.experts
+        width = min(tokens, self.batch, self.context)
+        compute = self.model.compute_bytes(
+            context=self.context, batch=width, attention=ram.kv > 0, experts=True, output=True
+        )
+        return min(ram.experts + max(ram.compute - compute, 0), ram.experts + self.disk)
+
     def place_of(self, weight: Weight) -> str:
         """The device that holds a tensor, or RAM."""
         return self._places.of(weight)
@@ -112,6 +126,11 @@ class Places:
     def of_layer(self, layer: int) -> str:
         """The place of a layer's attention and KV cache."""
         return self._units[layer]
+
+
+def are_pinned(devices: Sequence[Device], shares: Sequence[Share]) -> bool:
+    """Whether RAM's buffers for what is computed are a GPU driver's, which keeps all of their pages."""
+    return any(share.used and device.kind != "worker" for device, share in zip(devices, shares, strict=False))
 
 
 def units_of(model: ModelShape, devices: Sequence[Device], layers: Sequence[int]) -> list[str]:

@@ -16,7 +16,7 @@ from functools import cached_property
 from grok_local.errors import PlacementError
 from grok_local.machine.facts import Device, Machine, Speeds
 from grok_local.placement.balance import balanced
-from grok_local.placement.plan import Override, Places, Plan, Share, units_of
+from grok_local.placement.plan import Override, Places, Plan, Share, are_pinned, units_of
 from grok_local.placement.shape import EXPERTS, ModelShape, Role, Weight
 from grok_local.placement.wishes import RAM, Wishes, check_wishes
 from grok_local.units import format_bytes
@@ -180,10 +180,12 @@ class _Planner:
         return best
 
     def _bytes_streamed(self, placed: _Placed) -> float:
-        """Bytes read for a prompt that fills the context, and for an answer."""
-        model = self.model
-        sweeps = -(-self.context // placed.trial.batch) + _ANSWER * model.experts_used / max(model.experts, 1)
-        return sweeps * self._disk(placed.ram)
+        """Bytes read for a prompt that fills the context, and for an answer, for which there is more room."""
+        model, disk, ram = self.model, self._disk(placed.ram), placed.ram
+        answer = _ANSWER * model.experts_used / max(model.experts, 1)
+        alone = self._compute(replace(placed.trial, batch=1), attention=ram.kv > 0, experts=True, output=True)
+        lent = 0 if are_pinned(self.machine.devices, placed.shares) else ram.compute - alone
+        return -(-self.context // placed.trial.batch) * disk + answer * max(disk - lent, 0)
 
     def _require_floor(self, ram: Share) -> None:
         """One token's experts of one layer have to be in RAM together. Raises PlacementError."""

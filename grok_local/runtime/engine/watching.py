@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from grok_local.errors import ModelError
 from grok_local.formats.gguf_file import Header
 from grok_local.ggml.tensors import layout_is_known
+from grok_local.pages import can_reserve
 from grok_local.placement.plan import Plan
 from grok_local.placement.wishes import RAM
 from grok_local.runtime.experts.ahead import ReadAhead
-from grok_local.runtime.experts.memory import can_reserve
 from grok_local.runtime.experts.streamer import ExpertStreamer
 from grok_local.runtime.experts.waiting import ExpertStats
 from grok_local.runtime.graph.record import Recorder
 from grok_local.runtime.graph.tap import Observer, Tap
 
 __all__ = ["Watch", "watch_for"]
-
-_READ_AHEAD = "experts cannot have memory of their own here: they are read ahead into the system's file cache"
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def watch_for(plan: Plan, headers: Sequence[Header], *, interrupted: Callable[[]
             recorder.close()
         raise
     observers: list[Observer] = [observer for observer in (experts, recorder) if observer is not None]
-    return Watch(Tap(observers), experts, recorder, (_READ_AHEAD,) if isinstance(experts, ReadAhead) else ())
+    return Watch(Tap(observers), experts, recorder, experts.notes if experts else ())
 
 
 def _expert_observer(
@@ -69,7 +67,7 @@ def _expert_observer(
     if not (can_reserve() and layout_is_known()):
         return ReadAhead(headers, names, interrupted=interrupted)
     try:
-        used, budget = plan.model.experts_used, plan.ram.experts
-        return ExpertStreamer(headers, names, used=used, budget=budget, interrupted=interrupted)
+        used = plan.model.experts_used
+        return ExpertStreamer(headers, names, used=used, room=plan.room_for_experts, interrupted=interrupted)
     except OSError as error:
         raise ModelError(f"no memory can be reserved for the experts ({error.strerror or error})") from None

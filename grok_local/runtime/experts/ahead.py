@@ -10,12 +10,14 @@ from grok_local.formats.gguf_file import Header
 from grok_local.ggml.tensors import read_ints
 from grok_local.runtime.experts.reader import Reader
 from grok_local.runtime.experts.waiting import ExpertStats, Waiting
-from grok_local.runtime.experts.weights import dense_tensors, expert_slices
+from grok_local.runtime.experts.weights import dense_tensors, expert_tensors
 from grok_local.runtime.graph.router import layer_of_choice
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Ending
 
 __all__ = ["ReadAhead"]
+
+_NOTE = "experts cannot have memory of their own here: they are read ahead into the system's file cache"
 
 
 class ReadAhead:
@@ -26,9 +28,10 @@ class ReadAhead:
     """
 
     is_whole = False  # it looks on at every evaluation
+    notes = (_NOTE,)
 
     def __init__(self, headers: Sequence[Header], names: Sequence[str], *, interrupted: Callable[[], bool]) -> None:
-        self._slices = expert_slices(headers, names)
+        self._experts = expert_tensors(headers, names)
         self._dense = dense_tensors(headers, names)
         self._reader = Reader([header.path for header in headers])
         self._waiting = Waiting(interrupted)
@@ -54,16 +57,15 @@ class ReadAhead:
 
     def wants(self, node: int, name: bytes) -> bool:
         """The choices of the layers that are in RAM."""
-        return layer_of_choice(name) in self._slices
+        return layer_of_choice(name) in self._experts
 
     def see(self, node: int, name: bytes) -> None:
         """Read the experts that a router has chosen; int32 [tokens, experts used]."""
         layer, tickets = layer_of_choice(name), []
         for expert in map(int, np.unique(read_ints(node))):
-            for part in self._slices.get(-1 if layer is None else layer, ()):
-                start = part.offset + expert * part.stride
-                tickets.append(self._reader.read_ahead(part.file, start, start + part.stride))
-                self.stats.bytes_read += part.stride
+            for weight in self._experts.get(-1 if layer is None else layer, ()):
+                tickets.append(weight.read_ahead(self._reader, expert))
+                self.stats.bytes_read += weight.stride
         for ticket in tickets:
             self._waiting.wait_for(ticket)
 

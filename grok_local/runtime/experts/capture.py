@@ -1,4 +1,4 @@
-"""Has llama.cpp read weights from our memory instead of from the file it has mapped."""
+"""Has llama.cpp use our memory instead of the file it has mapped: for tensors that stay, and for experts in slots."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from ctypes import CDLL, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok_local.ggml import tensors as ggml_tensors
-from grok_local.runtime.experts.weights import StreamedTensor
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["Capture"]
+from grok_local.ggml import tensors as ggml_tensors
+from grok_local.runtime.experts.weights import ExpertTensor, Resident
+
+__all__ = ["Capture", "Products"]
 
 _EVALUATIONS = 4  # after which every weight that is ever used has been seen
 
 
 class Capture:
-    """Looks at the nodes of llama.cpp's graph for the weights they use, until every one has been seen."""
+    """Looks at the nodes of llama.cpp's graph for the weights they use, until every one that stays has been seen."""
 
-    def __init__(self, weights: Iterable[StreamedTensor]) -> None:
-        self._unseen = {weight.name.encode(): weight for weight in weights}
-        self._products: dict[bytes, StreamedTensor] = {}
+    def __init__(self, weights: Iterable[Resident]) -> None:
+        self._unseen = {weight.tensor.name.encode(): weight for weight in weights}
         self._pieces: list[MappedPiece] = []
         self._evaluations = 0
 
@@ -34,35 +36,50 @@ class Capture:
 
     @property
     def is_looking(self) -> bool:
-        """Whether there may be weights that were not seen yet."""
-        return bool(self._unseen)
-
-    def product_with(self, name: bytes) -> StreamedTensor | None:
-        """The experts that the node of that name multiplies with."""
-        return self._products.get(name)
+        """Whether there may be weights, or products with experts, that were not seen yet."""
+        return self._evaluations < _EVALUATIONS
 
     def count_evaluation(self) -> None:
         """A complete one is over."""
         self._evaluations += 1
-        if self._evaluations == _EVALUATIONS:
-            self._unseen.clear()
 
-    def look_at(self, node: int, name: bytes) -> None:
+    def look_at(self, node: int) -> None:
         """Have llama.cpp read the weights that this node uses from our memory from now on."""
         for source in ggml_tensors.sources(node):
             weight = self._unseen.get(ggml_tensors.tensor_name(source))
-            if weight is None or not self._is_mapped(source, weight):
-                continue
-            ggml_tensors.move_data(source, weight.region.address)
-            if weight.layer is not None:
-                self._products[name] = weight
-            del self._unseen[weight.name.encode()]
+            if weight is not None and self._is_mapped(source, weight):
+                ggml_tensors.move_data(source, weight.region.address)
+                del self._unseen[weight.tensor.name.encode()]
 
-    def _is_mapped(self, tensor: int, weight: StreamedTensor) -> bool:
+    def _is_mapped(self, tensor: int, weight: Resident) -> bool:
         """Whether it is this one: the output matrix on a device may be the embedding by another name."""
         address = ggml_tensors.data_address(tensor)
         places = (piece.address(weight.tensor.offset) for piece in self._pieces if piece.file == weight.file)
         return address in places and ggml_tensors.size_of(tensor) == weight.tensor.nbytes
+
+
+class Products:
+    """The nodes that multiply with experts, by name, and what they use instead of the model's."""
+
+    def __init__(self, weights: Iterable[ExpertTensor]) -> None:
+        self._weights = {weight.name.encode(): weight for weight in weights}
+        self._found: dict[bytes, tuple[ExpertTensor, ggml_tensors.StandIn]] = {}
+
+    def look_at(self, node: int, name: bytes) -> None:
+        """Remember the node if it is one."""
+        if name in self._found or not ggml_tensors.multiplies_experts(node):
+            return
+        for source in map(ggml_tensors.tensor_name, ggml_tensors.sources(node)):
+            if source in self._weights:
+                self._found[name] = self._weights[source], ggml_tensors.StandIn()
+
+    def weight_of(self, name: bytes) -> ExpertTensor | None:
+        """What the node of that name multiplies with."""
+        return self._found[name][0] if name in self._found else None
+
+    def redirect(self, node: int, name: bytes, *, address: int, stride: int, slots: npt.NDArray[np.int32]) -> bool:
+        """Have the node use slots, every `stride` bytes from `address` on. Returns whether it wants as many."""
+        return self._found[name][1].put(node, address=address, stride=stride, slots=slots)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
+import numpy as np
+
 from grok_local.errors import ModelError
 from grok_local.files import BLOCK, DirectFile
-from grok_local.runtime.experts.memory import Region
+from grok_local.pages import Region
 
 __all__ = ["Reader", "Ticket"]
 
@@ -55,6 +57,7 @@ class _Piece(NamedTuple):
     target: memoryview | None  # none: only into the page cache
     nbytes: int
     ticket: Ticket
+    in_place: bool = True  # whole blocks, to where blocks are in memory
 
 
 class Reader:
@@ -69,13 +72,19 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
-    def read(self, file: int, start: int, end: int, *, region: Region, at: int) -> Ticket:
-        """Bytes `start` to `end` of the file, to `at` in the region; whole blocks, where they are congruent."""
-        first, last = start // BLOCK * BLOCK, -(-end // BLOCK) * BLOCK
-        ticket = Ticket()
+    def read(self, file: int, start: int, nbytes: int, *, region: Region, at: int) -> Ticket:
+        """Have so many bytes from `start` on read to `at` in the region.
+
+        Whole blocks are read in place, where both begin in theirs alike; else by way of other memory.
+        """
+        ticket, end = Ticket(), start + nbytes
+        alike = (start - region.address - at) % BLOCK == 0
+        spans = _chunks(start // BLOCK * BLOCK, -(-end // BLOCK) * BLOCK) if alike else _chunks(start, end)
         pieces = [
-            _Piece(file, offset, region.view(offset - start + at, stop - start + at), min(stop, end) - offset, ticket)
-            for offset, stop in _chunks(first, last)
+            _Piece(
+                file, first, region.view(first - start + at, last - start + at), min(last, end) - first, ticket, alike
+            )
+            for first, last in spans
         ]
         return self._put(ticket, pieces)
 
@@ -84,6 +93,11 @@ class Reader:
         ticket = Ticket()
         pieces = [_Piece(file, offset, None, stop - offset, ticket) for offset, stop in _chunks(start, end)]
         return self._put(ticket, pieces)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether reads go past the page cache."""
+        return all(file.is_direct for file in self._files)
 
     def check(self) -> None:
         """Raises ModelError if a file is no longer what it was when it was opened."""
@@ -112,12 +126,15 @@ class Reader:
         return ticket
 
     def _work(self) -> None:
+        detour: Region | None = None
         while (piece := self._queue.get()) is not None:
             error: BaseException | None = None
             try:
                 if self._closing:
                     raise ModelError("the model is closed")
-                self._files[piece.file].read(piece)
+                if not piece.in_place and detour is None:
+                    detour = Region(0, _CHUNK + 2 * BLOCK, huge=True)
+                self._files[piece.file].read(piece, detour)
             except OSError as caught:
                 error = self._files[piece.file].failed(caught)
             except BaseException as caught:
@@ -137,13 +154,29 @@ class _File:
             raise self.failed(error) from None
         self._known = _identity(self._file.status())
 
-    def read(self, piece: _Piece) -> None:
+    @property
+    def is_direct(self) -> bool:
+        return self._file.is_direct
+
+    def read(self, piece: _Piece, detour: Region | None) -> None:
+        """A piece whose blocks lie otherwise in memory than in the file goes by way of `detour`."""
         if piece.target is None:
             self._file.read_ahead(piece.offset, piece.nbytes)
-            return
+        elif piece.in_place or detour is None:
+            self._fill(piece.target, piece.offset, piece.nbytes)
+        else:
+            first, end = piece.offset // BLOCK * BLOCK, piece.offset + piece.nbytes
+            with detour.view(0, -(-end // BLOCK) * BLOCK - first) as blocks:
+                self._fill(blocks, first, end - first)
+                source = np.frombuffer(blocks, np.uint8)[piece.offset - first : end - first]
+                np.frombuffer(piece.target, np.uint8)[:] = source  # others may run meanwhile
+                del source
+
+    def _fill(self, target: memoryview, offset: int, nbytes: int) -> None:
+        """Read at least so many bytes, and as many more as the target holds, if the file has them."""
         done = 0
-        while done < piece.nbytes:
-            count = self._file.read(piece.target[done:], piece.offset + done)
+        while done < nbytes:
+            count = self._file.read(target[done:], offset + done)
             if not count:
                 raise ModelError(f"{self._path}: has become shorter while it was in use: {_ADVICE}")
             done += count

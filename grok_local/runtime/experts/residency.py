@@ -31,10 +31,10 @@ class Residency:
 
     def __init__(self, sizes: Sequence[int], *, experts: int, used: int, budget: int) -> None:
         self.sizes = tuple(sizes)
-        self.budget = budget
         self.used = 0
-        self.shares = _shares(self.sizes, experts=experts, budget=budget - used * max(self.sizes, default=0))
+        self._experts, self._shared = experts, used * max(self.sizes, default=0)
         self._held: list[list[int]] = [[] for _ in sizes]  # least recently used first
+        self.resize(budget)
         self._averages = [[[0.0] * experts for _ in sizes] for _ in _AVERAGES]
 
     def count(self, layer: int, choices: Mapping[int, int], *, tokens: int) -> None:
@@ -74,6 +74,16 @@ class Residency:
         self.used += len(missing) * size
         return victims, missing
 
+    def resize(self, budget: int) -> None:
+        """Have another budget from now on; of what does not fit into it, everything must have been dropped."""
+        self.budget = budget
+        self.shares = _shares(self.sizes, experts=self._experts, budget=budget - self._shared)
+
+    def drop(self, expert: Expert) -> None:
+        """It is no longer held."""
+        self._held[expert.layer].remove(expert.expert)
+        self.used -= self.sizes[expert.layer]
+
     def clear(self) -> None:
         """Nothing is held any more."""
         self.used = 0
@@ -100,10 +110,9 @@ class Residency:
     def _evict(self, victim: int, chosen: Sequence[int], layer: int) -> Expert:
         held = self._held[victim]
         spare = (expert for expert in held if victim != layer or expert not in chosen)
-        expert = min(spare, key=lambda expert: self._score(victim, expert))
-        held.remove(expert)
-        self.used -= self.sizes[victim]
-        return Expert(victim, expert)
+        found = Expert(victim, min(spare, key=lambda expert: self._score(victim, expert)))
+        self.drop(found)
+        return found
 
 
 def _shares(sizes: Sequence[int], *, experts: int, budget: int) -> list[int]:

@@ -8,7 +8,6 @@ the next one meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +15,14 @@ import numpy.typing as npt
 from grok_local.errors import ModelError
 from grok_local.formats.gguf_file import Header
 from grok_local.ggml.tensors import read_ints
-from grok_local.runtime.experts.capture import Capture
+from grok_local.pages import has_huge_pages
+from grok_local.runtime.experts.arena import Arena
+from grok_local.runtime.experts.capture import Capture, Products
 from grok_local.runtime.experts.reader import Reader
 from grok_local.runtime.experts.residency import Expert, Residency
+from grok_local.runtime.experts.scratch import Scratch
 from grok_local.runtime.experts.waiting import ExpertStats, Fetches, Waiting
-from grok_local.runtime.experts.weights import StreamedTensor, streamed_tensors
+from grok_local.runtime.experts.weights import ExpertTensor, bytes_of_experts, expert_tensors, residents
 from grok_local.runtime.graph.router import layer_of_choice
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Ending
@@ -28,13 +30,24 @@ from grok_local.runtime.graph.tap import Ending
 __all__ = ["ExpertStreamer"]
 
 _UNLIKELY = 0.05  # chance of an expert to be chosen by no token of a batch
+_WIDEST = 1 << 40  # tokens: more than any batch has
+_PER_CHOICE = 8  # bytes that llama.cpp sets aside for each of a batch's choices and each expert there might be
+_SMALL_PAGES = (
+    "huge pages are off, so experts are read in small pieces, which costs up to half of the speed: echo madvise | "
+    "sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
+)
+_PAGED = (
+    "the file's system reads through its cache only, which costs up to half of the speed: "
+    "a copy on a local disk is read directly"
+)
 
 
 class ExpertStreamer:
-    """An observer that holds experts, of which a token has `used` in each layer, in at most `budget` bytes of memory.
+    """An observer that holds experts, of which a token has `used` in each layer.
 
-    `names` are the tensors that RAM holds; dense ones are read at once and stay. `interrupted` is asked while llama.cpp
-    waits. Raises ModelError, OSError.
+    They take at most the bytes that `room` says there are while so many tokens are evaluated at once. `names` are the
+    tensors that RAM holds; dense ones are read at once and stay. `interrupted` is asked while llama.cpp waits.
+    Raises ModelError, OSError.
     """
 
     def __init__(
@@ -43,17 +56,23 @@ class ExpertStreamer:
         names: Sequence[str],
         *,
         used: int,
-        budget: int,
+        room: Callable[[int], int],
         interrupted: Callable[[], bool],
-        huge: bool = True,
     ) -> None:
-        self._weights = list(streamed_tensors(headers, names, huge=huge, budget=budget))
-        self._layers = _Layers(self._weights)
-        self.residency = Residency(self._layers.sizes, experts=self._layers.experts, used=used, budget=budget)
+        self.is_whole = bytes_of_experts(headers, names) <= room(_WIDEST)
+        self._layers = _Layers({} if self.is_whole else expert_tensors(headers, names))
+        self._room, self._used = room, used
+        self._residents = list(residents(headers, names, whole=self.is_whole))
+        most = max(self._slots_for(1), self._layers.experts)
+        self._arena = Arena(self._layers.spans, slots=most)
+        sizes = [self._arena.slot_bytes] * len(self._layers.parts)
+        self.residency = Residency(sizes, experts=self._layers.experts, used=used, budget=0)
+        self._scratch = Scratch()
         self._reader = Reader([header.path for header in headers])
         self._waiting = Waiting(interrupted)
-        self._fetches = Fetches(self._reader, self._waiting)
-        self._capture = Capture(self._weights)
+        self._fetches = Fetches(self._waiting)
+        self._capture = Capture(self._residents)
+        self._products = Products(weight for parts in self._layers.parts.values() for weight in parts)
         self._evaluation = _Evaluation()
 
     @property
@@ -62,26 +81,23 @@ class ExpertStreamer:
         return self._waiting.stats
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all experts fit: then they are read at once, and after one evaluation nobody needs to look on."""
-        return sum(self.residency.sizes) * self._layers.experts <= self.residency.budget
+    def notes(self) -> tuple[str, ...]:
+        """What makes reading slower than it might be."""
+        paged = () if self._reader.is_direct else (_PAGED,)
+        return paged if self.is_whole or has_huge_pages() else (*paged, _SMALL_PAGES)
 
     def attach(self) -> None:
-        """After llama.cpp has loaded the model: read the dense tensors, and give back what was mapped."""
+        """After llama.cpp has loaded the model: read what stays, and give back what was mapped."""
         self._capture.attach(self._reader.paths)
         self._reader.drop_cache()
-        tickets = [weight.read(self._reader) for weight in self._weights if weight.layer is None]
-        if self.is_whole:
-            for layer in self._layers.numbers:
-                self._fetch(layer, range(self._layers.experts))
-        for ticket in tickets:
+        for ticket in [weight.read(self._reader) for weight in self._residents]:
             self._waiting.wait_for(ticket)
-        self._fetches.wait_for_all()
 
     def close(self) -> None:
         """Only when llama.cpp's model is freed."""
         self._reader.close()
-        for weight in self._weights:
+        self._arena.close()
+        for weight in self._residents:
             weight.region.close()
 
     # -- an observer ---------------------------------------------------------------------------------------------------
@@ -91,6 +107,7 @@ class ExpertStreamer:
         self._evaluation = _Evaluation()
         if not self.is_whole:
             self._reader.check()
+            self._make_room(len(rows))
         self._waiting.begin()
 
     def wants(self, node: int, name: bytes) -> bool:
@@ -99,19 +116,20 @@ class ExpertStreamer:
         A product is computed alone while the next one's slices are read, in one go with it where they are there.
         """
         if self._capture.is_looking:
-            self._capture.look_at(node, name)
-        weight = self._capture.product_with(name)
-        if weight is not None and weight.layer is not None:
-            self._wait_for(weight, weight.layer)
+            self._capture.look_at(node)
+            self._products.look_at(node, name)
+        weight = self._products.weight_of(name)
+        if weight is not None:
+            self._serve(node, name, weight)
             return any(self._is_awaited(other) for other in self._evaluation.needed.values())
-        layer = layer_of_choice(name)
-        return layer is not None and self._must_know(layer)
+        return layer_of_choice(name) in self._layers.numbers
 
     def see(self, node: int, name: bytes) -> None:
         """Have the experts read that a router has chosen; int32 [tokens, experts used]."""
         layer = layer_of_choice(name)
         if layer is not None and layer in self._layers.numbers:
-            self._choose(layer, read_ints(node))
+            self._scratch.look_at(node)
+            self.choose(layer, read_ints(node))
 
     def finish(self, ending: Ending) -> None:
         """Raises ModelError if llama.cpp computed without experts that were read for it."""
@@ -127,49 +145,74 @@ class ExpertStreamer:
         """After something went wrong nobody knows what is where: all experts are read anew when they are chosen."""
         self._fetches.settle_all()
         self.residency.clear()
-        for weight in self._weights:
-            if weight.layer is not None:
-                weight.region.release(0, weight.tensor.nbytes)
+        self._arena.give_back(self._arena.beyond(0))
         if unfinished:
             raise _not_understood(unfinished.needed)
 
+    # -- room ----------------------------------------------------------------------------------------------------------
+
+    def _slots_for(self, tokens: int) -> int:
+        """Experts for which there is room while so many tokens are evaluated at once."""
+        if not self._layers.parts:
+            return 0
+        return self._room(tokens) // (sum(self._layers.spans) + _PER_CHOICE * self._used * min(tokens, 1 << 16))
+
+    def _make_room(self, tokens: int) -> None:
+        """While few tokens are evaluated, experts are in the room that more of them would need for other things."""
+        slots = self._slots_for(self._scratch.width_for(tokens))
+        if slots * self._arena.slot_bytes != self.residency.budget:
+            self._give_up(self._arena.beyond(slots))
+            self._arena.release(slots)
+            self.residency.resize(slots * self._arena.slot_bytes)
+
+    def _give_up(self, experts: Sequence[Expert]) -> None:
+        for expert in experts:
+            self._settle(expert)
+            self.residency.drop(expert)
+        self._arena.give_back(experts)
+
+    def _settle(self, expert: Expert) -> None:
+        for weight in self._layers.parts_by_number(expert.layer):
+            self._fetches.settle(weight, expert.expert)
+
     # -- choose, fetch, wait -------------------------------------------------------------------------------------------
 
-    def _must_know(self, layer: int) -> bool:
-        """Whether a layer's choice matters: not where all its experts are there."""
-        if layer not in self._layers.numbers:
-            return False
-        complete = self.residency.is_complete(self._layers.numbers[layer], experts=self._layers.experts)
-        return not complete or self._capture.is_looking or bool(self._fetches)
-
-    def _choose(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
-        """Have the chosen experts read that are not there."""
+    def choose(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
+        """Have the experts read that are not there; int32 [tokens, experts used] is what a layer's router chose."""
         if self._evaluation.needed:
             raise _not_understood(self._evaluation.needed)
+        number = self._layers.numbers[layer]
         experts, counts = (part.tolist() for part in np.unique(ids, return_counts=True))
-        chosen: list[int] = experts
-        choices = dict(zip(experts, counts, strict=True))
-        self.residency.count(self._layers.numbers[layer], choices, tokens=len(ids))
-        missing = self._fetch(layer, chosen)
+        missing = self._fetch(layer, experts)
+        self.residency.count(number, dict(zip(experts, counts, strict=True)), tokens=len(ids))
         early = self._evaluation.early.pop(layer, set())
-        late = len({*missing, *(early & set(chosen))})
-        self.stats.hits += len(chosen) - late
+        late = len({*missing, *(early & set(experts))})
+        self.stats.hits += len(experts) - late
         self.stats.misses += late
-        self._evaluation.chosen[layer] = chosen
+        self._evaluation.chosen[layer] = experts
+        self._evaluation.slots[layer] = self._arena.slots_of(number, ids)
         self._evaluation.needed = {weight.name: weight for weight in self._layers.parts[layer]}
-        everything = len(chosen) >= self._layers.experts - 1
+        everything = len(experts) >= self._layers.experts - 1
         if everything and (1 - ids.shape[1] / self._layers.experts) ** len(ids) < _UNLIKELY:
             self._fetch_ahead(layer)
 
+    def settle(self, layer: int) -> None:
+        """Wait for all that a layer has chosen, as its products do one after the other."""
+        for weight in self._layers.parts[layer]:
+            self._wait_for(weight)
+
     def _fetch(self, layer: int, chosen: Sequence[int], *, busy: int = -1) -> list[int]:
         """Have those experts read that are not there. Returns which."""
-        parts = self._layers.parts[layer]
-        victims, missing = self.residency.request(self._layers.numbers[layer], chosen, busy=busy)
-        for victim, expert in zip_longest(victims, missing[: len(victims)]):
-            self._replace(victim, parts, expert)
-        for weight in parts:
-            for expert in missing:
-                self._fetches.start(weight, expert)
+        number = self._layers.numbers[layer]
+        victims, missing = self.residency.request(number, chosen, busy=busy)
+        for victim in victims:
+            self._settle(victim)
+        self._arena.give_back(victims)
+        slots = {expert: self._arena.take(Expert(number, expert)) for expert in missing}
+        for part, weight in enumerate(self._layers.parts[layer]):
+            for expert, slot in slots.items():
+                at = self._arena.position(slot, part)
+                self._fetches.add(weight, expert, weight.read(self._reader, expert, region=self._arena.region, at=at))
         return missing
 
     def _fetch_ahead(self, layer: int) -> None:
@@ -179,29 +222,24 @@ class ExpertStreamer:
         if following is not None and self.residency.fits_beside(number + 1, experts=experts, busy=number):
             self._evaluation.early[following] = set(self._fetch(following, range(experts), busy=number))
 
-    def _replace(self, victim: Expert, parts: Sequence[StreamedTensor], expert: int | None) -> None:
-        """A victim's memory goes to an expert that is about to be read, if there is one."""
-        for number, weight in enumerate(self._layers.parts_by_number(victim.layer)):
-            self._fetches.settle(weight, victim.expert)
-            if expert is not None and number < len(parts):
-                parts[number].take_pages(expert, source=weight, victim=victim.expert)
-            else:
-                weight.release(victim.expert)
-
-    def _is_awaited(self, weight: StreamedTensor) -> bool:
-        assert weight.layer is not None
-        return self._fetches.is_awaited(weight, self._evaluation.chosen[weight.layer])
-
-    def _wait_for(self, weight: StreamedTensor, layer: int) -> None:
-        """Until the chosen experts' slices of this tensor are there. Raises ModelError if nobody knows which."""
-        chosen = self._evaluation.chosen.get(layer)
-        if chosen is None:
-            if self._must_know(layer):
-                raise _not_understood({weight.name: weight})
-            return
-        self._evaluation.needed.pop(weight.name, None)
-        self._fetches.wait_for(weight, chosen)
+    def _serve(self, node: int, name: bytes, weight: ExpertTensor) -> None:
+        """Have a product use its slots when they are filled. Raises ModelError if nobody knows which."""
+        slots = self._evaluation.slots.get(weight.layer)
+        if slots is None:
+            raise _not_understood({weight.name: weight})
+        self._wait_for(weight)
         self._reader.check()
+        part = self._layers.parts[weight.layer].index(weight)
+        address = self._arena.region.address + self._arena.position(0, part) + weight.slack
+        if not self._products.redirect(node, name, address=address, stride=self._arena.slot_bytes, slots=slots):
+            raise _not_understood({weight.name: weight})
+
+    def _wait_for(self, weight: ExpertTensor) -> None:
+        self._evaluation.needed.pop(weight.name, None)
+        self._fetches.wait_for(weight, self._evaluation.chosen[weight.layer])
+
+    def _is_awaited(self, weight: ExpertTensor) -> bool:
+        return self._fetches.is_awaited(weight, self._evaluation.chosen[weight.layer])
 
 
 class _Evaluation:
@@ -209,30 +247,28 @@ class _Evaluation:
 
     def __init__(self) -> None:
         self.chosen: dict[int, list[int]] = {}  # by layer
-        self.needed: dict[str, StreamedTensor] = {}  # by the last layer that has chosen, in the order of the products
+        self.slots: dict[int, npt.NDArray[np.int32]] = {}  # by layer: of the chosen, [tokens, experts used]
+        self.needed: dict[str, ExpertTensor] = {}  # by the last layer that has chosen, in the order of the products
         self.early: dict[int, set[int]] = {}  # experts that were read before their layer chose
 
 
 class _Layers:
     """The layers that have experts, numbered in their order, and each one's tensors as they are needed."""
 
-    _ORDER = ("_gate_up_", "_up_", "_gate_", "_down_")
+    _ORDER = ("_gate_up_", "_gate_", "_up_", "_down_")  # llama.cpp's
 
-    def __init__(self, weights: Sequence[StreamedTensor]) -> None:
-        parts: dict[int, list[StreamedTensor]] = {}
-        for weight in weights:
-            if weight.layer is not None:
-                parts.setdefault(weight.layer, []).append(weight)
-        self.parts = {layer: sorted(parts[layer], key=self._turn) for layer in sorted(parts)}
-        self.numbers = {layer: number for number, layer in enumerate(self.parts)}
-        self.sizes = [sum(weight.stride for weight in found) for found in self.parts.values()]
-        self.experts = max((w.tensor.shape[0] for w in weights if w.layer is not None), default=0)
+    def __init__(self, tensors: dict[int, list[ExpertTensor]]) -> None:
+        self.parts = {layer: sorted(tensors[layer], key=self._turn) for layer in sorted(tensors)}
+        self.numbers: dict[int | None, int] = {layer: number for number, layer in enumerate(self.parts)}
+        self.experts = max((parts[0].tensor.shape[0] for parts in self.parts.values()), default=0)
+        turns = max(map(len, self.parts.values()), default=0)
+        self.spans = [max(p[turn].span for p in self.parts.values() if turn < len(p)) for turn in range(turns)]
         self._by_number = list(self.parts)
 
-    def _turn(self, weight: StreamedTensor) -> int:
+    def _turn(self, weight: ExpertTensor) -> int:
         return next(turn for turn, part in enumerate(self._ORDER) if part in weight.name)
 
-    def parts_by_number(self, number: int) -> list[StreamedTensor]:
+    def parts_by_number(self, number: int) -> list[ExpertTensor]:
         """The tensors of the layer of that number."""
         return self.parts[self._by_number[number]]
 
@@ -242,7 +278,7 @@ class _Layers:
         return self._by_number[number] if number < len(self._by_number) else None
 
 
-def _not_understood(needed: dict[str, StreamedTensor]) -> ModelError:
+def _not_understood(needed: dict[str, ExpertTensor]) -> ModelError:
     return ModelError(
         f"llama.cpp computed without {next(iter(needed))}, which was to be streamed: load the model with --stream off"
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from grok_local.runtime.experts.reader import Reader, Ticket
-from grok_local.runtime.experts.weights import StreamedTensor
+from grok_local.runtime.experts.reader import Ticket
+from grok_local.runtime.experts.weights import ExpertTensor
 from grok_local.runtime.graph.tap import Interrupted
 
 __all__ = ["ExpertStats", "Fetches", "Waiting"]
@@ -20,10 +21,12 @@ class ExpertStats:
     """Counted since loading. A hit is an expert, chosen in a layer for one or more tokens, that was in memory."""
 
     bytes_read: int = 0
+    bytes_reread: int = 0  # of them, what had been read before, and had to go
     hits: int = 0
     misses: int = 0
     wait_seconds: float = 0.0  # in which nothing was computed, because an expert was being read
     seconds: float = 0.0  # evaluating, waiting included
+    major_faults: int = 0  # pages that the system had to fetch from a disk meanwhile: it has too little memory
 
     @property
     def hit_rate(self) -> float:
@@ -44,10 +47,12 @@ class ExpertStats:
         """For people and programs: of so many tokens."""
         return {
             "bytes_read": self.bytes_read,
+            "bytes_reread": self.bytes_reread,
             "bytes_read_per_token": round(self.bytes_read / max(tokens, 1)),
             "hit_rate": round(self.hit_rate, 4),
             "wait_seconds": round(self.wait_seconds, 6),
             "compute_seconds": round(self.compute_seconds, 6),
+            "major_faults": self.major_faults,
         }
 
     def __add__(self, other: ExpertStats) -> ExpertStats:
@@ -64,15 +69,16 @@ class Waiting:
     def __init__(self, interrupted: Callable[[], bool]) -> None:
         self.stats = ExpertStats()
         self._interrupted = interrupted
-        self._started = 0.0
+        self._started, self._faults = 0.0, 0
 
     def begin(self) -> None:
         """An evaluation starts."""
-        self._started = time.monotonic()
+        self._started, self._faults = time.monotonic(), _major_faults()
 
     def finish(self) -> None:
         """It is over."""
         self.stats.seconds += time.monotonic() - self._started
+        self.stats.major_faults += _major_faults() - self._faults
 
     def wait_for(self, ticket: Ticket) -> None:
         """Until it is done; the time counts as waiting. Raises what went wrong, and Interrupted."""
@@ -90,24 +96,28 @@ class Waiting:
 class Fetches:
     """The slices of experts that are under way from the disk to memory."""
 
-    def __init__(self, reader: Reader, waiting: Waiting) -> None:
-        self._reader, self._waiting = reader, waiting
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
         self._tickets: dict[tuple[str, int], Ticket] = {}
+        self._known: set[tuple[str, int]] = set()  # slices that were read before
 
-    def __bool__(self) -> bool:
-        return bool(self._tickets)
+    def __len__(self) -> int:
+        return len(self._tickets)
 
-    def start(self, weight: StreamedTensor, expert: int) -> None:
-        """Have an expert's slice read."""
-        self._tickets[weight.name, expert] = weight.read(self._reader, expert)
-        self._waiting.stats.bytes_read += weight.stride
+    def add(self, weight: ExpertTensor, expert: int, ticket: Ticket) -> None:
+        """An expert's slice is being read."""
+        key, stats = (weight.name, expert), self._waiting.stats
+        self._tickets[key] = ticket
+        stats.bytes_read += weight.stride
+        stats.bytes_reread += weight.stride if key in self._known else 0
+        self._known.add(key)
 
-    def is_awaited(self, weight: StreamedTensor, experts: Iterable[int]) -> bool:
+    def is_awaited(self, weight: ExpertTensor, experts: Iterable[int]) -> bool:
         """Whether one of these experts' slices is not there yet."""
         tickets = (self._tickets.get((weight.name, expert)) for expert in experts)
         return any(ticket is not None and not ticket.done for ticket in tickets)
 
-    def wait_for(self, weight: StreamedTensor, experts: Iterable[int]) -> None:
+    def wait_for(self, weight: ExpertTensor, experts: Iterable[int]) -> None:
         """Until these experts' slices are there. Raises what went wrong, and Interrupted."""
         for expert in experts:
             ticket = self._tickets.get((weight.name, expert))
@@ -115,13 +125,7 @@ class Fetches:
                 self._waiting.wait_for(ticket)
                 del self._tickets[weight.name, expert]
 
-    def wait_for_all(self) -> None:
-        """Until nothing is under way."""
-        for ticket in self._tickets.values():
-            self._waiting.wait_for(ticket)
-        self._tickets.clear()
-
-    def settle(self, weight: StreamedTensor, expert: int) -> None:
+    def settle(self, weight: ExpertTensor, expert: int) -> None:
         """Whatever happens, memory into which a read is under way stays where it is until that is done."""
         _settle(self._tickets.pop((weight.name, expert), None))
 
@@ -130,6 +134,10 @@ class Fetches:
         for ticket in self._tickets.values():
             _settle(ticket)
         self._tickets.clear()
+
+
+def _major_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _settle(ticket: Ticket | None) -> None:

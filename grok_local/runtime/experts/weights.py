@@ -6,95 +6,98 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from grok_local.files import BLOCK
 from grok_local.formats.gguf_file import Header, Tensor
+from grok_local.pages import HUGE, Region
 from grok_local.placement.shape import EXPERTS
-from grok_local.runtime.experts.memory import HUGE, Region
 from grok_local.runtime.experts.reader import Reader, Ticket
 
-__all__ = ["StreamedTensor", "dense_tensors", "expert_slices", "streamed_tensors"]
+__all__ = ["ExpertTensor", "Resident", "bytes_of_experts", "dense_tensors", "expert_tensors", "residents"]
 
 _LAYER = re.compile(rf"blk\.(\d+)\.{EXPERTS}\.weight")
-# Bytes from which on what huge pages take beyond the end of a tensor, or beyond both ends of a slice, is little.
-_LARGE_TENSOR, _LARGE_SLICE = 8 * HUGE, 32 * HUGE
+_LARGE = 8 * HUGE  # bytes from which on what huge pages take beyond a tensor's ends is little
 
 
 @dataclass(frozen=True)
-class Slices:
-    """Where a file has a tensor of experts, one after the other every `stride` bytes."""
-
-    file: int
-    offset: int
-    stride: int
-
-
-@dataclass(frozen=True)
-class StreamedTensor:
-    """A tensor; of experts, `layer` is theirs and `stride` the bytes of one. `region` is where memory has it."""
+class Resident:
+    """A tensor that stays; `region` is where memory has it."""
 
     tensor: Tensor
     file: int
-    layer: int | None
-    stride: int
     region: Region
+
+    def read(self, reader: Reader) -> Ticket:
+        """Have it read."""
+        return reader.read(self.file, self.tensor.offset, self.tensor.nbytes, region=self.region, at=0)
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """A tensor of experts, one after the other every `stride` bytes of the file; a slice of it is one's."""
+
+    tensor: Tensor
+    file: int
+    layer: int
 
     @property
     def name(self) -> str:
         """The tensor's."""
         return self.tensor.name
 
-    def read(self, reader: Reader, expert: int = 0) -> Ticket:
-        """Have it read, or one expert's slice of it."""
-        at = expert * self.stride
-        start = self.tensor.offset + at
-        return reader.read(self.file, start, start + self.stride, region=self.region, at=at)
+    @property
+    def stride(self) -> int:
+        """Bytes of a slice."""
+        return self.tensor.nbytes // self.tensor.shape[0]
 
-    def take_pages(self, expert: int, *, source: StreamedTensor, victim: int) -> None:
-        """Have for an expert's slice the memory of a victim's in `source`, where it is as large."""
-        if source.stride != self.stride:
-            source.release(victim)
-            return
-        at = expert * self.stride
-        self.region.take_pages(at, at + self.stride, source=source.region, source_start=victim * self.stride)
+    @property
+    def slack(self) -> int:
+        """Bytes of a block before the first slice: memory has every slice so many bytes behind a block's start."""
+        return self.tensor.offset % BLOCK
 
-    def release(self, expert: int) -> None:
-        """Give an expert's slice of memory back."""
-        self.region.release(expert * self.stride, (expert + 1) * self.stride)
+    @property
+    def span(self) -> int:
+        """Bytes of whole blocks for a slice."""
+        return -(-(self.slack + self.stride) // BLOCK) * BLOCK
+
+    def read(self, reader: Reader, expert: int, *, region: Region, at: int) -> Ticket:
+        """Have an expert's slice read into the blocks at `at`."""
+        offset = self.tensor.offset + expert * self.stride
+        return reader.read(self.file, offset, self.stride, region=region, at=at + self.slack)
+
+    def read_ahead(self, reader: Reader, expert: int) -> Ticket:
+        """Have an expert's slice read into the page cache."""
+        offset = self.tensor.offset + expert * self.stride
+        return reader.read_ahead(self.file, offset, offset + self.stride)
 
 
-def streamed_tensors(
-    headers: Sequence[Header], names: Iterable[str], *, budget: int, huge: bool
-) -> Iterator[StreamedTensor]:
-    """Those of the tensors that are named, with memory reserved for them. Raises OSError.
+def residents(headers: Sequence[Header], names: Iterable[str], *, whole: bool) -> Iterator[Resident]:
+    """Those of the named tensors that stay, with memory reserved: dense ones, and experts too if `whole`.
 
-    Huge pages, if at all, where they take no more than small ones: a part of a tensor might have a page for its ends.
+    Raises OSError.
     """
-    named = list(_named(headers, names))
-    whole = sum(tensor.nbytes for _, tensor in named if _slices(tensor)[0] is not None) <= budget
-    for file, tensor in named:
-        layer, stride = _slices(tensor)
-        large = huge and _deserves_huge_pages(tensor, stride, whole=whole)
-        yield StreamedTensor(tensor, file, layer, stride, Region(tensor.offset, tensor.nbytes, huge=large))
-
-
-def _deserves_huge_pages(tensor: Tensor, stride: int, *, whole: bool) -> bool:
-    if whole or stride == tensor.nbytes:
-        return tensor.nbytes >= _LARGE_TENSOR
-    return stride % HUGE == 0 or stride >= _LARGE_SLICE
-
-
-def expert_slices(headers: Sequence[Header], names: Iterable[str]) -> dict[int, list[Slices]]:
-    """By layer, those of the tensors that are experts."""
-    slices: dict[int, list[Slices]] = {}
     for file, tensor in _named(headers, names):
-        layer, stride = _slices(tensor)
+        if whole or _layer(tensor) is None:
+            yield Resident(tensor, file, Region(tensor.offset, tensor.nbytes, huge=tensor.nbytes >= _LARGE))
+
+
+def expert_tensors(headers: Sequence[Header], names: Iterable[str]) -> dict[int, list[ExpertTensor]]:
+    """By layer, those of the named tensors that are experts."""
+    found: dict[int, list[ExpertTensor]] = {}
+    for file, tensor in _named(headers, names):
+        layer = _layer(tensor)
         if layer is not None:
-            slices.setdefault(layer, []).append(Slices(file, tensor.offset, stride))
-    return slices
+            found.setdefault(layer, []).append(ExpertTensor(tensor, file, layer))
+    return found
+
+
+def bytes_of_experts(headers: Sequence[Header], names: Iterable[str]) -> int:
+    """What all experts among the named tensors take."""
+    return sum(tensor.nbytes for _, tensor in _named(headers, names) if _layer(tensor) is not None)
 
 
 def dense_tensors(headers: Sequence[Header], names: Iterable[str]) -> list[tuple[int, Tensor]]:
-    """Those of the tensors that are not, each with its file's number."""
-    return [(file, tensor) for file, tensor in _named(headers, names) if _slices(tensor)[0] is None]
+    """Those of the named tensors that are not experts, each with its file's number."""
+    return [(file, tensor) for file, tensor in _named(headers, names) if _layer(tensor) is None]
 
 
 def _named(headers: Sequence[Header], names: Iterable[str]) -> Iterator[tuple[int, Tensor]]:
@@ -103,8 +106,7 @@ def _named(headers: Sequence[Header], names: Iterable[str]) -> Iterator[tuple[in
         yield from ((file, tensor) for tensor in header.tensors if tensor.name in wanted)
 
 
-def _slices(tensor: Tensor) -> tuple[int | None, int]:
+def _layer(tensor: Tensor) -> int | None:
+    """Of a tensor of experts."""
     match = _LAYER.fullmatch(tensor.name)
-    if match and len(tensor.shape) == 3:
-        return int(match[1]), tensor.nbytes // tensor.shape[0]
-    return None, tensor.nbytes
+    return int(match[1]) if match and len(tensor.shape) == 3 else None

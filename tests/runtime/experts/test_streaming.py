@@ -32,7 +32,8 @@ from grok_local.placement.wishes import Wishes
 from grok_local.runtime.engine import watching
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.experts import streamer
-from tests.conftest import Run
+from samples.checkpoints import Spec, write_checkpoint
+from tests.conftest import TOKENIZER, Run
 from tests.workers import Worker
 
 CONTEXT = 1024
@@ -214,6 +215,50 @@ def test_dense_tensors_on_a_worker_and_experts_streamed_here(path: Path, expecte
             assert model.engine.expert_stats().misses > 0  # type: ignore[union-attr]
 
 
+def test_answers_have_the_room_of_prompts(path: Path, expected: Any) -> None:
+    """While single tokens are evaluated, experts are where a prompt's scores were, and no more memory is taken."""
+    with grok_local.load(path, memory=memory_for(path, 10), **OPTIONS) as model:
+        plan = model.placement.plan
+        most, held = plan.room_for_experts(1), plan.ram.experts
+        assert most > 1.5 * held
+        sizes = []
+        for _ in range(2):
+            model.logits(IDS[:512])
+            sizes.append(anonymous_memory())
+            before = model.engine.expert_stats()
+            assert before is not None
+            for count in range(60):
+                model.engine.evaluate([*IDS[:20], *IDS[20 : 21 + count]])
+            sizes.append(anonymous_memory())
+            stats = model.engine.expert_stats()
+            assert stats is not None
+            whole = held + plan.disk
+            assert stats.since(before).hit_rate > (held + most) / 2 / whole
+        assert max(sizes) - min(sizes) < 0.3 * (most - held) + 4_000_000
+        check(model, expected)
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def test_slices_that_are_no_whole_blocks_are_streamed(tmp_path: Path) -> None:
+    """As of models of other widths: each expert then begins somewhere else in its block."""
+    spec = Spec(layers=3, width=256, expert_width=288, kv_width=128)
+    odd = grok_local.quantize_checkpoint(
+        write_checkpoint(tmp_path, spec, TOKENIZER), tmp_path / "odd.gguf", type="q8_0"
+    )
+    shape = ModelShape.from_headers(gguf_file.read_model(odd.path))
+    assert shape.layer_bytes(0, Role.EXPERTS) // (3 * shape.experts) % 4096
+    with grok_local.load(odd.path, stream="off", **OPTIONS) as model:
+        resident = results(model)
+    with grok_local.load(odd.path, memory=memory_for(odd.path, 9), **OPTIONS) as model:
+        check(model, resident)
+        assert model.engine.expert_stats().bytes_reread > 0  # type: ignore[union-attr]
+
+
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
@@ -368,8 +413,9 @@ def test_an_exception_from_outside_at_any_moment_leaves_nothing_wrong(streamed: 
     try:
         for _ in range(40):
             try:
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.12))
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.08))
                 found = streamed.logits(IDS[:60])
+                signal.setitimer(signal.ITIMER_REAL, 0)
             except (TimeoutError, ModelError):
                 broken += 1
             else:
@@ -401,10 +447,10 @@ def test_an_exception_while_looking_on_comes_out(path: Path, monkeypatch: pytest
 
 
 def test_memory_that_cannot_be_reserved_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def streamed_tensors(*_: Any, **__: Any) -> Any:
+    def residents(*_: Any, **__: Any) -> Any:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(streamer, "streamed_tensors", streamed_tensors)
+    monkeypatch.setattr(streamer, "residents", residents)
     with pytest.raises(ModelError, match="no memory can be reserved"):
         grok_local.load(path, memory=memory_for(path, 9), **OPTIONS)
 
