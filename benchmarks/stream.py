@@ -82,6 +82,9 @@ def group(limit: int | None) -> Iterator[Group]:
 
 def child(model: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Load the model, evaluate tokens, and say how long each evaluation took."""
+    from grok_local.ggml.libraries import let_threads_rest
+
+    let_threads_rest()
     from grok_local.placement.load_options import LoadRequest
     from grok_local.placement.wishes import Wishes
     from grok_local.runtime.engine.llama import LlamaEngine
@@ -206,7 +209,7 @@ def shares(model: Path, limits: Sequence[int], *, tokens: int, rounds: int, agai
         ours = {**common, "memory": limit - _PROCESS, "stream": "on"}
         rows = []
         for _ in range(rounds):
-            mapped = measure(model, **common, stream="off")["median"]
+            mapped = measure(model, **(common | {"tokens": tokens // 3}), stream="off")["median"]
             before = measure(model, **ours, checkout=against)["median"] if against else math.nan
             now = measure(model, **ours)
             replay = measure(model, **ours, work="replay", trace=str(trace))

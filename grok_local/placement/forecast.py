@@ -25,7 +25,6 @@ _UNKNOWN_RAM = 20e9  # bytes a second
 # a limit of 1.6 GB on a disk of 1.4 GB/s.
 _MAPPED_SHARE = 0.25
 _RAM_SIZES = tuple(int(gigabytes * 1e9) for gigabytes in (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536))
-_HIDDEN = 2 / 3  # of an expert's three matrices two are read while the one before is multiplied with
 _SECONDS_PER_LAYER = 35e-6  # of what is no matrix product: norms, attention of few tokens, waiting for each other
 # From one place to the next and back: of a worker measured on the loopback, of GPUs a guess.
 _SECONDS_PER_HOP = {"gpu": 30e-6, "integrated": 30e-6, "worker": 300e-6}
@@ -93,15 +92,13 @@ class _Forecaster:
 
     def forecast(self) -> Forecast:
         nbytes = dict.fromkeys((share.place for share in self._plan.shares), 0.0)
-        seconds, experts = dict(nbytes), 0.0
+        seconds = dict(nbytes)
         for weight in self._plan.model.weights:
             place = self._plan.place_of(weight)
             nbytes[place] += weight.read
-            took = weight.read / self._speed(place, weight)
-            seconds[place] += took
-            experts += took if weight.role is Role.EXPERTS and place == RAM else 0.0
+            seconds[place] += weight.read / self._speed(place, weight)
         readings = [Reading(place, nbytes[place], seconds[place]) for place in nbytes if nbytes[place]]
-        readings += [*self._disk(experts), self._rest()]
+        readings += [*self._disk(), self._rest()]
         total = sum(reading.seconds for reading in readings)
         return Forecast(tuple(readings), total + self._cache_seconds(), tuple(self._assumptions))
 
@@ -130,8 +127,8 @@ class _Forecaster:
         self._assumptions[f"speeds of GPUs are not known: taken as {speed:.0f} GB/s"] = None
         return ASSUMED_DEVICE_SPEED
 
-    def _disk(self, computing: float) -> list[Reading]:
-        """`computing`: seconds that the products with experts in RAM take, behind which reading may hide in part."""
+    def _disk(self) -> list[Reading]:
+        """What is read of streamed experts hardly hides behind computing, as measured: they share memory and cores."""
         plan = self._plan
         if not plan.disk:
             return []
@@ -144,7 +141,7 @@ class _Forecaster:
         seconds = nbytes / (self._machine.disk_speed or _UNKNOWN_DISK)
         if plan.streamed:
             self._assumptions["tokens choose their experts evenly"] = None
-            return [Reading("disk", nbytes, seconds), Reading("overlap", 0, -_HIDDEN * min(seconds, computing))]
+            return [Reading("disk", nbytes, seconds)]
         self._assumptions["mapped weights come from the disk at a quarter of its speed"] = None
         return [Reading("disk", nbytes, seconds / _MAPPED_SHARE)]
 

@@ -24,10 +24,7 @@ __all__ = ["bench_table", "describe_plan", "print_findings", "print_plan"]
 
 _BAR = 48
 _TOKENS_A_WORD = 1.3  # of English
-_EXPLAINED = {
-    "overlap": "overlap: the disk read while computing",
-    "between": "between: norms, attention, moving on",
-}
+_EXPLAINED = {"between": "between: norms, attention, moving on"}
 _USUAL_BATCH = 512  # llama.cpp's
 _PARTS = (("dense", "cyan"), ("experts", "green"), ("kv", "yellow"), ("compute", "magenta"))
 

@@ -8,6 +8,7 @@ the next one meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -178,26 +179,38 @@ class ExpertStreamer:
     # -- choose, fetch, wait -------------------------------------------------------------------------------------------
 
     def choose(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
-        """Have the experts read that are not there; int32 [tokens, experts used] is what a layer's router chose."""
+        """Have the experts read that are not there; int32 [tokens, experts used] is what a layer's router chose.
+
+        Everything else waits until the disk is busy.
+        """
         if self._evaluation.needed:
             raise _not_understood(self._evaluation.needed)
-        number = self._layers.numbers[layer]
         experts, counts = (part.tolist() for part in np.unique(ids, return_counts=True))
         missing = self._fetch(layer, experts)
-        self.residency.count(number, dict(zip(experts, counts, strict=True)), tokens=len(ids))
-        early = self._evaluation.early.pop(layer, set())
-        late = len({*missing, *(early & set(experts))})
-        self.stats.hits += len(experts) - late
-        self.stats.misses += late
         self._evaluation.chosen[layer] = experts
-        self._evaluation.slots[layer] = self._arena.slots_of(number, ids)
         self._evaluation.needed = {weight.name: weight for weight in self._layers.parts[layer]}
+        self._evaluation.uncounted = _Choice(layer, ids, dict(zip(experts, counts, strict=True)), missing)
         everything = len(experts) >= self._layers.experts - 1
         if everything and (1 - ids.shape[1] / self._layers.experts) ** len(ids) < _UNLIKELY:
+            self._count()
             self._fetch_ahead(layer)
+
+    def _count(self) -> None:
+        """Keep the averages and the statistics of the last choice, and find its slots."""
+        choice, self._evaluation.uncounted = self._evaluation.uncounted, None
+        if choice is None:
+            return
+        number = self._layers.numbers[choice.layer]
+        self.residency.count(number, choice.counts, tokens=len(choice.ids))
+        early = self._evaluation.early.pop(choice.layer, set())
+        late = len({*choice.missing, *(early & choice.counts.keys())})
+        self.stats.hits += len(choice.counts) - late
+        self.stats.misses += late
+        self._evaluation.slots[choice.layer] = self._arena.slots_of(number, choice.ids)
 
     def settle(self, layer: int) -> None:
         """Wait for all that a layer has chosen, as its products do one after the other."""
+        self._count()
         for weight in self._layers.parts[layer]:
             self._wait_for(weight)
 
@@ -224,15 +237,15 @@ class ExpertStreamer:
 
     def _serve(self, node: int, name: bytes, weight: ExpertTensor) -> None:
         """Have a product use its slots when they are filled. Raises ModelError if nobody knows which."""
+        self._count()
         slots = self._evaluation.slots.get(weight.layer)
-        if slots is None:
+        part = self._layers.parts[weight.layer].index(weight)
+        address = self._arena.region.address + self._arena.position(0, part) + weight.slack
+        stride = self._arena.slot_bytes
+        if slots is None or not self._products.redirect(node, name, address=address, stride=stride, slots=slots):
             raise _not_understood({weight.name: weight})
         self._wait_for(weight)
         self._reader.check()
-        part = self._layers.parts[weight.layer].index(weight)
-        address = self._arena.region.address + self._arena.position(0, part) + weight.slack
-        if not self._products.redirect(node, name, address=address, stride=self._arena.slot_bytes, slots=slots):
-            raise _not_understood({weight.name: weight})
 
     def _wait_for(self, weight: ExpertTensor) -> None:
         self._evaluation.needed.pop(weight.name, None)
@@ -242,6 +255,15 @@ class ExpertStreamer:
         return self._fetches.is_awaited(weight, self._evaluation.chosen[weight.layer])
 
 
+class _Choice(NamedTuple):
+    """What a layer's router chose, [tokens, experts used]; by expert how often, and who had to be read."""
+
+    layer: int
+    ids: npt.NDArray[np.int32]
+    counts: dict[int, int]
+    missing: list[int]
+
+
 class _Evaluation:
     """What is known of the evaluation under way."""
 
@@ -249,6 +271,7 @@ class _Evaluation:
         self.chosen: dict[int, list[int]] = {}  # by layer
         self.slots: dict[int, npt.NDArray[np.int32]] = {}  # by layer: of the chosen, [tokens, experts used]
         self.needed: dict[str, ExpertTensor] = {}  # by the last layer that has chosen, in the order of the products
+        self.uncounted: _Choice | None = None
         self.early: dict[int, set[int]] = {}  # experts that were read before their layer chose
 
 
