@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ import grok_local
 from samples.checkpoints import REFERENCE, SMALL, Spec, write_checkpoint
 
 TOKENIZER = REFERENCE / "small-tokenizer.model"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: some tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -63,6 +63,26 @@ def test_what_is_read_is_what_is_there(file: DirectFile, offset: int, size: int)
     assert bytes(memory) == DATA[offset : offset + size]
 
 
+def test_a_system_that_reads_rubbish_directly_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "file", os.preadv
+    path.write_bytes(DATA)
+
+    def rubbish(fd: int, buffers: Any, offset: int) -> int:
+        count = real(fd, buffers, offset)
+        if DIRECT & fcntl.fcntl(fd, fcntl.F_GETFL):
+            buffers[0][:2] = b"??"
+        return count
+
+    with DirectFile(path) as file:
+        assert file.is_direct
+    monkeypatch.setattr(os, "preadv", rubbish)
+    with DirectFile(path) as file:
+        assert not file.is_direct
+        memory = aligned(BLOCK)
+        file.read(memory, 0)
+        assert memory == DATA[:BLOCK]
+
+
 def test_at_the_end_less_is_read_and_then_nothing(file: DirectFile) -> None:
     memory = aligned(2 * BLOCK)
     assert file.read(memory, 5 * BLOCK) == 100

@@ -1,4 +1,8 @@
-"""The memory of experts that come and go: slots of one size, one after the other, in huge pages where there are any."""
+"""The memory of experts that come and go, and what llama.cpp lends to it.
+
+Slots of one size lie one after the other, in huge pages where there are any. llama.cpp's memory for what it computes is
+touched all over by wide batches, and by single tokens next to nowhere.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,13 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.pages import HUGE, Region
+from grok_local.ggml.tensors import compute_buffer
+from grok_local.pages import HUGE, Region, release_pages
 from grok_local.runtime.experts.residency import Expert
 
-__all__ = ["Arena"]
+__all__ = ["Arena", "Scratch"]
+
+_NARROW = 16  # tokens; what fewer of them take less is not worth evicting an expert for
 
 
 class Arena:
@@ -62,3 +69,27 @@ class Arena:
     def close(self) -> None:
         """Nobody may use it any more."""
         self.region.close()
+
+
+class Scratch:
+    """Knows what evaluations have left in llama.cpp's memory, and gives it back before a narrower one.
+
+    Nobody reads it again.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: tuple[int, int] | None = None  # addresses
+        self._width = _NARROW
+
+    def look_at(self, node: int) -> None:
+        """Learn from a node of the graph that is being computed where the buffer is."""
+        self._buffer = compute_buffer(node)
+
+    def width_for(self, tokens: int) -> int:
+        """The tokens for which there has to be room while so many are evaluated, and until the next evaluation."""
+        width = max(_NARROW, 1 << (tokens - 1).bit_length())
+        if width < self._width and self._buffer:
+            release_pages(*self._buffer)
+            self._width = width
+        self._width = max(self._width, width)
+        return self._width

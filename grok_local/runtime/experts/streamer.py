@@ -17,11 +17,10 @@ from grok_local.errors import ModelError
 from grok_local.formats.gguf_file import Header
 from grok_local.ggml.tensors import read_ints
 from grok_local.pages import has_huge_pages
-from grok_local.runtime.experts.arena import Arena
+from grok_local.runtime.experts.arena import Arena, Scratch
 from grok_local.runtime.experts.capture import Capture, Products
 from grok_local.runtime.experts.reader import Reader
 from grok_local.runtime.experts.residency import Expert, Residency
-from grok_local.runtime.experts.scratch import Scratch
 from grok_local.runtime.experts.waiting import ExpertStats, Fetches, Waiting
 from grok_local.runtime.experts.weights import ExpertTensor, bytes_of_experts, expert_tensors, residents
 from grok_local.runtime.graph.router import layer_of_choice

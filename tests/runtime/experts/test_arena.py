@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from grok_local.files import BLOCK
 from grok_local.pages import HUGE, Region, has_huge_pages
-from grok_local.runtime.experts.arena import Arena
+from grok_local.runtime.experts.arena import Arena, Scratch
 from grok_local.runtime.experts.reader import Reader
 from grok_local.runtime.experts.residency import Expert
-from grok_local.runtime.experts.scratch import Scratch
 
 EXPERTS = [Expert(layer, expert) for layer in range(3) for expert in range(8)]
 
