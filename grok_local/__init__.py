@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from grok_local.quantize.convert import Progress, QuantizeReport, quantize_checkpoint
     from grok_local.runtime.text.model import Model
     from grok_local.runtime.text.reply import Reply, Stats
+    from grok_local.runtime.text.scoring import Score
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "Progress",
     "QuantizeReport",
     "Reply",
+    "Score",
     "Stats",
     "load",
     "quantize_checkpoint",
@@ -37,6 +39,7 @@ _HOMES = {
     **dict.fromkeys(("Progress", "QuantizeReport", "quantize_checkpoint"), "grok_local.quantize.convert"),
     "Model": "grok_local.runtime.text.model",
     **dict.fromkeys(("Reply", "Stats"), "grok_local.runtime.text.reply"),
+    "Score": "grok_local.runtime.text.scoring",
     "load": "grok_local.library.names",
 }
 

@@ -13,7 +13,8 @@
     |-- PlacementError     the model does not fit this machine in the way that was asked for
     |-- WorkerError        a worker cannot be used: refused, busy, of another version
     |   `-- WorkerLost     a worker, or the connection to it, died while it was needed
-    `-- ContextError       the prompt does not fit the context
+    |-- ContextError       the prompt does not fit the context
+    `-- LinesFailed        some lines of many failed, and the others are done (exit code 3)
 
 A message says what is wrong, where, and the command or step that helps. Only `cli.main` prints one and exits.
 """
@@ -29,6 +30,7 @@ __all__ = [
     "GGUFError",
     "GrokLocalError",
     "InUseError",
+    "LinesFailed",
     "ModelError",
     "OptionError",
     "OutputError",
@@ -102,3 +104,9 @@ class WorkerLost(WorkerError):  # noqa: N818  # lost is what it is
 
 class ContextError(GrokLocalError):
     """A prompt has more tokens than the context has room for."""
+
+
+class LinesFailed(GrokLocalError):  # noqa: N818  # that is what happened
+    """Of many lines some failed; each has its error beside the others' results."""
+
+    exit_code = 3

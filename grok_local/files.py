@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 __all__ = [
     "BLOCK",
@@ -34,6 +34,7 @@ __all__ = [
     "sync_folder",
     "whole_lines",
     "write_whole",
+    "written_whole",
 ]
 
 BLOCK = 4096  # bytes: what O_DIRECT asks of addresses, offsets and lengths, on every disk of today
@@ -318,6 +319,28 @@ def write_whole(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """A text file to write to, whose name leads to it when all is in it. Raises OSError.
+
+    A link leads on to its file, which keeps its permissions; a pipe or a device is written to as it is.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    target = path.resolve() if path.is_symlink() else path
+    partial = partial_of(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            yield file
+        if target.exists():
+            partial.chmod(target.stat().st_mode & 0o7777)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -55,6 +55,9 @@ def world(small: Path, packed: Path, tmp_path_factory: pytest.TempPathFactory) -
         shutil.copytree(small, folder / name)
     shutil.copyfile(next(small.rglob("tokenizer.model")), folder / "tokenizer.model")
     (folder / "prompt.txt").write_text("Once upon a time\n")
+    (folder / "questions.jsonl").write_text('{"prompt": "The router chooses", "choices": [" two", " one"]}\n')
+    (folder / "person.json").write_text('{"type": "object", "properties": {"born": {"type": "integer"}}}')
+    (folder / "wiki.txt").write_text("A layer has eight experts. " * 200)
     command = folder / "bin" / "grok-local"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m grok_local "$@"\n')

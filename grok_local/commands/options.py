@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Annotated, Any, Optional, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Optional, TextIO, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -33,6 +34,7 @@ __all__ = [
     "resumable",
     "sampling_options",
     "say",
+    "structure_options",
 ]
 
 Bundle = Optional[dict[str, Any]]
@@ -88,6 +90,21 @@ def sampling_options(
     seed: Annotated[Optional[int], typer.Option(help="The same seed gives the same answer.", min=-1)] = None,
 ) -> None:
     """How the next token is chosen."""
+
+
+def structure_options(
+    json_schema: Annotated[
+        Optional[Path], typer.Option(help="The answer is JSON that fits the schema in this file.", metavar="FILE")
+    ] = None,
+    regex: Annotated[Optional[str], typer.Option(help="The answer matches it, from start to end.")] = None,
+    choice: Annotated[
+        Optional[list[str]], typer.Option(help="The answer is one of these; may be repeated.", metavar="TEXT")
+    ] = None,
+    grammar: Annotated[
+        Optional[Path], typer.Option(help="The answer follows the GBNF grammar in this file.", metavar="FILE")
+    ] = None,
+) -> None:
+    """What form an answer has."""
 
 
 TYPES = one_of("q4_k", "q4_0", "iq4_xs", "mxfp4", "q8_0", "bf16", "f32")
@@ -219,11 +236,11 @@ def say(text: str) -> None:
     print(wrapped(printable(text), sys.stderr), file=sys.stderr)
 
 
-def print_json(value: Any) -> None:
-    """On stdout, in one line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+def print_json(value: Any, file: TextIO | None = None) -> None:
+    """On stdout, or to a file, in one line."""
+    out, text = file or sys.stdout, json.dumps(value, ensure_ascii=False, default=str)
     try:
-        text.encode(sys.stdout.encoding or "ascii")
+        text.encode(out.encoding or "ascii")
     except UnicodeEncodeError:  # a locale without the character, or a file's name that is no UTF-8
         text = json.dumps(value, default=str)
-    print(text, flush=True)
+    print(text, file=out, flush=True)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from grok_local.commands.options import say
 from grok_local.errors import OptionError
 
-__all__ = ["lines_of", "prompt_text", "unescaped"]
+__all__ = ["decoded", "input_bytes", "lines_of", "prompt_text", "unescaped"]
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -47,6 +47,11 @@ def decoded(data: bytes, name: str) -> str:
         if encoding == "utf-8" and not mark and local not in ("utf-8", "ascii"):
             return data.decode(local, "replace")
         raise OptionError(f"{name}: no text in {encoding.upper()}: byte {error.start} makes no sense") from None
+
+
+def input_bytes(file: Path) -> bytes:
+    """What is in a file, or with "-" comes from stdin. Raises OptionError."""
+    return sys.stdin.buffer.read() if str(file) == "-" else _contents(file)
 
 
 def lines_of(file: BinaryIO) -> Iterator[str]:

@@ -19,8 +19,9 @@ from grok_local.commands.options import (
     print_json,
     sampling_options,
     say,
+    structure_options,
 )
-from grok_local.commands.prompts import lines_of, prompt_text, unescaped
+from grok_local.commands.prompts import decoded, input_bytes, lines_of, prompt_text, unescaped
 from grok_local.errors import ContextError
 from grok_local.library.built_in import BUILT_IN
 
@@ -39,7 +40,7 @@ Stop = Annotated[
 ]
 
 
-@bundled(sampling=sampling_options, loading=load_options)
+@bundled(sampling=sampling_options, structure=structure_options, loading=load_options)
 def generate(
     prompt: Annotated[
         Optional[str], typer.Argument(help="The text to continue; - reads it from stdin.", metavar="PROMPT")
@@ -54,6 +55,7 @@ def generate(
     max_tokens: MaxTokens = 128,
     stop: Stop = None,
     sampling: Bundle = None,
+    structure: Bundle = None,
     loading: Bundle = None,
     as_json: Json = False,
 ) -> None:
@@ -66,7 +68,7 @@ def generate(
     text = prompt_text(prompt, file)
     if not text:
         raise ContextError("the prompt is empty: there is nothing to continue")
-    options = {**_sampling(sampling, model), **_ending(max_tokens, stop)}
+    options = {**_sampling(sampling, model), **_ending(max_tokens, stop), **_structure(structure)}
     with loaded(model, loading) as running:
         reply = running.generate(text, special=special, **options)
         with conversation.interruptible(running):
@@ -74,7 +76,8 @@ def generate(
                 if not as_json:
                     print(piece, end="", flush=True)
     if as_json:
-        print_json({"text": reply.text, "finish_reason": reply.finish_reason, **reply.stats.described()})
+        parsed = {"parsed": reply.parsed} if reply.is_whole and (structure or {}).get("json_schema") else {}
+        print_json({"text": reply.text, "finish_reason": reply.finish_reason, **parsed, **reply.stats.described()})
     else:
         print()
         print(speeds.stats_line(reply), file=sys.stderr)
@@ -165,6 +168,14 @@ def _shown_packing() -> Iterator[Show]:
     say("the built-in model is packed to 4 bits, once")
     with progress_view("pack", as_json=False) as show:
         yield show
+
+
+def _structure(options: Bundle) -> dict[str, Any]:
+    """What `Model.generate` is told of the answer's form; files are read. Raises OptionError."""
+    given = dict(options or {})
+    schema, grammar = (given.pop(name, None) for name in ("json_schema", "grammar"))
+    texts = {"schema": schema, "grammar": grammar}
+    return given | {name: decoded(input_bytes(file), str(file)) for name, file in texts.items() if file}
 
 
 def _sampling(options: Bundle, model: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the last one did only costs its new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import llama_cpp
@@ -23,7 +23,7 @@ from grok_local.runtime.engine.interrupts import ctrl_c_later
 from grok_local.runtime.engine.kv_cache import KVCache
 from grok_local.runtime.engine.opening import open_planned
 from grok_local.runtime.engine.protocol import Placement
-from grok_local.runtime.engine.sampling import Sampling, check_finite, new_chain, sample_from
+from grok_local.runtime.engine.sampling import Chain, Constraint, Sampling, check_finite, log_probabilities
 from grok_local.runtime.engine.tokens import Tokens
 from grok_local.runtime.experts.waiting import ExpertStats
 from grok_local.runtime.graph.rows import Row
@@ -32,6 +32,7 @@ from grok_local.runtime.graph.tap import Tap
 __all__ = ["LlamaEngine"]
 
 _MOST_OUTPUTS = 512  # tokens whose logits llama.cpp keeps at once: of 131072 float32 each
+_SCORED = 64  # the same, where little memory matters more than wide batches
 _PROMPTS = 4
 _ABORTED = 2  # llama_decode's answer when the abort callback said so
 
@@ -52,7 +53,7 @@ class LlamaEngine:
         self._batch: Any = None
         self._read: dict[tuple[int, ...], npt.NDArray[np.float32]] = {}  # logits after the last prompts
         self._ready: npt.NDArray[np.float32] | None = None  # the logits to sample from, if not llama.cpp's last
-        self._chains: dict[int, Any] = {}
+        self._chains: dict[int, Chain] = {}
         self._next_chain = 0
         log.listen()
         llama_cpp.llama_backend_init()
@@ -183,20 +184,46 @@ class LlamaEngine:
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [len(ids), vocabulary]: the logits after each of `ids`, from an empty cache."""
+        self._check_open()
+        self._cache.truncate(0, 0)
+        return self.tail_logits(ids, 0)
+
+    def tail_logits(self, ids: Sequence[int], start: int) -> npt.NDArray[np.float32]:
+        """float32 [len(ids) - start, vocabulary]: the logits after each of `ids` from `start` on.
+
+        What the KV cache holds of the beginning is not evaluated again. Raises ContextError, OptionError, ModelError.
+        """
+        out, row = np.empty((len(ids) - start, self.vocabulary), np.float32), 0
+        for part in self._tail(ids, start, width=_MOST_OUTPUTS):
+            out[row : row + len(part)] = part
+            row += len(part)
+        return out
+
+    def score(self, ids: Sequence[int], start: int) -> list[float]:
+        """Natural logarithms of the probabilities of `ids` from `start` on, each after all before it; `start` is at
+        least 1. Memory is bounded. Raises as `tail_logits` does.
+        """
+        found: list[float] = []
+        for part in self._tail(ids[:-1], start - 1, width=_SCORED):
+            following = start + len(found)
+            found += log_probabilities(part, ids[following : following + len(part)])
+        return found
+
+    def _tail(self, ids: Sequence[int], start: int, *, width: int) -> Iterator[npt.NDArray[np.float32]]:
+        """The logits after each of `ids` from `start` on, [rows, vocabulary], valid until the next are asked for."""
         self._open_tokens().check(ids)
         if len(ids) > self.context_size:
             raise ContextError(f"{len(ids)} tokens do not fit the context of {self.context_size}: give a larger one")
         self._check_usable()
         self.interrupted = False
-        out = np.empty((len(ids), self.vocabulary), np.float32)
-        self._cache.truncate(0, 0)
-        width = min(self._batch_size, _MOST_OUTPUTS)
-        for start in range(0, len(ids), width):
-            chunk = ids[start : start + width]
-            if not self._decode([row._replace(output=True) for row in self._rows(0, chunk)]):
+        kept = self._cache.keep(ids[: start + 1], whole=False)
+        whole = self.extend(ids[kept:start]) == start - kept
+        for at in range(start, len(ids), min(width, self._batch_size)):
+            chunk = ids[at : at + min(width, self._batch_size)]
+            whole = whole and self._decode([row._replace(output=True) for row in self._rows(0, chunk)])
+            if not whole:
                 raise ModelError("interrupted")
-            out[start : start + len(chunk)] = self._outputs(len(chunk))
-        return out
+            yield self._outputs(len(chunk))
 
     def evaluate_together(self, pieces: Mapping[int, Sequence[int]]) -> npt.NDArray[np.float32]:
         """Evaluate tokens of several sequences at once, each after those its sequence has; `pieces` by its number.
@@ -270,11 +297,15 @@ class LlamaEngine:
 
     # -- sampling ------------------------------------------------------------------------------------------------------
 
-    def begin_sampling(self, options: Sampling, recent: Sequence[int]) -> int:
-        """A way to choose tokens, for `sample`; `recent` are the last tokens so far, for the repetition penalty."""
+    def begin_sampling(self, options: Sampling, recent: Sequence[int], grammar: str | None = None) -> int:
+        """A way to choose tokens, for `sample`; `recent` are the last tokens so far, for the repetition penalty.
+
+        `grammar`, as llguidance reads it, says what may come. Raises OptionError if this vocabulary cannot follow it.
+        """
         self._check_open()
+        constraint = Constraint(grammar, self._tokens.for_grammars) if grammar else None
         self._next_chain += 1
-        self._chains[self._next_chain] = new_chain(options, self.vocabulary, recent=recent)
+        self._chains[self._next_chain] = Chain(options, self.vocabulary, recent=recent, constraint=constraint)
         return self._next_chain
 
     def sample(self, chain: int) -> int:
@@ -282,10 +313,16 @@ class LlamaEngine:
         logits are no numbers.
         """
         self._check_open()
-        if self._ready is not None:
-            return sample_from(self._ready, self._chains[chain])
+        chosen = self._chains[chain]
+        if self._ready is not None or chosen.is_constrained:
+            return chosen.sample(self._last_logits() if self._ready is None else self._ready)
         check_finite(self._last_logits())
-        return int(llama_cpp.llama_sampler_sample(self._chains[chain], self._opened.context, -1))
+        return chosen.sample_last(self._opened.context)
+
+    def forced(self, chain: int) -> list[int] | None:
+        """Tokens that a chain's grammar leaves no choice about, which are taken as chosen; None where it has ended."""
+        self._check_open()
+        return self._chains[chain].forced()
 
     def _last_logits(self) -> npt.NDArray[np.float32]:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._opened.context, -1), (self.vocabulary,))
@@ -293,7 +330,7 @@ class LlamaEngine:
     def end_sampling(self, chain: int) -> None:
         """It is not needed any more."""
         if known := self._chains.pop(chain, None):
-            llama_cpp.llama_sampler_free(known)
+            known.close()
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen: llama.cpp's sampler chain."""
+"""How the next token is chosen: llama.cpp's sampler chain, behind what a grammar allows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import numpy.typing as npt
 
 from grok_local.errors import ModelError, OptionError
 
-__all__ = ["PENALTY_WINDOW", "Sampling", "SamplingOptions", "check_finite", "new_chain", "sample_from"]
+__all__ = [
+    "PENALTY_WINDOW",
+    "Chain",
+    "Constraint",
+    "Sampling",
+    "SamplingOptions",
+    "check_finite",
+    "log_probabilities",
+]
 
 PENALTY_WINDOW = 64  # tokens
 
@@ -79,7 +87,16 @@ def check_finite(logits: npt.NDArray[np.float32]) -> None:
         )
 
 
-def new_chain(options: Sampling, vocabulary: int, *, recent: Sequence[int]) -> Any:
+def log_probabilities(logits: npt.NDArray[np.float32], ids: Sequence[int]) -> list[float]:
+    """Natural logarithms of the probabilities that rows of logits [rows, vocabulary] give a token each."""
+    highest = logits.max(1)
+    totals = np.exp(logits - highest[:, None]).sum(1, dtype=np.float64)
+    chosen = logits[np.arange(len(logits)), np.asarray(ids)].astype(np.float64)
+    found: list[float] = (chosen - highest - np.log(totals)).tolist()
+    return found
+
+
+def _new_chain(options: Sampling, vocabulary: int, *, recent: Sequence[int]) -> Any:
     """llama.cpp's sampler chain for `options`, that has seen the tokens `recent`. The caller frees it."""
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
     for link in _links(options, vocabulary):
@@ -89,7 +106,7 @@ def new_chain(options: Sampling, vocabulary: int, *, recent: Sequence[int]) -> A
     return chain
 
 
-def sample_from(logits: npt.NDArray[np.float32], chain: Any) -> int:
+def _sample_from(logits: npt.NDArray[np.float32], chain: Any) -> int:
     """What llama_sampler_sample does, from logits that are kept [vocabulary]. Raises ModelError."""
     check_finite(logits)
     choices = np.zeros(len(logits), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
@@ -100,6 +117,101 @@ def sample_from(logits: npt.NDArray[np.float32], chain: Any) -> int:
     token = int(array.data[array.selected].id)
     llama_cpp.llama_sampler_accept(chain, token)
     return token
+
+
+class Constraint:
+    """How far an answer is in its grammar. Raises OptionError for a grammar that this vocabulary cannot follow."""
+
+    def __init__(self, grammar: str, tokens: Any) -> None:
+        from llguidance import LLMatcher
+
+        self._matcher = LLMatcher(tokens, grammar, log_level=0)
+        self._try_first_step(self._matcher.deep_copy())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may come any more."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer may end here."""
+        return bool(self._matcher.is_accepting())
+
+    def masked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """A copy of a row of logits in which what is not allowed has no chance."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._require(ModelError)
+        allowed = np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool)
+        found: npt.NDArray[np.float32] = np.where(allowed, logits, np.float32(-np.inf))
+        return found
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """These came, which were allowed."""
+        if not all(self._matcher.consume_token(token) for token in tokens):
+            self._require(ModelError)
+
+    def forced(self) -> list[int]:
+        """The tokens that have to come next, whatever the model finds likely; none where there is a choice."""
+        found: list[int] = self._matcher.compute_ff_tokens()
+        return found
+
+    def _try_first_step(self, matcher: Any) -> None:
+        """What nothing fits, or what is too large, shows now."""
+        matcher.compute_bitmask()
+        for token in matcher.compute_ff_tokens():
+            matcher.consume_token(token)
+        self._require(OptionError, matcher)
+
+    def _require(self, kind: type[ModelError | OptionError], matcher: Any = None) -> None:
+        matcher = matcher or self._matcher
+        if matcher.is_error():
+            reason = matcher.get_error().partition("<state>")[0]
+            raise kind(f"nothing can be written in this form, or it is too large ({' '.join(reason.split())})")
+
+
+class Chain:
+    """A way to choose tokens: llama.cpp's sampler chain, behind the mask of a grammar if there is one."""
+
+    def __init__(
+        self, options: Sampling, vocabulary: int, *, recent: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
+        self._links = _new_chain(options, vocabulary, recent=recent)
+        self._constraint = constraint
+
+    def sample(self, logits: npt.NDArray[np.float32]) -> int:
+        """Choose by a row of logits [vocabulary]. Raises ModelError where they are no numbers."""
+        if self._constraint is None:
+            return _sample_from(logits, self._links)
+        check_finite(logits)
+        token = _sample_from(self._constraint.masked(logits), self._links)
+        self._constraint.accept([token])
+        return token
+
+    def sample_last(self, context: Any) -> int:
+        """Choose by the last logits of a llama_context, which are finite; where nothing is masked they need no copy."""
+        return int(llama_cpp.llama_sampler_sample(self._links, context, -1))
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a grammar says what may come."""
+        return self._constraint is not None
+
+    def forced(self) -> list[int] | None:
+        """Tokens that have to come next, taken in; None where nothing may come any more."""
+        if self._constraint is None:
+            return []
+        if self._constraint.is_over:
+            return None
+        tokens = self._constraint.forced()
+        self._constraint.accept(tokens)
+        for token in tokens:
+            llama_cpp.llama_sampler_accept(self._links, token)
+        return tokens
+
+    def close(self) -> None:
+        """Free it."""
+        llama_cpp.llama_sampler_free(self._links)
 
 
 def _links(options: Sampling, vocabulary: int) -> Iterator[Any]:

@@ -6,11 +6,13 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any
 
 import llama_cpp
 
 from grok_local.errors import ModelError, OptionError
+from grok_local.ggml.libraries import open_library
 
 __all__ = ["Tokens"]
 
@@ -63,6 +65,24 @@ class Tokens:
                 threading.stack_size(before)
         thread.join()
         return future.result()
+
+    @cached_property
+    def for_grammars(self) -> Any:
+        """The vocabulary as llguidance has it: made once, in up to a second. Raises OptionError where no token ends a
+        text.
+        """
+        from llguidance import LLTokenizer
+
+        ends = [token for token in range(self.count) if self.is_end(token)]
+        if not ends:
+            raise OptionError("this model has no token that ends a text, which an answer in a given form needs")
+        # What begins with 0xff is a token that no text spells.
+        pieces = [self.piece(token) or b"\xff" + self.piece(token, special=True) for token in range(self.count)]
+        tokenize = ctypes.cast(open_library("llama").llama_tokenize, ctypes.c_void_p).value
+        maker: Any = LLTokenizer  # whose stubs leave this one out
+        return maker.from_llamacpp(
+            tokens=pieces, vocab_ptr=self._vocab, tokenize_fptr=tokenize, eos_token=ends, slices=None
+        )
 
     def control_names(self) -> list[str]:
         """The texts that `special` takes for control tokens, and nothing else does."""

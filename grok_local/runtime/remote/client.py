@@ -116,15 +116,18 @@ class RemoteEngine:
     evaluate = _forwarded(LlamaEngine.evaluate)
     extend = _forwarded(LlamaEngine.extend)
     logits = _forwarded(LlamaEngine.logits)
+    tail_logits = _forwarded(LlamaEngine.tail_logits)
+    score = _forwarded(LlamaEngine.score)
     evaluate_together = _forwarded(LlamaEngine.evaluate_together)
     expert_stats = _forwarded(LlamaEngine.expert_stats)
     sample = _forwarded(LlamaEngine.sample)
+    forced = _forwarded(LlamaEngine.forced)
 
-    def begin_sampling(self, options: Sampling, recent: Sequence[int]) -> int:
-        """A way to choose tokens, for `sample`; `recent` are the last tokens so far, for the repetition penalty."""
+    def begin_sampling(self, options: Sampling, recent: Sequence[int], grammar: str | None = None) -> int:
+        """A way to choose tokens, for `sample`; `recent` are the last tokens so far, `grammar` says what may come."""
         while self._ended:
             self._call("end_sampling", self._ended.pop())
-        chain: int = self._call("begin_sampling", options, recent)
+        chain: int = self._call("begin_sampling", options, recent, grammar)
         return chain
 
     def end_sampling(self, chain: int) -> None:

@@ -156,7 +156,7 @@ class ChatReply(Reply):
     """
 
     def __init__(self, conversation: Conversation, laid: Laid, turns: Turns, **options: Any) -> None:
-        super().__init__(conversation.engine, laid.ids, turns, strip=True, **options)
+        super().__init__(conversation.engine, laid.ids, turns, strip=options["structure"] is None, **options)
         self.dropped_messages = laid.dropped  # of the conversation's oldest, to make room
         self.notes = tuple(conversation.form.notes)  # what is to be known of how it was laid out
         self._conversation, self._laid = conversation, laid

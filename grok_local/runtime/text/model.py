@@ -5,13 +5,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from grok_local.errors import ContextError, OptionError
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.engine.sampling import Sampling
 from grok_local.runtime.text.chat import ChatReply, Conversation
 from grok_local.runtime.text.reply import Reply
+from grok_local.runtime.text.scoring import Score, score_choices, score_ids
+from grok_local.runtime.text.structure import structure_of
 from grok_local.runtime.text.turns import Turns
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Engine, Placement
     from grok_local.runtime.engine.sampling import SamplingOptions
     from grok_local.runtime.text.forms import Message
+    from grok_local.runtime.text.structure import StructureOptions
 
 __all__ = ["Model", "load_model"]
 
@@ -85,6 +88,28 @@ class Model:
         with self._turns.step(ids, keep=False):
             return self.engine.logits(ids)
 
+    @overload
+    def score(self, texts: Sequence[str | Sequence[int]]) -> list[Score]: ...
+    @overload
+    def score(self, texts: Sequence[str | Sequence[int]], *, choices: Sequence[str]) -> list[list[Score]]: ...
+
+    def score(
+        self, texts: Sequence[str | Sequence[int]], *, choices: Sequence[str] | None = None
+    ) -> list[Score] | list[list[Score]]:
+        """How likely texts, or lists of token ids, are: each token's log-probability after all before it.
+
+        With `choices`, for each text a list of how likely each choice is to come next, as a score of the choice's own
+        tokens; the text is evaluated once. Raises ContextError, OptionError.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise OptionError("score: a list of texts is wanted")
+        options = None if choices is None else _choices(choices)
+        listed = [self.tokenize(text) if isinstance(text, str) else self._checked(text) for text in texts]
+        with self._turns.step(texts, keep=False):
+            if options is None:
+                return [score_ids(self.engine, ids) for ids in listed]
+            return [score_choices(self.engine, ids, options) for ids in listed]
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -92,17 +117,26 @@ class Model:
         max_tokens: int | None = 128,
         stop: str | Sequence[str] = (),
         special: bool = False,
+        schema: Any = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Reply:
         """Continue `prompt`, a text or token ids; iterate over the result for the text. With `special`, names of
         control tokens in the text become those tokens. `max_tokens` None or -1 is no limit but the context's.
 
-        Raises ContextError if the prompt does not fit, OptionError for values nobody can use, TypeError for unknown
-        names.
+        The text is JSON after `schema` (a dict, its JSON, or a Pydantic model), and `parsed` what it says; or matches
+        `regex`; or is one of `choice`; or follows `grammar` (GBNF). At most one of them may be given.
+
+        Raises ContextError if the prompt does not fit, OptionError for values nobody can use or forms that cannot be
+        enforced, TypeError for unknown names.
         """
         ids = self.tokenize(prompt, special=special) if isinstance(prompt, str) else self._checked(prompt)
         self._check_room(ids)
-        return Reply(self.engine, ids, self._turns, **_reply_options(max_tokens, stop, {**self._usual, **sampling}))
+        form: StructureOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
+        options = _reply_options(max_tokens, stop, {**self._usual, **sampling}, form)
+        return Reply(self.engine, ids, self._turns, **options)
 
     def chat(
         self,
@@ -110,17 +144,23 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
+        schema: Any = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> ChatReply:
         """Answer the last of `messages` ({"role": "system" | "user" | "assistant", "content": text}).
 
         A GGUF with a chat template uses it; a base model, as Grok-1 is, gets a transcript to continue. Of a
         conversation that goes on, only the new tokens are evaluated. When the context is full the oldest turns are
-        left out, and `dropped_messages` says how many. Raises as `generate` does.
+        left out, and `dropped_messages` says how many. The answer's form, and what is raised, are as in `generate`.
         """
-        options = _reply_options(max_tokens, stop, {**self._usual, **sampling})
+        form: StructureOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
+        options = _reply_options(max_tokens, stop, {**self._usual, **sampling}, form)
         laid = self._conversation.lay_out(messages, reserve=options["max_tokens"])
-        options["stop"] = [*self._conversation.form.stop, *options["stop"]]
+        if options["structure"] is None:  # a form ends the answer itself
+            options["stop"] = [*self._conversation.form.stop, *options["stop"]]
         return ChatReply(self._conversation, laid, self._turns, **options)
 
     def interrupt(self) -> None:
@@ -156,12 +196,24 @@ class Model:
             )
 
 
-def _reply_options(max_tokens: int | None, stop: str | Sequence[str], sampling: SamplingOptions) -> dict[str, Any]:
+def _reply_options(
+    max_tokens: int | None, stop: str | Sequence[str], sampling: SamplingOptions, form: StructureOptions
+) -> dict[str, Any]:
     """What a reply is told. Raises OptionError."""
     stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
     if not all(isinstance(text, str) and text for text in stops):
         raise OptionError(f"stop {stop!r:.60}: a text or a list of texts is wanted, none of them empty")
-    return {"sampling": Sampling(**sampling), "max_tokens": None if max_tokens == -1 else max_tokens, "stop": stops}
+    limit, structure = None if max_tokens == -1 else max_tokens, structure_of(form)
+    if structure and stops:
+        raise OptionError("stop: an answer in a given form ends where the form does: leave one of the two out")
+    return {"sampling": Sampling(**sampling), "max_tokens": limit, "stop": stops, "structure": structure}
+
+
+def _choices(choices: object) -> list[str]:
+    listed = list(choices) if isinstance(choices, Iterable) and not isinstance(choices, str) else []
+    if not listed or not all(isinstance(choice, str) for choice in listed):
+        raise OptionError(f"choices {choices!r:.60}: a list of texts is wanted")
+    return listed
 
 
 def _check_text(text: object) -> None:

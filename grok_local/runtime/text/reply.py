@@ -14,6 +14,7 @@ from grok_local.runtime.text.stream import TextStream
 if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Engine
     from grok_local.runtime.experts.waiting import ExpertStats
+    from grok_local.runtime.text.structure import Structure
     from grok_local.runtime.text.turns import Turns
 
 __all__ = ["Reply", "Stats"]
@@ -74,6 +75,7 @@ class Reply(Iterator[str]):
         sampling: Sampling,
         max_tokens: int | None,
         stop: Sequence[str],
+        structure: Structure | None = None,
         strip: bool = False,
     ) -> None:
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
@@ -86,8 +88,18 @@ class Reply(Iterator[str]):
         self._engine, self._turns = engine, turns
         self._limit = min(max_tokens or engine.context_size, engine.context_size - len(ids) + 1)
         self._limited_by: FinishReason = "length" if self._limit == max_tokens else "context"
-        self._stream = TextStream(stop, strip=strip)
+        self._stream, self._structure = TextStream(stop, strip=strip), structure
         self._pieces = self._run(sampling)
+
+    @property
+    def parsed(self) -> Any:
+        """What a complete answer in the form of a schema says; None for others, and for one that was cut off."""
+        return self._structure.parsed(self.text) if self._structure and self.is_whole else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the answer has the form that was asked for, and not only the beginning of something that has."""
+        return self._structure is not None and self.finish_reason == "stop"
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -109,7 +121,8 @@ class Reply(Iterator[str]):
             evaluated = self._engine.evaluate(self.prompt)
             self._count_prompt(evaluated, time.monotonic() - started, before)
             if self.finish_reason is None:
-                chain = self._engine.begin_sampling(sampling, self.prompt[-PENALTY_WINDOW:])
+                grammar = self._structure.grammar if self._structure else None
+                chain = self._engine.begin_sampling(sampling, self.prompt[-PENALTY_WINDOW:], grammar)
         if self.finish_reason:
             self._turns.done(self)
             return
@@ -136,8 +149,11 @@ class Reply(Iterator[str]):
         """Sample a token and have it evaluated, unless it is the last. Returns the text that may be shown."""
         # Where nothing is streamed nobody needs to ask: the engine may be in another process.
         started, before = time.monotonic(), self._engine.expert_stats() if self.stats.prompt_experts else None
-        text = self._accept(self._engine.sample(chain))
-        if self.finish_reason is None and (self._engine.interrupted or not self._engine.extend(self.tokens[-1:])):
+        tokens = self._forced(chain) if self._structure else []
+        if not tokens and self.finish_reason is None:
+            tokens = [self._engine.sample(chain)]
+        text = "".join(self._accept(token) for token in tokens if self.finish_reason is None)
+        if self.finish_reason is None and (self._engine.interrupted or self._engine.extend(tokens) < len(tokens)):
             self.finish_reason = "interrupted"
         if self.finish_reason:
             text += self._stream.flush()
@@ -146,6 +162,13 @@ class Reply(Iterator[str]):
             self._count_experts(before)
         self.text += text
         return text
+
+    def _forced(self, chain: int) -> list[int]:
+        """The tokens that a form leaves no choice about; sets `finish_reason` where it has ended."""
+        forced = self._engine.forced(chain)
+        if forced is None:
+            self.finish_reason = "stop"
+        return forced or []
 
     def _accept(self, token: int) -> str:
         """Take a sampled token in, and return the text that may be shown; sets `finish_reason` where it is the last."""
