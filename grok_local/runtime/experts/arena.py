@@ -29,7 +29,7 @@ class Arena:
     """
 
     def __init__(self, sizes: Sequence[int], *, slots: int) -> None:
-        self.slots = slots
+        self.touched = 0  # slots from the first on whose memory may be in use
         self.slot_bytes = sum(sizes)
         self.region = Region(0, slots * self.slot_bytes, huge=True)
         self._starts = list(accumulate(sizes, initial=0))
@@ -50,6 +50,7 @@ class Arena:
     def take(self, expert: Expert) -> int:
         """A slot for an expert that has none."""
         slot = self._taken[expert] = heapq.heappop(self._free)
+        self.touched = max(self.touched, slot + 1)
         return slot
 
     def give_back(self, experts: Iterable[Expert]) -> None:
@@ -65,6 +66,7 @@ class Arena:
         """Give back the memory of all slots but the first `count`."""
         start = -(-count * self.slot_bytes // HUGE) * HUGE
         self.region.release(start, self.region.nbytes)
+        self.touched = min(self.touched, count)
 
     def close(self) -> None:
         """Nobody may use it any more."""

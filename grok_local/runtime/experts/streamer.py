@@ -158,11 +158,15 @@ class ExpertStreamer:
         return self._room(tokens) // (sum(self._layers.spans) + _PER_CHOICE * self._used * min(tokens, 1 << 16))
 
     def _make_room(self, tokens: int) -> None:
-        """While few tokens are evaluated, experts are in the room that more of them would need for other things."""
+        """While few tokens are evaluated, experts are in the room that more of them would need for other things.
+
+        What a layer took beyond it, because a batch chose more than fit, is given back too.
+        """
         slots = self._slots_for(self._scratch.width_for(tokens))
-        if slots * self._arena.slot_bytes != self.residency.budget:
+        if self._arena.touched > slots:
             self._give_up(self._arena.beyond(slots))
             self._arena.release(slots)
+        if slots * self._arena.slot_bytes != self.residency.budget:
             self.residency.resize(slots * self._arena.slot_bytes)
 
     def _give_up(self, experts: Sequence[Expert]) -> None:

@@ -28,23 +28,12 @@ _NESTED = (
 _OTHERS = (
     *("$ref", "required", "minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"),
     *("pattern", "format", "enum", "const", "type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-    *("multipleOf", "uniqueItems", "dependentRequired", "title", "description", "default", "examples", "$schema"),
-    *(
-        "$id",
-        "$comment",
-        "$anchor",
-        "$defs",
-        "deprecated",
-        "readOnly",
-        "writeOnly",
-        "contentEncoding",
-        "additionalItems",
-    ),
+    *("multipleOf", "uniqueItems", "dependentRequired", "additionalItems", "dependencies"),
 )
 _SILENT = (
     *("title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment"),
     *("$schema", "$id", "id", "$anchor", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor"),
-    *("$vocabulary", "dependencies", "contentEncoding", "contentMediaType", "contentSchema", "nullable", "xml"),
+    *("$vocabulary", "contentEncoding", "contentMediaType", "contentSchema", "nullable", "xml"),
     *("discriminator", "externalDocs", "minContains", "maxContains"),
 )
 _VALUES = ("const", "enum", "default", "examples", "example", "required", "dependentRequired", "xml", "discriminator")

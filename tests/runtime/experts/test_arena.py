@@ -30,6 +30,9 @@ def test_no_two_experts_have_one_slot(changes: list[Expert], count: int) -> None
             held[expert] = arena.take(expert)
             assert held[expert] == lowest
     assert len(set(held.values())) == len(held)
+    assert all(slot < arena.touched for slot in held.values())
+    arena.release(count)
+    assert arena.touched <= count
     assert set(arena.beyond(count)) == {expert for expert, slot in held.items() if slot >= count}
     arena.close()
 
