@@ -14,6 +14,7 @@
     |-- WorkerError        a worker cannot be used: refused, busy, of another version
     |   `-- WorkerLost     a worker, or the connection to it, died while it was needed
     |-- ContextError       the prompt does not fit the context
+    |   `-- NoRoomError    the KV cache is full of other sequences just now
     `-- LinesFailed        some lines of many failed, and the others are done (exit code 3)
 
 A message says what is wrong, where, and the command or step that helps. Only `cli.main` prints one and exits.
@@ -32,6 +33,7 @@ __all__ = [
     "InUseError",
     "LinesFailed",
     "ModelError",
+    "NoRoomError",
     "OptionError",
     "OutputError",
     "PlacementError",
@@ -104,6 +106,10 @@ class WorkerLost(WorkerError):  # noqa: N818  # lost is what it is
 
 class ContextError(GrokLocalError):
     """A prompt has more tokens than the context has room for."""
+
+
+class NoRoomError(ContextError):
+    """The KV cache has no room for these tokens while others of other sequences are in it."""
 
 
 class LinesFailed(GrokLocalError):  # noqa: N818  # that is what happened

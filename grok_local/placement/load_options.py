@@ -20,13 +20,15 @@ __all__ = ["LoadOptions", "LoadRequest", "load_request"]
 _MAX_CONTEXT = 1 << 24
 _ALL_LAYERS = 10_000
 _SMALL = 32_000_000  # bytes of a model
+_MAX_PARALLEL = 256  # LLAMA_MAX_SEQ
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
 class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `grok_local.load`; each may be left out.
 
-    `context`: tokens, by default those the model was trained on and at most 8192; 0 is all of them. `threads`: by
+    `context`: tokens of each sequence, by default those the model was trained on and at most 8192; 0 is all of them.
+    `parallel`: how many sequences go on together, each with a context of its own. `threads`: by
     default one per physical core, fewer where other programs are busy, one for a small model. `kv_type`: f16, bf16 or
     f32. `memory`: what weights, KV cache and buffers may take in RAM, "48G" or bytes. `placement`: "auto" plans for the
     GPUs there are, "cpu" leaves them alone. `gpu_layers`: so many of the last layers go to devices, the output counting
@@ -40,6 +42,7 @@ class LoadOptions(TypedDict, total=False):
     """
 
     context: int | None
+    parallel: int
     threads: int | None
     kv_type: str
     memory: int | str | None
@@ -117,6 +120,7 @@ def _wishes(options: LoadOptions) -> Wishes:
     wishes = Wishes(
         context=options.get("context"),
         kv_type=options.get("kv_type", "f16"),
+        sequences=options.get("parallel", 1),
         gpu_layers=0 if alone else _ALL_LAYERS if options.get("gpu_layers") == -1 else options.get("gpu_layers"),
         experts_on="cpu" if alone else _number_or_word(options.get("experts_on")),
         overrides=tuple(map(_override, options.get("overrides") or ())),
@@ -132,7 +136,7 @@ def _wishes(options: LoadOptions) -> Wishes:
 
 
 def _check_kinds(options: LoadOptions) -> None:
-    for name in ("context", "threads", "gpu_layers"):
+    for name in ("context", "parallel", "threads", "gpu_layers"):
         value = options.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise OptionError(f"{name} {value!r}: a whole number is wanted")
@@ -143,9 +147,11 @@ def _check_kinds(options: LoadOptions) -> None:
 
 
 def _check_ranges(options: LoadOptions) -> None:
-    context, threads = options.get("context"), options.get("threads")
+    context, parallel, threads = options.get("context"), options.get("parallel", 1), options.get("threads")
     if context is not None and not 0 <= context <= _MAX_CONTEXT:
         raise OptionError(f"context {context}: must be 1 to {_MAX_CONTEXT}, or 0 for all the model was trained on")
+    if not 1 <= parallel <= _MAX_PARALLEL:
+        raise OptionError(f"parallel {parallel}: must be 1 to {_MAX_PARALLEL}")
     if threads is not None and not 1 <= threads <= _MAX_THREADS:
         raise OptionError(f"{threads} threads: must be 1 to {_MAX_THREADS}")
 

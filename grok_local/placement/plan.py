@@ -48,7 +48,7 @@ class Plan:
     model: ModelShape
     machine: Machine
     wishes: Wishes
-    context: int
+    context: int  # tokens of each sequence
     layers: tuple[int, ...]  # by device
     overrides: tuple[Override, ...]  # the first that matches holds
     repacked: frozenset[str]  # names of the tensors that RAM holds rearranged
@@ -64,6 +64,16 @@ class Plan:
         return sum(self.layers)
 
     @property
+    def cells(self) -> int:
+        """Tokens that the KV cache has room for, of all sequences together."""
+        return self.context * self.wishes.sequences
+
+    @property
+    def attended(self) -> int:
+        """Cells of the KV cache that a token may be compared with: its sequence's, or in one shared cache all."""
+        return self.context if self.wishes.separate else self.cells
+
+    @property
     def ram(self) -> Share:
         """RAM's share."""
         return self.shares[-1]
@@ -76,9 +86,9 @@ class Plan:
         ram = self.ram
         if not self.disk or are_pinned(self.machine.devices, self.shares):
             return ram.experts
-        width = min(tokens, self.batch, self.context)
+        width = min(tokens, self.batch, self.cells)
         compute = self.model.compute_bytes(
-            context=self.context, batch=width, attention=ram.kv > 0, experts=True, output=True
+            context=self.attended, batch=width, attention=ram.kv > 0, experts=True, output=True
         )
         return min(ram.experts + max(ram.compute - compute, 0), ram.experts + self.disk)
 

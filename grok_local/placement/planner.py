@@ -120,10 +120,14 @@ class _Planner:
 
     @cached_property
     def context(self) -> int:
-        """Tokens of the KV cache."""
+        """Tokens of each sequence."""
         trained = self.model.trained_context or _CONTEXT
         usual = max(min(_CONTEXT, trained), 1)
         return trained if self.wishes.context == 0 else self.wishes.context or usual
+
+    @property
+    def _cells(self) -> int:
+        return self.context * self.wishes.sequences
 
     @cached_property
     def budget(self) -> int:
@@ -147,8 +151,8 @@ class _Planner:
 
     def _compute(self, trial: _Trial, *, attention: bool, experts: bool, output: bool) -> int:
         return self.model.compute_bytes(
-            context=self.context,
-            batch=min(trial.batch, self.context),
+            context=self.context if self.wishes.separate else self._cells,
+            batch=min(trial.batch, self._cells),
             attention=attention,
             experts=experts,
             output=output,
@@ -167,7 +171,7 @@ class _Planner:
         cost no layer on a device.
         """
         trial, disk = replace(usual.trial, streamed=True), self._disk(usual.ram)
-        wider = [width for width in _BATCHES if trial.batch < width <= self.context and disk and not self.wishes.batch]
+        wider = [width for width in _BATCHES if trial.batch < width <= self._cells and disk and not self.wishes.batch]
         best, fewest = None, math.inf
         for width in (trial.batch, *wider):
             with suppress(PlacementError):
@@ -211,7 +215,7 @@ class _Planner:
         return [*dense, model.output_bytes]
 
     def _kv(self, layer: int) -> int:
-        return self.model.kv_bytes(layer, context=self.context, kv_type=self.wishes.kv_type)
+        return self.model.kv_bytes(layer, context=self._cells, kv_type=self.wishes.kv_type)
 
     def _place_layers(self, rooms: Sequence[int]) -> list[int]:
         """How many layers each device gets: as many as wished for, or as many as fit; in proportion to its room."""

@@ -160,7 +160,7 @@ class Repl:
         evaluated, generated = sum(s.evaluated_tokens for s in stats), sum(s.generated_tokens for s in stats)
         seconds = sum(s.generation_seconds for s in stats)
         speed = f", {generated / seconds:.2f} tok/s" if seconds else ""
-        used = len(self.model.engine.cached)
+        used = len(self.model.engine.cached[0])
         _say(f"({len(stats)} answers: {evaluated} prompt tokens evaluated, {generated} generated{speed}; ")
         _say(f" {used} of {self.model.context_size} tokens of context in use)")
         self._show_experts()

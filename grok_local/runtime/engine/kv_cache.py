@@ -24,19 +24,32 @@ class KVCache:
         self._ids: list[list[int]] = [[] for _ in range(sequences)]
 
     @property
-    def used(self) -> int:
-        """Tokens of all sequences together."""
-        return sum(map(len, self._ids))
+    def sequences(self) -> list[list[int]]:
+        """The tokens of all sequences, by position."""
+        return self._ids
 
     def ids(self, sequence: int = 0) -> list[int]:
         """The tokens of a sequence, by position."""
         return self._ids[sequence]
 
-    def keep(self, ids: Sequence[int], *, whole: bool) -> int:
-        """Forget of sequence 0 what does not begin as `ids` do, and unless they are wanted `whole` the last of them,
-        whose logits are to be had anew. Returns how many of them remain.
+    def copy(self, source: int, target: int, *, length: int) -> int:
+        """Have `target` begin as the first `length` tokens of `source`. Returns how many it has then: none of a model
+        that cannot forget a sequence's end.
         """
-        length = min(_common_prefix(self._ids[0], ids), max(len(ids) - (not whole), 0))
+        self.truncate(target, 0)
+        # All of it first: where each sequence has a buffer of its own, llama.cpp aborts at less.
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self._ids[target] = list(self._ids[source])
+        if length < len(self._ids[target]):
+            self.truncate(target, length)
+        return len(self._ids[target])
+
+    def keep(self, ids: Sequence[int]) -> int:
+        """Forget of sequence 0 what does not begin as `ids` do, and the last of them, whose logits are to be had.
+
+        Returns how many of them remain.
+        """
+        length = min(_common_prefix(self._ids[0], ids), max(len(ids) - 1, 0))
         if length < len(self._ids[0]):
             self.truncate(0, length)
         return len(self._ids[0])

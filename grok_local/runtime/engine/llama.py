@@ -13,17 +13,18 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.errors import ContextError, ModelError, OptionError
+from grok_local.errors import ContextError, ModelError, NoRoomError, OptionError
 from grok_local.formats import gguf_file
 from grok_local.machine.facts import Device, Say
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.runnable import why_not_continued
 from grok_local.runtime.engine import log
+from grok_local.runtime.engine.draws import Draws
 from grok_local.runtime.engine.interrupts import ctrl_c_later
 from grok_local.runtime.engine.kv_cache import KVCache
 from grok_local.runtime.engine.opening import open_planned
-from grok_local.runtime.engine.protocol import Placement
-from grok_local.runtime.engine.sampling import Chain, Constraint, Sampling, check_finite, log_probabilities
+from grok_local.runtime.engine.protocol import Draw, Drawn, Placement
+from grok_local.runtime.engine.sampling import Sampling, check_finite, log_probabilities
 from grok_local.runtime.engine.tokens import Tokens
 from grok_local.runtime.experts.waiting import ExpertStats
 from grok_local.runtime.graph.rows import Row
@@ -33,8 +34,7 @@ __all__ = ["LlamaEngine"]
 
 _MOST_OUTPUTS = 512  # tokens whose logits llama.cpp keeps at once: of 131072 float32 each
 _SCORED = 64  # the same, where little memory matters more than wide batches
-_PROMPTS = 4
-_ABORTED = 2  # llama_decode's answer when the abort callback said so
+_NO_ROOM, _ABORTED = 1, 2  # llama_decode's answers when the KV cache is full, and when the abort callback said so
 
 
 class LlamaEngine:
@@ -51,10 +51,6 @@ class LlamaEngine:
         self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
         self._tap: Tap | None = None
         self._batch: Any = None
-        self._read: dict[tuple[int, ...], npt.NDArray[np.float32]] = {}  # logits after the last prompts
-        self._ready: npt.NDArray[np.float32] | None = None  # the logits to sample from, if not llama.cpp's last
-        self._chains: dict[int, Chain] = {}
-        self._next_chain = 0
         log.listen()
         llama_cpp.llama_backend_init()
         opened = open_planned(
@@ -73,15 +69,15 @@ class LlamaEngine:
         self.placement: Placement = opened.placement
         plan = self.placement.plan
         self._tokens = Tokens(opened.model, self.metadata)
+        self._draws = Draws(opened.context, self._tokens)
         self._cache = KVCache(opened.context, sequences=plan.wishes.sequences)
         self.context_size = min(plan.context, int(llama_cpp.llama_n_ctx(opened.context)))
-        self._batch_size = min(plan.batch, int(llama_cpp.llama_n_batch(opened.context)))
-        self._batch = llama_cpp.llama_batch_init(self._batch_size, 0, 1)
+        self.batch_size = min(plan.batch, int(llama_cpp.llama_n_batch(opened.context)))
+        self._batch = llama_cpp.llama_batch_init(self.batch_size, 0, 1)
 
     def close(self) -> None:
         """Free everything; the engine is unusable afterwards. Safe to call twice."""
-        for chain in list(self._chains):
-            self.end_sampling(chain)
+        self._draws.close()
         if self._batch:
             llama_cpp.llama_batch_free(self._batch)
         self._batch = self._tap = None
@@ -139,12 +135,52 @@ class LlamaEngine:
     # -- evaluating ----------------------------------------------------------------------------------------------------
 
     @property
-    def cached(self) -> list[int]:
-        """The tokens of sequence 0 in the KV cache."""
-        return self._cache.ids()
+    def cached(self) -> list[list[int]]:
+        """The tokens in the KV cache, of each sequence."""
+        return self._cache.sequences
+
+    def step(self, rows: Sequence[Row], draws: Sequence[Draw] = ()) -> list[Drawn] | None:
+        """Evaluate `rows` of any sequences at once, each the next of its sequence, and choose what follows.
+
+        A draw needs an output among the rows of its sequence, or logits that an earlier one kept there. None if
+        interrupted, and then nothing has changed. Raises NoRoomError, which leaves everything as it was, OptionError
+        for tokens there are not, ModelError.
+        """
+        self._check_open()
+        self._check_usable()
+        self._tokens.check([row.token for row in rows])
+        if rows and not self._decode(rows):
+            return None
+        outputs = {row.sequence: index for index, row in enumerate(rows) if row.output}
+        return [self._drawn(draw, outputs.get(draw.sequence)) for draw in draws]
+
+    def _drawn(self, draw: Draw, index: int | None) -> Drawn:
+        if draw.keep and index is not None:
+            self._draws.keep(draw.sequence, len(self._cache.ids(draw.sequence)), index=index)
+        return self._draws.drawn(draw, index)
+
+    def copy(self, source: int, target: int, *, length: int) -> int:
+        """Have `target` begin as the first `length` tokens of `source`, without evaluating them.
+
+        Returns how many of them it has then: fewer, of a model that cannot forget a sequence's end.
+        """
+        self._check_open()
+        found = self._cache.copy(source, target, length=length)
+        self._draws.copy(source, target, length=found)
+        return found
+
+    def forget(self, sequence: int, *, start: int = 0) -> int:
+        """Forget a sequence from position `start` on. Returns how many of its tokens remain, none of a model that
+        cannot forget only a part.
+        """
+        self._check_open()
+        self._cache.truncate(sequence, start)
+        remain = len(self._cache.ids(sequence))
+        self._draws.shorten(sequence, remain)
+        return remain
 
     def evaluate(self, ids: Sequence[int]) -> int:
-        """Make the KV cache hold exactly `ids`, with the last one's logits ready. Returns how many had to be evaluated.
+        """Make the KV cache hold exactly `ids` in sequence 0. Returns how many had to be evaluated.
 
         Stops early, with `interrupted` set and the cache at what was done, when `interrupt` was called. Raises
         ContextError when they do not fit.
@@ -157,27 +193,15 @@ class LlamaEngine:
                 f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or take more"
             )
         self._check_usable()
-        key = tuple(ids)
-        kept = self._cache.keep(ids, whole=key in self._read)
-        evaluated = self.extend(ids[kept:])
-        if kept == len(ids):
-            self._ready = self._read[key]
-        elif kept + evaluated == len(ids):
-            self._remember(key)
-        return evaluated
-
-    def _remember(self, prompt: tuple[int, ...]) -> None:
-        """Keep a prompt's logits: its last token, evaluated again and alone, would have others by a hair."""
-        self._read[prompt] = self._last_logits().copy()
-        while len(self._read) > _PROMPTS:
-            del self._read[next(iter(self._read))]
+        kept = self._cache.keep(ids)
+        return self.extend(ids[kept:])
 
     def extend(self, ids: Sequence[int]) -> int:
         """Evaluate `ids` after what the cache holds of sequence 0; they must fit. Returns how many were, fewer than all
         if interrupted.
         """
-        for start in range(0, len(ids), self._batch_size):
-            chunk = ids[start : start + self._batch_size]
+        for start in range(0, len(ids), self.batch_size):
+            chunk = ids[start : start + self.batch_size]
             if not self._decode(self._rows(0, chunk)):
                 return start
         return len(ids)
@@ -216,10 +240,10 @@ class LlamaEngine:
             raise ContextError(f"{len(ids)} tokens do not fit the context of {self.context_size}: give a larger one")
         self._check_usable()
         self.interrupted = False
-        kept = self._cache.keep(ids[: start + 1], whole=False)
+        kept = self._cache.keep(ids[: start + 1])
         whole = self.extend(ids[kept:start]) == start - kept
-        for at in range(start, len(ids), min(width, self._batch_size)):
-            chunk = ids[at : at + min(width, self._batch_size)]
+        for at in range(start, len(ids), min(width, self.batch_size)):
+            chunk = ids[at : at + min(width, self.batch_size)]
             whole = whole and self._decode([row._replace(output=True) for row in self._rows(0, chunk)])
             if not whole:
                 raise ModelError("interrupted")
@@ -234,10 +258,11 @@ class LlamaEngine:
         self._check_open()
         self.interrupted = False
         rows = [row for number, ids in pieces.items() for row in self._checked_rows(number, ids)]
-        used = self._cache.used + len(rows)
-        if used > self.context_size or len(rows) > self._batch_size:
+        longest = max(row.position for row in rows) + 1
+        if longest > self.context_size or len(rows) > self.batch_size:
             raise ContextError(
-                f"{len(rows)} tokens at once, {used} in all: at most {self._batch_size} and {self.context_size} fit"
+                f"{len(rows)} tokens at once, {longest} in a sequence: at most {self.batch_size} and "
+                f"{self.context_size} fit"
             )
         if not self._decode(rows):
             raise ModelError("interrupted")
@@ -263,7 +288,6 @@ class LlamaEngine:
     def _decode(self, rows: Sequence[Row]) -> bool:
         """Have llama.cpp compute them. False if interrupted. What is not complete leaves nothing in the cache."""
         batch = self._filled(rows)
-        self._ready = None
         log.clear()
         try:
             if self._tap:
@@ -281,6 +305,8 @@ class LlamaEngine:
         self._cache.roll_back(rows)
         if status == _ABORTED:
             return False
+        if status == _NO_ROOM:
+            raise NoRoomError(f"the KV cache has no room for {len(rows)} tokens more")
         raise ModelError(f"llama.cpp failed to evaluate {len(rows)} tokens (status {status}): {log.reason()}")
 
     def _filled(self, rows: Sequence[Row]) -> Any:
@@ -298,39 +324,16 @@ class LlamaEngine:
     # -- sampling ------------------------------------------------------------------------------------------------------
 
     def begin_sampling(self, options: Sampling, recent: Sequence[int], grammar: str | None = None) -> int:
-        """A way to choose tokens, for `sample`; `recent` are the last tokens so far, for the repetition penalty.
+        """A way to choose tokens, for draws; `recent` are the last tokens so far, for the repetition penalty.
 
         `grammar`, as llguidance reads it, says what may come. Raises OptionError if this vocabulary cannot follow it.
         """
         self._check_open()
-        constraint = Constraint(grammar, self._tokens.for_grammars) if grammar else None
-        self._next_chain += 1
-        self._chains[self._next_chain] = Chain(options, self.vocabulary, recent=recent, constraint=constraint)
-        return self._next_chain
-
-    def sample(self, chain: int) -> int:
-        """The choice after the last evaluated token; the chain's next choices remember it. Raises ModelError where the
-        logits are no numbers.
-        """
-        self._check_open()
-        chosen = self._chains[chain]
-        if self._ready is not None or chosen.is_constrained:
-            return chosen.sample(self._last_logits() if self._ready is None else self._ready)
-        check_finite(self._last_logits())
-        return chosen.sample_last(self._opened.context)
-
-    def forced(self, chain: int) -> list[int] | None:
-        """Tokens that a chain's grammar leaves no choice about, which are taken as chosen; None where it has ended."""
-        self._check_open()
-        return self._chains[chain].forced()
-
-    def _last_logits(self) -> npt.NDArray[np.float32]:
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._opened.context, -1), (self.vocabulary,))
+        return self._draws.begin(options, recent, grammar)
 
     def end_sampling(self, chain: int) -> None:
         """It is not needed any more."""
-        if known := self._chains.pop(chain, None):
-            known.close()
+        self._draws.end(chain)
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
 

@@ -222,10 +222,10 @@ def _patterns(names: Iterable[str]) -> Iterator[str]:
 
 def _new_context(model: Any, target: _Target, plan: Plan, *, tap: Tap | None) -> Any:
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = plan.context
+    params.n_ctx = plan.cells
     params.n_batch = params.n_ubatch = plan.batch
     params.n_seq_max = plan.wishes.sequences
-    params.kv_unified = plan.wishes.sequences > 1
+    params.kv_unified = plan.wishes.sequences > 1 and not plan.wishes.separate
     params.n_threads = params.n_threads_batch = target.threads
     params.type_k = params.type_v = _KV_TYPES[plan.wishes.kv_type]
     params.abort_callback = target.abort

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from grok_local.placement.plan import Plan
     from grok_local.runtime.engine.sampling import Sampling
     from grok_local.runtime.experts.waiting import ExpertStats
+    from grok_local.runtime.graph.rows import Row
 
-__all__ = ["Engine", "Held", "Placement"]
+__all__ = ["Draw", "Drawn", "Engine", "Held", "Likely", "Placement", "Token"]
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,63 @@ class Placement:
     notes: tuple[str, ...]
 
 
+class Draw(NamedTuple):
+    """A choice to be made of what follows a sequence's last token, by the sampler chain `chain`.
+
+    With `keep`, the logits stay with the sequence, so that another choice can be made at the same place later.
+    `likely`: of how many tokens the log-probabilities are wanted beside the chosen one's; None for none at all.
+    """
+
+    sequence: int
+    chain: int
+    keep: bool = False
+    likely: int | None = None
+
+
+class Likely(NamedTuple):
+    """Natural logarithms of probabilities, as the model has them before any sampling option: of the chosen token, and
+    of the likeliest ones by falling probability.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, bytes, float], ...]
+
+
+class Token(NamedTuple):
+    """A token that was chosen: its id, its bytes, and whether the model ends the text with it."""
+
+    id: int
+    piece: bytes
+    is_end: bool
+    likely: Likely | None = None
+
+
+class Drawn(NamedTuple):
+    """What comes next in a sequence: the chosen token, and those after it that a grammar leaves no choice about.
+
+    None come, and `is_over`, where the grammar has ended.
+    """
+
+    tokens: tuple[Token, ...]
+    is_over: bool = False
+
+
 class Engine(Protocol):
-    """A loaded model and its KV cache. Only `interrupt` is thread-safe; once closed, every method raises ModelError."""
+    """A loaded model and its KV cache, with places for several sequences.
+
+    Only `interrupt` is thread-safe; once closed, every method raises ModelError.
+    """
 
     interrupted: bool
 
     @property
     def bos(self) -> int: ...  # the BOS token's id, or -1
     @property
-    def cached(self) -> list[int]: ...  # the tokens of sequence 0 in the KV cache
+    def batch_size(self) -> int: ...  # rows that one step may have
     @property
-    def context_size(self) -> int: ...  # tokens that fit the KV cache
+    def cached(self) -> list[list[int]]: ...  # the tokens in the KV cache, of each sequence
+    @property
+    def context_size(self) -> int: ...  # tokens that each sequence may have
     @property
     def headers(self) -> list[Header]: ...
     @property
@@ -73,9 +120,11 @@ class Engine(Protocol):
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]: ...
     def tail_logits(self, ids: Sequence[int], start: int) -> npt.NDArray[np.float32]: ...
     def score(self, ids: Sequence[int], start: int) -> list[float]: ...
+
+    def step(self, rows: Sequence[Row], draws: Sequence[Draw] = ()) -> list[Drawn] | None: ...
+    def copy(self, source: int, target: int, *, length: int) -> int: ...
+    def forget(self, sequence: int, *, start: int = 0) -> int: ...
     def begin_sampling(self, options: Sampling, recent: Sequence[int], grammar: str | None = None) -> int: ...
-    def sample(self, chain: int) -> int: ...
-    def forced(self, chain: int) -> list[int] | None: ...
     def end_sampling(self, chain: int) -> None: ...
     def expert_stats(self) -> ExpertStats | None: ...
 

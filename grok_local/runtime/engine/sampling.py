@@ -21,6 +21,7 @@ __all__ = [
     "Sampling",
     "SamplingOptions",
     "check_finite",
+    "likeliest",
     "log_probabilities",
 ]
 
@@ -96,6 +97,18 @@ def log_probabilities(logits: npt.NDArray[np.float32], ids: Sequence[int]) -> li
     return found
 
 
+def likeliest(logits: npt.NDArray[np.float32], chosen: int, *, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """Natural logarithms of the probabilities of token `chosen` and of the `count` likeliest ones by falling
+    probability, equal ones by falling id, from a row of logits [vocabulary].
+    """
+    highest = float(logits.max())
+    total = highest + float(np.log(np.exp(logits - highest).sum(dtype=np.float64)))
+    count = min(count, len(logits))
+    best = np.argpartition(logits, len(logits) - count)[len(logits) - count :] if count else np.empty(0, np.int64)
+    ordered = sorted(((float(logits[token]) - total, int(token)) for token in best), reverse=True)
+    return float(logits[chosen]) - total, [(token, value) for value, token in ordered]
+
+
 def _new_chain(options: Sampling, vocabulary: int, *, recent: Sequence[int]) -> Any:
     """llama.cpp's sampler chain for `options`, that has seen the tokens `recent`. The caller frees it."""
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
@@ -107,8 +120,7 @@ def _new_chain(options: Sampling, vocabulary: int, *, recent: Sequence[int]) -> 
 
 
 def _sample_from(logits: npt.NDArray[np.float32], chain: Any) -> int:
-    """What llama_sampler_sample does, from logits that are kept [vocabulary]. Raises ModelError."""
-    check_finite(logits)
+    """What llama_sampler_sample does, from logits that are kept [vocabulary]."""
     choices = np.zeros(len(logits), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
     choices["id"], choices["logit"] = np.arange(len(logits)), logits
     pointer = choices.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
@@ -179,30 +191,33 @@ class Chain:
         self._links = _new_chain(options, vocabulary, recent=recent)
         self._constraint = constraint
 
-    def sample(self, logits: npt.NDArray[np.float32]) -> int:
+    def choose(self, logits: npt.NDArray[np.float32]) -> int:
         """Choose by a row of logits [vocabulary]. Raises ModelError where they are no numbers."""
+        check_finite(logits)
         if self._constraint is None:
             return _sample_from(logits, self._links)
-        check_finite(logits)
         token = _sample_from(self._constraint.masked(logits), self._links)
         self._constraint.accept([token])
         return token
 
-    def sample_last(self, context: Any) -> int:
-        """Choose by the last logits of a llama_context, which are finite; where nothing is masked they need no copy."""
-        return int(llama_cpp.llama_sampler_sample(self._links, context, -1))
+    def choose_at(self, context: Any, index: int) -> int:
+        """Choose by the logits that a llama_context has for row `index`, which are finite: nothing needs a copy."""
+        return int(llama_cpp.llama_sampler_sample(self._links, context, index))
 
     @property
     def is_constrained(self) -> bool:
         """Whether a grammar says what may come."""
         return self._constraint is not None
 
-    def forced(self) -> list[int] | None:
-        """Tokens that have to come next, taken in; None where nothing may come any more."""
-        if self._constraint is None:
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may come any more."""
+        return self._constraint is not None and self._constraint.is_over
+
+    def forced(self) -> list[int]:
+        """Tokens that have to come next, taken in; none where there is a choice."""
+        if self._constraint is None or self._constraint.is_over:
             return []
-        if self._constraint.is_over:
-            return None
         tokens = self._constraint.forced()
         self._constraint.accept(tokens)
         for token in tokens:

@@ -33,7 +33,7 @@ __all__ = ["INTERRUPT", "LOAD"]
 
 INTERRUPT = signal.SIGUSR1
 LOAD = "load"  # (request, devices of the workers); the answer is the engine's FACTS, by name
-FACTS = ("bos", "context_size", "headers", "placement", "threads", "vocabulary")
+FACTS = ("batch_size", "bos", "context_size", "headers", "placement", "threads", "vocabulary")
 
 _WATCH_SECONDS = 1.0
 # Seconds of silence, and between the three questions that follow; the second name is macOS's for the first.

@@ -77,6 +77,7 @@ class RemoteEngine:
     thread-safe but for `interrupt`.
     """
 
+    batch_size: int
     bos: int
     context_size: int
     headers: list[Header]
@@ -120,11 +121,12 @@ class RemoteEngine:
     score = _forwarded(LlamaEngine.score)
     evaluate_together = _forwarded(LlamaEngine.evaluate_together)
     expert_stats = _forwarded(LlamaEngine.expert_stats)
-    sample = _forwarded(LlamaEngine.sample)
-    forced = _forwarded(LlamaEngine.forced)
+    step = _forwarded(LlamaEngine.step)
+    copy = _forwarded(LlamaEngine.copy)
+    forget = _forwarded(LlamaEngine.forget)
 
     def begin_sampling(self, options: Sampling, recent: Sequence[int], grammar: str | None = None) -> int:
-        """A way to choose tokens, for `sample`; `recent` are the last tokens so far, `grammar` says what may come."""
+        """A way to choose tokens, for draws; `recent` are the last tokens so far, `grammar` says what may come."""
         while self._ended:
             self._call("end_sampling", self._ended.pop())
         chain: int = self._call("begin_sampling", options, recent, grammar)
@@ -145,9 +147,9 @@ class RemoteEngine:
         return self.headers[0].metadata
 
     @property
-    def cached(self) -> list[int]:
-        """The tokens in the KV cache."""
-        ids: list[int] = self._call("cached")
+    def cached(self) -> list[list[int]]:
+        """The tokens in the KV cache, of each sequence."""
+        ids: list[list[int]] = self._call("cached")
         return ids
 
     def interrupt(self) -> None:

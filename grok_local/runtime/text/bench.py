@@ -106,7 +106,8 @@ def _repeated(
 
 def _read(model: Model, count: int) -> None:
     engine = model.engine
-    first = (engine.cached[0] + 1) % engine.vocabulary if engine.cached else 0  # another than last time: nothing cached
+    cached = engine.cached[0]
+    first = (cached[0] + 1) % engine.vocabulary if cached else 0  # another than last time: nothing cached
     engine.evaluate([first, *(random.randrange(engine.vocabulary) for _ in range(count - 1))])
 
 

@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.runtime.text.forms import ChatForm, Message, Segment, form_for
 from grok_local.runtime.text.reply import Reply
-from grok_local.runtime.text.turns import Turns
 
 if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Engine
+    from grok_local.runtime.scheduling.generation import Request
+    from grok_local.runtime.scheduling.turns import Turns
+    from grok_local.runtime.text.structure import Structure
 
 __all__ = ["ChatReply", "Conversation"]
 
@@ -155,8 +157,10 @@ class ChatReply(Reply):
     its own tokens.
     """
 
-    def __init__(self, conversation: Conversation, laid: Laid, turns: Turns, **options: Any) -> None:
-        super().__init__(conversation.engine, laid.ids, turns, strip=options["structure"] is None, **options)
+    def __init__(
+        self, conversation: Conversation, laid: Laid, request: Request, turns: Turns, *, structure: Structure | None
+    ) -> None:
+        super().__init__(request, turns, size=conversation.engine.context_size, structure=structure)
         self.dropped_messages = laid.dropped  # of the conversation's oldest, to make room
         self.notes = tuple(conversation.form.notes)  # what is to be known of how it was laid out
         self._conversation, self._laid = conversation, laid

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from grok_local.errors import ContextError, OptionError
 from grok_local.runtime.engine.llama import LlamaEngine
-from grok_local.runtime.engine.sampling import Sampling
+from grok_local.runtime.scheduling.scheduler import Scheduler
+from grok_local.runtime.scheduling.turns import Turns
 from grok_local.runtime.text.chat import ChatReply, Conversation
+from grok_local.runtime.text.options import answering
 from grok_local.runtime.text.reply import Reply
 from grok_local.runtime.text.scoring import Score, score_choices, score_ids
-from grok_local.runtime.text.structure import structure_of
-from grok_local.runtime.text.turns import Turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,35 +25,41 @@ if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Engine, Placement
     from grok_local.runtime.engine.sampling import SamplingOptions
     from grok_local.runtime.text.forms import Message
-    from grok_local.runtime.text.structure import StructureOptions
+    from grok_local.runtime.text.options import AnswerOptions
 
 __all__ = ["Model", "load_model"]
 
 
 def load_model(request: LoadRequest, *, say: Say | None = None) -> Model:
     """Load a GGUF; `say` is told what takes long. Raises GGUFError, ModelError, PlacementError or WorkerError."""
+    return Model(request, open_engine(request, say=say), say=say)
+
+
+def open_engine(request: LoadRequest, *, say: Say | None = None) -> Engine:
+    """The engine in this process, or where it has to be contained, in one of its own. Raises as `load_model` does."""
     if not request.contained:
-        return _model(request, LlamaEngine(request, say=say))
+        return LlamaEngine(request, say=say)
     from grok_local.runtime.remote.client import RemoteEngine
 
-    return _model(request, RemoteEngine(request, say=say))
-
-
-def _model(request: LoadRequest, engine: Engine) -> Model:
-    return Model(request.path, engine, template=request.template, temperature=request.temperature)
+    return RemoteEngine(request, say=say)
 
 
 class Model:
-    """A GGUF, loaded. A context manager. Any thread may use it: they take turns, an answer each."""
+    """A GGUF, loaded. A context manager. Any thread may use it.
 
-    def __init__(
-        self, path: Path, engine: Engine, *, template: str | None = None, temperature: float | None = None
-    ) -> None:
-        self.path = path
+    What several threads generate goes on together as far as the model has places for them; the rest takes turns.
+    """
+
+    def __init__(self, request: LoadRequest, engine: Engine, *, say: Say | None = None) -> None:
+        self.path = request.path
+        self._loading, self._say = request, say
+        self._usual: SamplingOptions = {} if request.temperature is None else {"temperature": request.temperature}
+        self._use(engine)
+
+    def _use(self, engine: Engine) -> None:
         self.engine = engine
-        self._usual: SamplingOptions = {} if temperature is None else {"temperature": temperature}
-        self._turns = Turns()
-        self._conversation = Conversation(engine, template=template)
+        self._turns = Turns(Scheduler(engine, places=engine.placement.plan.wishes.sequences))
+        self._conversation = Conversation(engine, template=self._loading.template)
 
     @property
     def context_size(self) -> int:
@@ -85,7 +90,7 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [len(ids), vocabulary]: the logits after each position. Raises ContextError, OptionError."""
-        with self._turns.step(ids, keep=False):
+        with self._turns.alone():
             return self.engine.logits(ids)
 
     @overload
@@ -105,7 +110,7 @@ class Model:
             raise OptionError("score: a list of texts is wanted")
         options = None if choices is None else _choices(choices)
         listed = [self.tokenize(text) if isinstance(text, str) else self._checked(text) for text in texts]
-        with self._turns.step(texts, keep=False):
+        with self._turns.alone():
             if options is None:
                 return [score_ids(self.engine, ids) for ids in listed]
             return [score_choices(self.engine, ids, options) for ids in listed]
@@ -117,6 +122,7 @@ class Model:
         max_tokens: int | None = 128,
         stop: str | Sequence[str] = (),
         special: bool = False,
+        logprobs: int | None = None,
         schema: Any = None,
         regex: str | None = None,
         choice: Sequence[str] | None = None,
@@ -129,14 +135,17 @@ class Model:
         The text is JSON after `schema` (a dict, its JSON, or a Pydantic model), and `parsed` what it says; or matches
         `regex`; or is one of `choice`; or follows `grammar` (GBNF). At most one of them may be given.
 
+        `logprobs`: each token's log-probability is kept, and those of so many of the likeliest.
+
         Raises ContextError if the prompt does not fit, OptionError for values nobody can use or forms that cannot be
         enforced, TypeError for unknown names.
         """
         ids = self.tokenize(prompt, special=special) if isinstance(prompt, str) else self._checked(prompt)
         self._check_room(ids)
-        form: StructureOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
-        options = _reply_options(max_tokens, stop, {**self._usual, **sampling}, form)
-        return Reply(self.engine, ids, self._turns, **options)
+        given: AnswerOptions = {"max_tokens": max_tokens, "stop": stop, "logprobs": logprobs}
+        form: AnswerOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
+        how = answering({**given, **form}, {**self._usual, **sampling})
+        return Reply(how.request(ids), self._turns, size=self.context_size, structure=how.structure)
 
     def chat(
         self,
@@ -144,6 +153,7 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
         schema: Any = None,
         regex: str | None = None,
         choice: Sequence[str] | None = None,
@@ -156,20 +166,21 @@ class Model:
         conversation that goes on, only the new tokens are evaluated. When the context is full the oldest turns are
         left out, and `dropped_messages` says how many. The answer's form, and what is raised, are as in `generate`.
         """
-        form: StructureOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
-        options = _reply_options(max_tokens, stop, {**self._usual, **sampling}, form)
-        laid = self._conversation.lay_out(messages, reserve=options["max_tokens"])
-        if options["structure"] is None:  # a form ends the answer itself
-            options["stop"] = [*self._conversation.form.stop, *options["stop"]]
-        return ChatReply(self._conversation, laid, self._turns, **options)
+        given: AnswerOptions = {"max_tokens": max_tokens, "stop": stop, "logprobs": logprobs}
+        form: AnswerOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
+        how = answering({**given, **form}, {**self._usual, **sampling})
+        laid = self._conversation.lay_out(messages, reserve=how.max_tokens)
+        request = how.request(laid.ids, strip=True, stop=self._conversation.form.stop)
+        return ChatReply(self._conversation, laid, request, self._turns, structure=how.structure)
 
     def interrupt(self) -> None:
-        """End the answer under way; from a signal handler or another thread."""
+        """End the answers under way; from a signal handler or another thread."""
+        self._turns.interrupt()
         self.engine.interrupt()
 
     def close(self) -> None:
         """Free the model; safe to call twice."""
-        with self._turns.step(self, keep=False):
+        with self._turns.stopped():
             self.engine.close()
 
     def __enter__(self) -> Model:
@@ -194,19 +205,6 @@ class Model:
                 f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or take a larger "
                 "context"
             )
-
-
-def _reply_options(
-    max_tokens: int | None, stop: str | Sequence[str], sampling: SamplingOptions, form: StructureOptions
-) -> dict[str, Any]:
-    """What a reply is told. Raises OptionError."""
-    stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
-    if not all(isinstance(text, str) and text for text in stops):
-        raise OptionError(f"stop {stop!r:.60}: a text or a list of texts is wanted, none of them empty")
-    limit, structure = None if max_tokens == -1 else max_tokens, structure_of(form)
-    if structure and stops:
-        raise OptionError("stop: an answer in a given form ends where the form does: leave one of the two out")
-    return {"sampling": Sampling(**sampling), "max_tokens": limit, "stop": stops, "structure": structure}
 
 
 def _choices(choices: object) -> list[str]:

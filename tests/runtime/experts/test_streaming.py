@@ -148,7 +148,7 @@ def test_a_sequence_alone_is_what_it_is_among_others(golden: Path, tmp_path: Pat
     with closing(LlamaEngine(LoadRequest(floats, wishes, threads=2))) as engine:
         engine.evaluate(IDS[:5])
         together = engine.evaluate_together({0: IDS[5:8], 2: IDS[20:40], 1: IDS[50:53]})
-        assert engine.cached == IDS[:8]
+        assert engine.cached[0] == IDS[:8]
     with closing(LlamaEngine(LoadRequest(floats, replace(wishes, sequences=1), threads=2))) as engine:
         alone = np.stack([engine.logits(ids)[-1] for ids in (IDS[:8], IDS[20:40], IDS[50:53])])
     for number, logits in enumerate(together):

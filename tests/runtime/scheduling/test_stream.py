@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grok_local.runtime.text.stream import TextStream
+from grok_local.runtime.scheduling.stream import TextStream
 
 
 def _stream(pieces: list[bytes], stop: list[str]) -> tuple[list[str], bool]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import grok_local
-from grok_local.runtime.text.turns import Turns
+
 
 QUESTIONS = ["What is an expert?", "What does a router do?", "Once upon a time", "one two three"]
 
@@ -89,45 +89,6 @@ def test_closing_waits_for_the_step_under_way(packed: Path) -> None:
     model.close()
     reader.join()
     assert [str(error) for error in errors] in ([], ["the model is closed"])
-
-
-def took(action: Callable[[], None]) -> float:
-    started = time.monotonic()
-    action()
-    return time.monotonic() - started
-
-
-def test_who_has_begun_keeps_its_turn_for_a_moment() -> None:
-    turns, order = Turns(), []
-
-    def other() -> None:
-        with turns.step("b") as undisturbed:
-            order.append(("b", undisturbed))
-        turns.done("b")
-
-    with turns.step("a") as undisturbed:
-        order.append(("a", undisturbed))
-    thread = threading.Thread(target=other)
-    thread.start()
-    with turns.step("a") as undisturbed:
-        order.append(("a", undisturbed))
-    thread.join()  # "a" does not come back, and loses its turn
-    with turns.step("a") as undisturbed:
-        order.append(("a", undisturbed))
-    assert order == [("a", False), ("a", True), ("b", False), ("a", False)]
-    assert took(lambda: turns.done("a")) < 0.05
-
-
-def test_the_owners_thread_waits_for_nobody() -> None:
-    turns = Turns()
-    with turns.step("a"):
-        pass
-
-    def take() -> None:
-        with turns.step("b") as undisturbed:
-            assert not undisturbed
-
-    assert took(take) < 0.05
 
 
 def test_an_identical_prompt_has_the_same_answer_from_the_cache(packed: Path) -> None:

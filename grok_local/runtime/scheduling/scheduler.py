@@ -1,0 +1,260 @@
+"""Decides which sequences go on: continuous batching.
+
+A step evaluates a token of each answer and as much of prompts as fits beside them. A place that an answer leaves is taken
+at once; a beginning that several prompts share is evaluated once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from grok_local.errors import ContextError, GrokLocalError, NoRoomError
+from grok_local.runtime.engine.protocol import Draw
+from grok_local.runtime.engine.sampling import PENALTY_WINDOW
+from grok_local.runtime.graph.rows import Row
+from grok_local.runtime.scheduling.composing import Chunk, Composer, Running, Together
+from grok_local.runtime.scheduling.generation import Generation
+from grok_local.runtime.scheduling.sequences import Sequences, common_length
+
+if TYPE_CHECKING:
+    from grok_local.runtime.engine.protocol import Drawn, Engine
+    from grok_local.runtime.experts.waiting import ExpertStats
+
+__all__ = ["Scheduler"]
+
+_WORTH_WAITING = 16  # tokens that a prompt beside evaluates anyway, for which a prompt waits with its own
+_LEAD = 16  # tokens that an answer may be ahead of its reader
+
+Wanted = Callable[[Generation], bool]
+
+
+class Scheduler:
+    """Generations on the places of an engine. Any thread may submit or cancel; all else is for one at a time.
+
+    `composer` says what goes into a step; a `prefix` is what alone several prompts may share the evaluation of. In
+    `tick`, `wanted` of a generation is whether somebody waits for it now, and `may_yield` whether it may lose its place
+    to one that is wanted.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        places: int,
+        composer: Composer | None = None,
+        prefix: Sequence[int] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._streams = engine.expert_stats() is not None
+        self._sequences = Sequences(engine, places, prefix=prefix)
+        self._composer = composer or Together()
+        self._arrived: deque[Running] = deque()
+        self._queue: list[Running] = []  # those without a place
+        self._running: list[Running] = []
+        self._numbers = itertools.count(1)
+        self._is_full = False  # the KV cache was too small for those that run: nobody is admitted before one ends
+        self._is_doubtful = False  # something broke into a step: what the places hold is not known
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no generation that has not ended."""
+        return not (self._arrived or self._queue or self._running)
+
+    def submit(self, generation: Generation) -> None:
+        """It goes on when there is a place and somebody wants it."""
+        self._arrived.append(Running(generation, next(self._numbers)))
+
+    def tick(self, *, wanted: Wanted, may_yield: Wanted) -> bool:
+        """A step of those that are wanted, and of those beside them that are not far ahead of their readers.
+
+        Says whether there was anything to do. An error of the engine ends all generations that were in the step.
+        """
+        self._engine.interrupted = False
+        while self._arrived:
+            self._queue.append(self._arrived.popleft())
+        self._end_cancelled()
+        self._look_again()
+        self._admit(wanted, may_yield)
+        active = [one for one in self._running if wanted(one.generation) or one.generation.unread < _LEAD]
+        if not any(wanted(one.generation) for one in active):
+            return False
+        chunks = self._composer.compose(active, room=self._engine.batch_size)
+        try:
+            self._step(chunks)
+        except NoRoomError:
+            self._make_room()
+        except GrokLocalError as error:
+            self._is_doubtful = True
+            self._fail(active, error)
+        except BaseException:
+            self._is_doubtful = True
+            raise
+        return True
+
+    def cancel_all(self) -> None:
+        """Nobody wants any of them. Safe to call from any thread and from a signal handler."""
+        for one in (*self._running, *self._queue, *self._arrived):
+            one.generation.is_cancelled = True
+
+    def vacate(self, *, may_yield: Wanted) -> bool:
+        """Have place 0 free, for what is done with the engine itself. Says whether it is."""
+        self._end_cancelled()
+        for one in list(self._running):
+            if one.place == 0 and may_yield(one.generation):
+                self._set_aside(one)
+        return self._sequences.reserve(0)
+
+    def look_again(self) -> None:
+        """Somebody has used the engine itself, and is done with it."""
+        self._sequences.end_reserving()
+        self._is_doubtful = True
+
+    # -- places --------------------------------------------------------------------------------------------------------
+
+    def _admit(self, wanted: Wanted, may_yield: Wanted) -> None:
+        """Give places to those that are wanted, in the order in which they came."""
+        for one in list(self._queue):
+            if self._is_full or not (self._sequences.has_free or self._displaceable(wanted, may_yield)):
+                return
+            if wanted(one.generation) and not self._comes_soon(one, wanted) and self._has_chain(one):
+                if not self._sequences.has_free:
+                    self._set_aside(self._displaceable(wanted, may_yield)[0])
+                self._place(one)
+
+    def _has_chain(self, one: Running) -> bool:
+        """Whether it has a sampler chain, or can be given one: its grammar may be of no use."""
+        request = one.generation.request
+        try:
+            if one.chain is None:
+                recent = request.prompt[-PENALTY_WINDOW:]
+                one.chain = self._engine.begin_sampling(request.sampling, recent, request.grammar)
+        except GrokLocalError as error:
+            self._fail([one], error)
+        return one.chain is not None
+
+    def _place(self, one: Running) -> None:
+        self._queue.remove(one)
+        ids = one.generation.ids
+        one.place, cached = self._sequences.take(ids)
+        one.pending = ids[cached:]
+        if one.in_prompt:
+            one.generation.stats.cached_tokens = cached
+        self._running.append(one)
+
+    def _comes_soon(self, one: Running, wanted: Wanted) -> bool:
+        """Whether much of its beginning is being evaluated for another one just now."""
+        ids = one.generation.ids
+        others = [other for other in self._running if other.in_prompt and other.pending and wanted(other.generation)]
+        coming = max((common_length(ids[:-1], other.generation.ids) for other in others), default=0)
+        return coming >= _WORTH_WAITING and coming - self._sequences.found(ids).length >= _WORTH_WAITING
+
+    def _displaceable(self, wanted: Wanted, may_yield: Wanted) -> list[Running]:
+        """Those whose place may be taken: nobody waits for them."""
+        others = (one for one in self._running if not self._sequences.is_reserved(one.place))
+        return [one for one in others if not wanted(one.generation) and may_yield(one.generation)]
+
+    def _set_aside(self, one: Running) -> None:
+        """It goes on later from what its place still holds by then."""
+        self._running.remove(one)
+        self._sequences.release(one.place)
+        one.place = -1
+        self._queue.append(one)
+        self._queue.sort(key=lambda waiting: waiting.number)
+
+    def _make_room(self) -> None:
+        """The KV cache is full. What nobody uses goes first, and then the youngest, to begin again later."""
+        if self._sequences.clear_free():
+            return
+        youngest = max(self._running, key=lambda one: one.number)
+        if len(self._running) == 1:
+            self._fail([youngest], ContextError("the KV cache has no room for this prompt: take a larger context"))
+            return
+        self._set_aside(youngest)
+        self._sequences.clear_free()
+        self._is_full = True
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def _step(self, chunks: Sequence[Chunk]) -> None:
+        began, before = time.monotonic(), self._engine.expert_stats() if self._streams else None
+        rows = [row for chunk in chunks for row in self._rows(chunk)]
+        rows += [Row(0, len(self._sequences.ids(place)), place, False) for place in self._composer.padded]
+        last = [chunk for chunk in chunks if chunk.is_last]
+        draws = [_draw(chunk.running) for chunk in last]
+        drawn = self._engine.step(rows, draws)
+        if drawn is None:  # interrupted: those that are cancelled end with the next tick
+            return
+        self._count(chunks, time.monotonic() - began, before)
+        for chunk in chunks:
+            one = chunk.running
+            self._sequences.grow(one.place, chunk.ids, kept=chunk.is_last and one.in_prompt)
+            del one.pending[: len(chunk.ids)]
+        self._forget_padding()
+        for chunk, came in zip(last, drawn, strict=True):
+            self._take(chunk.running, came)
+
+    def _forget_padding(self) -> None:
+        for place in self._composer.padded:
+            length = len(self._sequences.ids(place))
+            self._sequences.grow(place, [0])
+            self._sequences.shorten(place, length)
+
+    def _rows(self, chunk: Chunk) -> list[Row]:
+        place, start, end = chunk.running.place, len(self._sequences.ids(chunk.running.place)), len(chunk.ids) - 1
+        return [Row(token, start + i, place, chunk.is_last and i == end) for i, token in enumerate(chunk.ids)]
+
+    def _count(self, chunks: Sequence[Chunk], seconds: float, before: ExpertStats | None) -> None:
+        now = self._engine.expert_stats() if before else None
+        experts = now.since(before) if now and before else None
+        for chunk in chunks:
+            rows = len(chunk.ids) if chunk.running.in_prompt else 0
+            chunk.running.generation.stats.count(prompt_rows=rows, seconds=seconds, experts=experts)
+
+    def _take(self, one: Running, drawn: Drawn) -> None:
+        generation = one.generation
+        known = len(generation.tokens)
+        generation.add(drawn)
+        one.pending = generation.tokens[known:]
+        if generation.has_ended:
+            self._end(one)
+
+    def _end(self, one: Running) -> None:
+        if one.chain is not None:
+            self._engine.end_sampling(one.chain)
+        if one in self._queue:
+            self._queue.remove(one)
+            return
+        self._running.remove(one)
+        self._sequences.release(one.place)
+        self._is_full = False
+
+    def _end_cancelled(self) -> None:
+        for one in (*self._running, *self._queue):
+            if one.generation.is_cancelled:
+                one.generation.end("interrupted")
+                self._end(one)
+
+    def _fail(self, some: Iterable[Running], error: GrokLocalError) -> None:
+        for one in list(some):
+            one.generation.fail(error)
+            self._end(one)
+
+    def _look_again(self) -> None:
+        """Go on from what the places really hold."""
+        if not self._is_doubtful:
+            return
+        self._sequences.read_again()
+        for one in self._running:
+            ids = one.generation.ids
+            same = common_length(list(self._sequences.ids(one.place)), ids)
+            one.pending = ids[self._sequences.shorten(one.place, min(same, len(ids) - 1)) :]
+        self._is_doubtful = False
+
+
+def _draw(one: Running) -> Draw:
+    assert one.chain is not None  # whoever has a place has one
+    return Draw(one.place, one.chain, keep=one.in_prompt, likely=one.generation.request.likely)

@@ -1,0 +1,123 @@
+"""Who has the scheduler take a step, where several threads, or several replies of one thread, wait for text.
+
+Whoever waits while nobody else computes does so for all that wait. An answer that nobody reads for a moment, or whose
+reader has asked for another one in the meantime, may lose its place to one that is waited for, and goes on later.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from grok_local.runtime.scheduling.generation import Generation
+from grok_local.runtime.scheduling.scheduler import Scheduler
+
+__all__ = ["Turns"]
+
+_PATIENCE = 0.1  # seconds after which an answer is taken for one that nobody reads
+
+
+@dataclass
+class _Reader:
+    """Who waits for an answer: how many threads now, and which one did last, until when. All do if it is eager."""
+
+    is_eager: bool = False
+    waiting: int = 0
+    thread: int = 0
+    rested: float = 0.0
+
+
+class Turns:
+    """Any thread may call any method."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._changed = threading.Condition()
+        self._is_busy = False
+        self._readers: dict[Generation, _Reader] = {}
+
+    def submit(self, generation: Generation, *, eager: bool = False) -> None:
+        """Have it generated: when somebody waits for it, or if it is `eager`, whenever anything is computed."""
+        self._readers[generation] = _Reader(is_eager=eager)
+        self.scheduler.submit(generation)
+
+    def until(self, is_ready: Callable[[], bool], *, reading: Sequence[Generation]) -> None:
+        """Compute, or wait for others who do, until something is ready. The generations in `reading` are waited for."""
+        readers = [self._readers[generation] for generation in reading if generation in self._readers]
+        for reader in readers:
+            reader.waiting += 1
+        try:
+            while not is_ready():
+                self._advance()
+        finally:
+            for reader in readers:
+                reader.waiting -= 1
+                reader.thread, reader.rested = threading.get_ident(), time.monotonic()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Use the engine itself, its first sequence: nobody else does, and nobody's answer is there."""
+        while True:
+            with self._turn():
+                if self.scheduler.vacate(may_yield=self._may_yield):
+                    try:
+                        yield
+                    finally:
+                        self.scheduler.look_again()
+                    return
+            self._advance()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Nobody computes meanwhile."""
+        with self._turn():
+            yield
+
+    def interrupt(self) -> None:
+        """End all answers that have begun. From a signal handler, too: it waits for nothing."""
+        self.scheduler.cancel_all()
+
+    def _advance(self) -> None:
+        """A step; or where another thread takes one, or nothing can be done yet, a moment's rest."""
+        with self._turn(patient=False) as mine:
+            worked = mine and self.scheduler.tick(wanted=self._is_wanted, may_yield=self._may_yield)
+            for generation in [known for known in list(self._readers) if known.has_ended]:
+                self._readers.pop(generation, None)
+        if mine and not worked:
+            with self._changed:
+                self._changed.wait(_PATIENCE / 10)
+
+    @contextmanager
+    def _turn(self, *, patient: bool = True) -> Iterator[bool]:
+        """Compute alone. Says whether it is one's turn: who is not `patient` waits no longer than for a step, which may
+        have brought what was waited for.
+        """
+        mine = False
+        try:
+            with self._changed:
+                waited = self._is_busy
+                while self._is_busy:
+                    self._changed.wait(_PATIENCE)
+                    if not patient:
+                        break
+                if not self._is_busy and (patient or not waited):
+                    mine = self._is_busy = True  # in this order: Ctrl-C may come between
+            yield mine
+        finally:
+            if mine:
+                with self._changed:
+                    self._is_busy = False
+                    self._changed.notify_all()
+
+    def _is_wanted(self, generation: Generation) -> bool:
+        reader = self._readers[generation]
+        return reader.is_eager or reader.waiting > 0
+
+    def _may_yield(self, generation: Generation) -> bool:
+        reader = self._readers[generation]
+        if self._is_wanted(generation):
+            return False
+        return reader.thread == threading.get_ident() or time.monotonic() > reader.rested + _PATIENCE

@@ -1,0 +1,101 @@
+"""An engine without a model, which is small and fast: what comes next is a function of all tokens before it.
+
+So an answer shows whether its place of the KV cache ever held anything else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Sequence
+
+from grok_local.errors import ModelError, NoRoomError, OptionError
+from grok_local.runtime.engine.protocol import Draw, Drawn, Token
+from grok_local.runtime.engine.sampling import Sampling
+from grok_local.runtime.graph.rows import Row
+
+END = 0
+VOCABULARY = 50
+
+
+def next_token(ids: Sequence[int]) -> int:
+    """What the fake model finds after `ids`."""
+    return zlib.crc32(bytes(ids)) % VOCABULARY
+
+
+def answer(prompt: Sequence[int], count: int) -> list[int]:
+    """At most `count` tokens after a prompt."""
+    ids = list(prompt)
+    for _ in range(count):
+        token = next_token(ids)
+        if token == END:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+class FakeEngine:
+    """`cells` tokens fit; `fails` and `interrupts` say of a step, by its number, what goes wrong with it."""
+
+    def __init__(self, *, sequences: int, batch_size: int = 16, cells: int | None = None) -> None:
+        self.batch_size, self._cells = batch_size, cells
+        self.interrupted = False
+        self.cached: list[list[int]] = [[] for _ in range(sequences)]
+        self.chains: set[int] = set()
+        self.steps = self.evaluated = self.most_rows = 0
+        self.fails: set[int] = set()
+        self.interrupts: set[int] = set()
+        self._numbers = itertools.count()
+        self._kept: list[list[int] | None] = [None] * sequences
+
+    def expert_stats(self) -> None:
+        return None
+
+    def begin_sampling(self, options: Sampling, recent: Sequence[int], grammar: str | None = None) -> int:
+        if grammar == "bad":
+            raise OptionError("a grammar nobody can follow")
+        number = next(self._numbers)
+        self.chains.add(number)
+        return number
+
+    def end_sampling(self, chain: int) -> None:
+        self.chains.remove(chain)
+
+    def step(self, rows: Sequence[Row], draws: Sequence[Draw] = ()) -> list[Drawn] | None:
+        self.steps += 1
+        assert len(rows) <= self.batch_size
+        if self.steps in self.fails:
+            raise ModelError("the fake engine failed")
+        if self.steps in self.interrupts:
+            return None
+        if self._cells is not None and sum(map(len, self.cached)) + len(rows) > self._cells:
+            raise NoRoomError("full")
+        for row in rows:
+            assert row.position == len(self.cached[row.sequence])
+            self.cached[row.sequence].append(row.token)
+        self.evaluated += len(rows)
+        self.most_rows = max(self.most_rows, len({row.sequence for row in rows}))
+        outputs = {row.sequence for row in rows if row.output}
+        return [self._drawn(draw, fresh=draw.sequence in outputs) for draw in draws]
+
+    def copy(self, source: int, target: int, *, length: int) -> int:
+        self.cached[target] = self.cached[source][:length]
+        kept = self._kept[source]
+        self._kept[target] = kept if kept == self.cached[target] else None
+        return length
+
+    def forget(self, sequence: int, *, start: int = 0) -> int:
+        del self.cached[sequence][start:]
+        kept = self._kept[sequence]
+        if kept is not None and len(kept) > start:
+            self._kept[sequence] = None
+        return start
+
+    def _drawn(self, draw: Draw, *, fresh: bool) -> Drawn:
+        assert draw.chain in self.chains
+        ids = self.cached[draw.sequence]
+        assert fresh or self._kept[draw.sequence] == ids
+        if draw.keep:
+            self._kept[draw.sequence] = list(ids)
+        token = next_token(ids)
+        return Drawn((Token(token, bytes([97 + token % 26]), token == END),))

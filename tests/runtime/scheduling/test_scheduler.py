@@ -1,0 +1,206 @@
+"""The scheduler on an engine whose answers show every mix-up: arrivals, cancels, failures, and a cache too small."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grok_local.errors import ContextError, OptionError
+from grok_local.runtime.engine.sampling import Sampling
+from grok_local.runtime.scheduling.composing import Apart
+from grok_local.runtime.scheduling.generation import Generation, Request
+from grok_local.runtime.scheduling.scheduler import Scheduler
+from samples.fake_engine import END, FakeEngine, answer
+
+SIZE = 64
+
+
+def generation(prompt: list[int], *, tokens: int = 8, grammar: str | None = None) -> Generation:
+    return Generation(Request(tuple(prompt), Sampling(), tokens, grammar=grammar), SIZE)
+
+
+def run(scheduler: Scheduler) -> None:
+    while scheduler.tick(wanted=lambda _: True, may_yield=lambda _: False):
+        pass
+
+
+def check(done: Generation) -> None:
+    """What came is what its prompt alone gives, as far as it came."""
+    expected = answer(done.request.prompt, done.longest - len(done.request.prompt))
+    whole = done.finish_reason in ("stop", "length", "context")
+    assert done.tokens == (expected if whole else expected[: len(done.tokens)])
+
+
+def test_a_shared_beginning_is_evaluated_once() -> None:
+    engine = FakeEngine(sequences=16, batch_size=512)
+    scheduler = Scheduler(engine, places=16)
+    shared = [1 + i % 49 for i in range(2000)]
+    some = [Generation(Request((*shared, 100 + i, 3, 4), Sampling(), 1), 4096) for i in range(64)]
+    for one in some:
+        scheduler.submit(one)
+    run(scheduler)
+    assert all(one.finish_reason in ("stop", "length") for one in some)
+    assert engine.evaluated == 2000 + 64 * 3
+    assert sum(one.stats.evaluated_tokens for one in some) == engine.evaluated
+
+
+def test_the_same_prompt_again_costs_nothing() -> None:
+    engine = FakeEngine(sequences=4)
+    scheduler = Scheduler(engine, places=4)
+    first = generation([5] * 20, tokens=1)
+    scheduler.submit(first)
+    run(scheduler)
+    others = [generation([5] * 20, tokens=1) for _ in range(7)]
+    for one in others:
+        scheduler.submit(one)
+    run(scheduler)
+    assert engine.evaluated == 20
+    assert {tuple(one.tokens) for one in others} == {tuple(first.tokens)}
+
+
+def test_a_place_is_taken_as_soon_as_it_is_left() -> None:
+    engine = FakeEngine(sequences=4)
+    scheduler = Scheduler(engine, places=4)
+    some = [generation([7, i], tokens=5) for i in range(1, 41)]
+    for one in some:
+        scheduler.submit(one)
+    run(scheduler)
+    for one in some:
+        check(one)
+    needed = sum(len(one.tokens) or 1 for one in some)
+    assert engine.steps <= needed / 4 + 8
+
+
+def test_what_cannot_be_followed_fails_alone() -> None:
+    engine = FakeEngine(sequences=2)
+    scheduler = Scheduler(engine, places=2)
+    some = [generation([3, 4]), generation([3, 5], grammar="bad"), generation([3, 6])]
+    for one in some:
+        scheduler.submit(one)
+    run(scheduler)
+    assert isinstance(some[1].error, OptionError)
+    check(some[0])
+    check(some[2])
+    assert not engine.chains
+
+
+def test_without_room_the_youngest_begins_again() -> None:
+    engine = FakeEngine(sequences=3, cells=40)
+    scheduler = Scheduler(engine, places=3)
+    some = [generation([2 + i] * 12, tokens=14) for i in range(3)]
+    for one in some:
+        scheduler.submit(one)
+    run(scheduler)
+    for one in some:
+        check(one)
+        assert one.error is None
+
+
+def test_a_prompt_that_never_fits_fails_alone() -> None:
+    engine = FakeEngine(sequences=2, cells=30)
+    scheduler = Scheduler(engine, places=2)
+    large, small = generation([4] * 40), generation([6] * 8)
+    scheduler.submit(large)
+    scheduler.submit(small)
+    run(scheduler)
+    assert isinstance(large.error, ContextError)
+    check(small)
+    assert small.error is None
+
+
+def test_an_interrupted_step_is_taken_again() -> None:
+    engine = FakeEngine(sequences=2)
+    engine.interrupts = {2, 3}
+    scheduler = Scheduler(engine, places=2)
+    one = generation([9, 9, 8])
+    scheduler.submit(one)
+    run(scheduler)
+    check(one)
+    assert one.finish_reason != "interrupted"
+
+
+@given(st.integers(0, 2**32), st.integers(1, 6), st.booleans())
+@settings(max_examples=int(os.environ.get("GROK_LOCAL_FUZZ_EXAMPLES", "60")))
+def test_whatever_happens_no_answer_is_mixed_up(seed: int, places: int, apart: bool) -> None:
+    fuzz(seed, places=places, apart=apart, steps=200)
+
+
+def fuzz(seed: int, *, places: int, apart: bool, steps: int) -> None:
+    rng = random.Random(seed)
+    prefix = [rng.randrange(1, 50) for _ in range(rng.randrange(1, 24))]
+    engine = FakeEngine(
+        sequences=places + apart,
+        batch_size=rng.choice((8, 16, 64)) if not apart else 512,
+        cells=rng.choice((None, SIZE, 100)) if not apart else None,
+    )
+    engine.fails = {rng.randrange(steps) for _ in range(3)}
+    engine.interrupts = {rng.randrange(steps) for _ in range(10)}
+    composer = Apart(prefix) if apart else None
+    scheduler = Scheduler(engine, places=places, composer=composer, prefix=prefix if apart else None)
+    alive: list[Generation] = []
+    readers: dict[Generation, bool] = {}
+    for _ in range(steps):
+        _something_happens(rng, scheduler, engine, prefix, alive, readers)
+        for one in [one for one in alive if one.has_ended]:
+            alive.remove(one)
+            check(one)
+    scheduler.look_again()  # whoever waited for the first place has given up
+    while alive:
+        scheduler.tick(wanted=lambda _: True, may_yield=lambda _: False)
+        for one in [one for one in alive if one.has_ended]:
+            alive.remove(one)
+            check(one)
+    assert not engine.chains
+    assert scheduler.is_idle
+
+
+def _something_happens(
+    rng: random.Random,
+    scheduler: Scheduler,
+    engine: FakeEngine,
+    prefix: list[int],
+    alive: list[Generation],
+    readers: dict[Generation, bool],
+) -> None:
+    chance = rng.random()
+    if chance < 0.2:
+        tail = [rng.randrange(1, 50) for _ in range(rng.randrange(1, 12))]
+        one = generation(rng.choice(([], prefix, prefix[:3])) + tail, tokens=rng.randrange(1, 12))
+        alive.append(one)
+        scheduler.submit(one)
+    elif chance < 0.25 and alive:
+        rng.choice(alive).is_cancelled = True
+    elif chance < 0.3 and scheduler.vacate(may_yield=lambda one: not readers.get(one, True)):
+        engine.forget(0)
+        engine.cached[0] += [1, 2, 3]
+        scheduler.look_again()
+    elif chance < 0.4 and alive:
+        readers[rng.choice(alive)] = rng.random() < 0.7
+    else:
+        scheduler.tick(
+            wanted=lambda one: readers.get(one, True),
+            may_yield=lambda one: not readers.get(one, True),
+        )
+
+
+@pytest.mark.skipif("GROK_LOCAL_FUZZ_STEPS" not in os.environ, reason="takes minutes: GROK_LOCAL_FUZZ_STEPS=10000000")
+def test_many_steps() -> None:
+    steps = int(os.environ["GROK_LOCAL_FUZZ_STEPS"])
+    for seed in range(steps // 1000):
+        fuzz(seed, places=1 + seed % 17, apart=seed % 3 == 0, steps=1000)
+
+
+def test_the_end_token_is_no_part_of_an_answer() -> None:
+    prompts = [[a, b] for a in range(1, 20) for b in range(1, 20)]
+    ended = [prompt for prompt in prompts if len(answer(prompt, 6)) < 6]
+    engine = FakeEngine(sequences=4)
+    scheduler = Scheduler(engine, places=4)
+    some = [generation(prompt, tokens=6) for prompt in ended]
+    for one in some:
+        scheduler.submit(one)
+    run(scheduler)
+    assert all(one.finish_reason == "stop" and END not in one.tokens for one in some)
