@@ -6,7 +6,7 @@ import re
 
 from grok_local.errors import OptionError
 
-__all__ = ["format_bytes", "parse_size", "printable"]
+__all__ = ["format_bytes", "format_figure", "format_seconds", "parse_size", "printable"]
 
 _FACTORS = {"": 1, **{unit: 1000 ** (i + 1) for i, unit in enumerate("KMGT")}}
 _FEWEST = 4096  # bytes: fewer are nobody's size
@@ -36,3 +36,20 @@ def format_bytes(count: float) -> str:
         count /= 1000
         del units[0]
     return f"{count:.3g} {units[0]}"
+
+
+def format_figure(value: float) -> str:
+    """Three figures, without powers of ten."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 0.001 else f"{value:.6f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time to wait, in its two largest units: 3 h 20 min."""
+    if seconds < 1:
+        return "less than 1 s"
+    whole = round(seconds)
+    for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit}" + (f" {rest} {name}" if rest else "")
+    return f"{whole} s"

@@ -23,6 +23,7 @@ __all__ = [
     "Bundle",
     "Json",
     "ModelOption",
+    "Parallel",
     "PromptCommand",
     "Threads",
     "bundled",
@@ -66,6 +67,10 @@ ModelOption = Annotated[
     ),
 ]
 Threads = Annotated[Optional[int], typer.Option(help="CPU threads.  [default: one per free core]", min=1, max=512)]
+Parallel = Annotated[
+    Optional[int],
+    typer.Option(help="Sequences that go together.  [default: as many as are fastest here]", min=1, max=256),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -26,11 +26,11 @@ from grok_local.errors import ContextError
 from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
-    from grok_local.placement.load_options import LoadOptions
+    from grok_local.placement.load_options import LoadOptions, LoadRequest
     from grok_local.runtime.text.model import Model
     from grok_local.views.progress import Show
 
-__all__ = ["chat", "generate", "loaded", "routing"]
+__all__ = ["answer_options", "chat", "generate", "loaded", "opened", "routing", "shown_packing"]
 
 MaxTokens = Annotated[
     Optional[int], typer.Option(help="At most this many tokens an answer; -1 is no limit.", min=-1, max=1 << 30)
@@ -68,7 +68,7 @@ def generate(
     text = prompt_text(prompt, file)
     if not text:
         raise ContextError("the prompt is empty: there is nothing to continue")
-    options = {**_sampling(sampling, model), **_ending(max_tokens, stop), **_structure(structure)}
+    options = answer_options(sampling, structure, model, max_tokens=max_tokens, stop=stop)
     with loaded(model, loading) as running:
         reply = running.generate(text, special=special, **options)
         with conversation.interruptible(running):
@@ -137,15 +137,23 @@ def routing(
 @contextmanager
 def loaded(model: str, options: Bundle, *, quiet: bool = False) -> Iterator[Model]:
     """The model, with what had to be said about its placement on stderr."""
+    from grok_local.library.names import model_request
+
+    request = model_request(model, cast("LoadOptions", options or {}), packing=shown_packing)
+    with opened(request, quiet=quiet) as running:
+        yield running
+
+
+@contextmanager
+def opened(request: LoadRequest, *, quiet: bool = False) -> Iterator[Model]:
+    """Likewise, as it was asked for."""
     from grok_local.ggml.libraries import exit_on_abort, exit_on_bus_error, let_threads_rest
 
     let_threads_rest()
-    from grok_local.library.names import model_request
     from grok_local.runtime.text.model import load_model
 
     exit_on_abort()
     exit_on_bus_error()
-    request = model_request(model, cast("LoadOptions", options or {}), packing=_shown_packing)
     with load_model(request, say=say) as running:
         for note in () if quiet else _notes(running):
             say(f"note: {note}")
@@ -162,12 +170,20 @@ def _notes(running: Model) -> Iterator[str]:
 
 
 @contextmanager
-def _shown_packing() -> Iterator[Show]:
+def shown_packing() -> Iterator[Show]:
+    """Shows how the built-in model is packed, the first time."""
     from grok_local.views.progress import progress_view
 
     say("the built-in model is packed to 4 bits, once")
     with progress_view("pack", as_json=False) as show:
         yield show
+
+
+def answer_options(
+    sampling: Bundle, structure: Bundle, model: str, *, max_tokens: int | None, stop: list[str] | None
+) -> dict[str, Any]:
+    """What `Model.generate` is told. Raises OptionError."""
+    return {**_sampling(sampling, model), **_ending(max_tokens, stop), **_structure(structure)}
 
 
 def _structure(options: Bundle) -> dict[str, Any]:

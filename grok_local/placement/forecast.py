@@ -16,7 +16,7 @@ from grok_local.placement.planner import make_plan
 from grok_local.placement.shape import Role, Weight
 from grok_local.placement.wishes import RAM
 
-__all__ = ["Forecast", "enough_ram", "forecast"]
+__all__ = ["Forecast", "Width", "enough_ram", "forecast", "widest"]
 
 ASSUMED_DEVICE_SPEED = 600e9  # bytes a second, of a GPU nobody measured: two thirds of a 24 GB card's nominal 936e9
 _UNKNOWN_DISK = 2e9  # bytes a second
@@ -24,6 +24,8 @@ _UNKNOWN_RAM = 20e9  # bytes a second
 # Of the disk's speed, where pages are read on demand; derived from 0.53 to 0.61 tokens a second of a 3.7 GB model under
 # a limit of 1.6 GB on a disk of 1.4 GB/s.
 _MAPPED_SHARE = 0.25
+_WIDE_GAIN = 4.0  # how many tokens a CPU takes through weights in the time of one, where nobody measured it
+_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # sequences: beyond, every expert is read in each step anyway
 _RAM_SIZES = tuple(int(gigabytes * 1e9) for gigabytes in (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536))
 _SECONDS_PER_LAYER = 35e-6  # of what is no matrix product: norms, attention of few tokens, waiting for each other
 # From one place to the next and back: of a worker measured on the loopback, of GPUs a guess.
@@ -41,31 +43,62 @@ class Reading:
 
 @dataclass(frozen=True)
 class Forecast:
-    """`readings` add up to the time of a token, with an almost empty context; `full` is with a full one."""
+    """`readings` add up to the time of a step with an almost empty context; `full` is with a full one. A step gives a
+    token to each of `sequences`.
+    """
 
     readings: tuple[Reading, ...]
     full_seconds: float
     assumptions: tuple[str, ...]
+    sequences: int = 1
 
     @property
     def seconds(self) -> float:
-        """Of a token."""
+        """Of a step."""
         return sum(reading.seconds for reading in self.readings)
 
     @property
     def speed(self) -> float:
-        """Tokens a second, context almost empty."""
-        return 1 / self.seconds if self.seconds else 0.0
+        """Tokens a second of all sequences together, context almost empty."""
+        return self.sequences / self.seconds if self.seconds else 0.0
 
     @property
     def full_speed(self) -> float:
-        """Tokens a second, context full."""
-        return 1 / self.full_seconds if self.full_seconds else 0.0
+        """Tokens a second of all sequences together, contexts full."""
+        return self.sequences / self.full_seconds if self.full_seconds else 0.0
+
+    @property
+    def from_disk(self) -> float:
+        """Bytes that a step reads from the disk."""
+        return sum(reading.nbytes for reading in self.readings if reading.place == "disk")
 
 
-def forecast(plan: Plan) -> Forecast:
-    """What the plan predicts for decoding, one token at a time."""
-    return _Forecaster(plan).forecast()
+@dataclass(frozen=True)
+class Width:
+    """How many sequences go together best, by the plan for so many, and what is predicted for them and for one."""
+
+    sequences: int
+    plan: Plan
+    together: Forecast
+    alone: Forecast
+
+
+def forecast(plan: Plan, *, together: int = 1) -> Forecast:
+    """What the plan predicts for decoding, a token at a time of so many sequences."""
+    return _Forecaster(plan, together).forecast()
+
+
+def widest(plan: Plan, *, most: int | None = None) -> Width:
+    """The number of sequences, at most `most`, that gives most tokens a second: more of them read the weights less
+    often, and their KV cache leaves less room to experts.
+    """
+    found = [Width(1, plan, forecast(plan), forecast(plan))]
+    for count in _WIDTHS[1:]:
+        with suppress(PlacementError):
+            wider = make_plan(plan.model, plan.machine, replace(plan.wishes, sequences=count))
+            if count <= (most or count):
+                found.append(Width(count, wider, forecast(wider, together=count), found[0].alone))
+    return max(found, key=lambda width: width.together.speed)
 
 
 def enough_ram(plan: Plan) -> tuple[int, Forecast] | None:
@@ -84,8 +117,8 @@ def enough_ram(plan: Plan) -> tuple[int, Forecast] | None:
 
 
 class _Forecaster:
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, together: int) -> None:
+        self._plan, self._together = plan, together
         self._machine: Machine = plan.machine
         self._devices = {device.name: device for device in plan.machine.devices}
         self._assumptions: dict[str, None] = {}
@@ -95,12 +128,36 @@ class _Forecaster:
         seconds = dict(nbytes)
         for weight in self._plan.model.weights:
             place = self._plan.place_of(weight)
-            nbytes[place] += weight.read
-            seconds[place] += weight.read / self._speed(place, weight)
+            nbytes[place] += self._read(weight)
+            seconds[place] += self._seconds(place, weight)
         readings = [Reading(place, nbytes[place], seconds[place]) for place in nbytes if nbytes[place]]
         readings += [*self._disk(), self._rest()]
         total = sum(reading.seconds for reading in readings)
-        return Forecast(tuple(readings), total + self._cache_seconds(), tuple(self._assumptions))
+        full = total + self._cache_seconds() * self._together / self._plan.wishes.sequences
+        return Forecast(tuple(readings), full, tuple(self._assumptions), self._together)
+
+    def _read(self, weight: Weight) -> float:
+        """Bytes that a step reads of a tensor; of experts, those of any that one of the sequences chooses."""
+        if weight.role is not Role.EXPERTS or self._together == 1:
+            return weight.read
+        model = self._plan.model
+        return weight.nbytes * (1 - (1 - model.experts_used / model.experts) ** self._together)
+
+    def _seconds(self, place: str, weight: Weight) -> float:
+        """The time of reading, or of computing where that is longer: with several sequences the CPU's is."""
+        speed = self._speed(place, weight)
+        reading = self._read(weight) / speed
+        if self._together == 1 or place != RAM:
+            return reading
+        return max(reading, self._together * weight.read / self._wide_speed(weight, speed))
+
+    def _wide_speed(self, weight: Weight, speed: float) -> float:
+        known = self._machine.speeds.prompt_plain.get(weight.type)
+        if not known:
+            self._assumptions[f"computing {_WIDE_GAIN:g} sequences together takes as long as reading the weights"] = (
+                None
+            )
+        return known or _WIDE_GAIN * speed
 
     def _speed(self, place: str, weight: Weight) -> float:
         if place == RAM:
@@ -132,9 +189,10 @@ class _Forecaster:
         plan = self._plan
         if not plan.disk:
             return []
-        routed = sum(w.read for w in plan.model.weights if w.role is Role.EXPERTS and plan.place_of(w) == RAM)
+        experts_in_ram = [w for w in plan.model.weights if w.role is Role.EXPERTS and plan.place_of(w) == RAM]
+        routed = sum(map(self._read, experts_in_ram))
         experts = plan.disk + plan.ram.experts
-        held = plan.room_for_experts(1) if plan.streamed else plan.ram.experts
+        held = plan.room_for_experts(self._together) if plan.streamed else plan.ram.experts
         nbytes = routed * (experts - held) / experts
         if not self._machine.disk_speed:
             self._assumptions["the disk's speed is not known: taken as 2 GB/s"] = None

@@ -28,7 +28,9 @@ class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `grok_local.load`; each may be left out.
 
     `context`: tokens of each sequence, by default those the model was trained on and at most 8192; 0 is all of them.
-    `parallel`: how many sequences go on together, each with a context of its own. `threads`: by
+    `parallel`: how many sequences go on together, each with a context of its own.
+    `reproducible`: the numbers of a sequence do not depend on what goes on beside it, on one kind of CPU; without GPUs.
+    `threads`: by
     default one per physical core, fewer where other programs are busy, one for a small model. `kv_type`: f16, bf16 or
     f32. `memory`: what weights, KV cache and buffers may take in RAM, "48G" or bytes. `placement`: "auto" plans for the
     GPUs there are, "cpu" leaves them alone. `gpu_layers`: so many of the last layers go to devices, the output counting
@@ -43,6 +45,7 @@ class LoadOptions(TypedDict, total=False):
 
     context: int | None
     parallel: int
+    reproducible: bool
     threads: int | None
     kv_type: str
     memory: int | str | None
@@ -75,8 +78,29 @@ class LoadRequest:
 
     @property
     def contained(self) -> bool:
-        """Whether the engine gets a process of its own: llama.cpp aborts the one it is in when a worker is lost."""
-        return bool(self.workers)
+        """Whether the engine gets a process of its own: llama.cpp aborts the one it is in when a worker is lost, and
+        decides once in a process which kernels it may use.
+        """
+        return bool(self.workers) or self.reproducible
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether the numbers of a sequence shall not depend on what goes on beside it."""
+        return self.wishes.separate
+
+    @property
+    def parallel(self) -> int:
+        """How many sequences go on together. Where they are reproducible there is a place more, to pad steps with."""
+        return self.wishes.sequences - self.wishes.separate
+
+    def reshaped(self, *, parallel: int, reproducible: bool) -> LoadRequest:
+        """For so many sequences at once. Raises OptionError for what cannot be reproducible."""
+        wishes = replace(self.wishes, sequences=parallel + reproducible, separate=reproducible)
+        if reproducible:
+            if self.workers:
+                raise OptionError("reproducible: not with workers, whose processors may compute otherwise")
+            wishes = replace(wishes, repack="off", gpu_layers=0, experts_on="cpu")
+        return replace(self, wishes=wishes)
 
 
 def load_request(
@@ -93,7 +117,7 @@ def load_request(
     _check_kinds(options)
     _check_ranges(options)
     threads, workers, template = options.get("threads"), options.get("workers"), options.get("template")
-    return LoadRequest(
+    request = LoadRequest(
         path,
         replace(_wishes(options), trained_context=trained_context),
         threads=threads or _usual_threads(path),
@@ -102,6 +126,7 @@ def load_request(
         yielding=threads is None,
         temperature=temperature,
     )
+    return request.reshaped(parallel=options.get("parallel", 1), reproducible=bool(options.get("reproducible")))
 
 
 def _usual_threads(path: Path) -> int:
@@ -120,7 +145,6 @@ def _wishes(options: LoadOptions) -> Wishes:
     wishes = Wishes(
         context=options.get("context"),
         kv_type=options.get("kv_type", "f16"),
-        sequences=options.get("parallel", 1),
         gpu_layers=0 if alone else _ALL_LAYERS if options.get("gpu_layers") == -1 else options.get("gpu_layers"),
         experts_on="cpu" if alone else _number_or_word(options.get("experts_on")),
         overrides=tuple(map(_override, options.get("overrides") or ())),

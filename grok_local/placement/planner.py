@@ -21,7 +21,7 @@ from grok_local.placement.shape import EXPERTS, ModelShape, Role, Weight
 from grok_local.placement.wishes import RAM, Wishes, check_wishes
 from grok_local.units import format_bytes
 
-__all__ = ["make_plan", "needs_speeds", "ram_reserve"]
+__all__ = ["make_plan", "needs_speeds", "ram_reserve", "usual_context"]
 
 _MARGIN = 512_000_000  # bytes of a device that stay free: its context, fragmentation
 _BATCH = 512  # llama.cpp's own
@@ -40,6 +40,13 @@ def ram_reserve(memory: int) -> int:
 def needs_speeds(model: ModelShape, wishes: Wishes) -> bool:
     """Whether the plan depends on how fast the machine's kernels are: only what may be rearranged in RAM does."""
     return wishes.repack == "on" or (wishes.repack == "auto" and model.nbytes >= _WORTH_REPACKING)
+
+
+def usual_context(model: ModelShape, wishes: Wishes) -> int:
+    """Tokens of a sequence: as wished for, or as the model was trained on, but not very many unless they are."""
+    trained = model.trained_context or _CONTEXT
+    usual = max(min(_CONTEXT, trained), 1)
+    return trained if wishes.context == 0 else wishes.context or usual
 
 
 def make_plan(model: ModelShape, machine: Machine, wishes: Wishes | None = None) -> Plan:
@@ -121,9 +128,7 @@ class _Planner:
     @cached_property
     def context(self) -> int:
         """Tokens of each sequence."""
-        trained = self.model.trained_context or _CONTEXT
-        usual = max(min(_CONTEXT, trained), 1)
-        return trained if self.wishes.context == 0 else self.wishes.context or usual
+        return usual_context(self.model, self.wishes)
 
     @property
     def _cells(self) -> int:

@@ -23,11 +23,10 @@ class Wishes:
     """What the user asks for; None leaves it to the plan, and a context of 0 is all the model was trained on.
 
     `experts_on`: "cpu", "gpu", or of how many layers the experts go to devices. `overrides`: (regular expression for
-    tensor names, place). `memory`: bytes of RAM. `batch`: tokens evaluated at once. `sequences`: how many may be evaluated
-    together, each with that context.
-    `trace_experts`: where a record of them is kept. `trained_context`: tokens the model was trained on, where that is
-    known better than its file says. With `separate`, each sequence has a part of the KV cache to itself, and what is
-    computed of it does not depend on where the others lie.
+    tensor names, place). `memory`: bytes of RAM. `batch`: tokens evaluated at once. `sequences`: how many may be
+    evaluated together, each with that context. `trace_experts`: where a record of them is kept. `trained_context`:
+    tokens the model was trained on, where that is known better than its file says. With `separate`, each sequence has a
+    part of the KV cache to itself, and what is computed of it does not depend on where the others lie.
     """
 
     context: int | None = None

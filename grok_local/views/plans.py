@@ -11,18 +11,20 @@ from rich.table import Table
 from rich.text import Text
 
 from grok_local.placement.forecast import enough_ram
-from grok_local.units import format_bytes, printable
+from grok_local.units import format_bytes, format_figure, format_seconds, printable
 from grok_local.views.tables import new_table, output_width
 
 if TYPE_CHECKING:
     from grok_local.machine.doctor import Finding
-    from grok_local.placement.forecast import Forecast
+    from grok_local.placement.forecast import Forecast, Width
     from grok_local.placement.plan import Plan, Share
+    from grok_local.runtime.jobs.batch_job import Job
     from grok_local.runtime.text.bench import BenchReport
 
-__all__ = ["bench_table", "describe_plan", "print_findings", "print_plan"]
+__all__ = ["bench_table", "describe_plan", "print_estimate", "print_findings", "print_plan"]
 
 _BAR = 48
+_SHOWN = 5  # of many alike
 _TOKENS_A_WORD = 1.3  # of English
 _EXPLAINED = {"between": "between: norms, attention, moving on"}
 _USUAL_BATCH = 512  # llama.cpp's
@@ -170,9 +172,9 @@ def _bar(share: Share) -> Text:
 
 
 def _token_line(plan: Plan, prediction: Forecast) -> str:
-    text = f"a token: {_duration(prediction.seconds)}, {_figure(prediction.speed)} tokens a second"
+    text = f"a token: {_duration(prediction.seconds)}, {format_figure(prediction.speed)} tokens a second"
     if prediction.full_speed < 0.98 * prediction.speed:
-        text += f" ({_figure(prediction.full_speed)} with {plan.context} tokens in the context)"
+        text += f" ({format_figure(prediction.full_speed)} with {plan.context} tokens in the context)"
     return text
 
 
@@ -190,13 +192,8 @@ def _duration(seconds: float) -> str:
         return f"-{_duration(-seconds)}"
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if seconds >= 0.9995 * size:
-            return f"{_figure(seconds / size)} {unit}"
+            return f"{format_figure(seconds / size)} {unit}"
     return f"{seconds * 1e9:.0f} ns"
-
-
-def _figure(value: float) -> str:
-    """Three figures, without powers of ten."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 0.001 else f"{value:.6f}"
 
 
 def bench_table(report: BenchReport) -> Table:
@@ -234,3 +231,28 @@ def print_findings(findings: Iterable[Finding]) -> None:
         console.print(line)
         if finding.remedy:
             console.print(Text(f"        {printable(finding.remedy)}", style="cyan"), soft_wrap=True)
+
+
+def print_estimate(job: Job, width: Width, *, chosen: bool) -> None:
+    """What a batch would take, on stdout: `chosen` says whether the width was."""
+    from grok_local.runtime.jobs.batch_job import estimate
+
+    found = estimate(job, width)
+    refused = f", {len(job.refused)} that cannot be answered" if job.refused else ""
+    print(f"lines       {len(job.lines)}{refused}")
+    print(f"tokens in   {job.prompt_tokens}, beginnings that are shared counted each time")
+    print(f"tokens out  {job.most_tokens} at most")
+    print(f"context     {job.context} tokens a sequence")
+    print(f"together    {width.sequences}: {_why(width, chosen=chosen)}")
+    disk = f", {format_bytes(found.from_disk)} read from the disk" if found.from_disk else ""
+    print(f"at most     {format_seconds(found.seconds)}{disk}")
+    for asked, error in job.refused[:_SHOWN]:
+        print(f"line {asked.line.number}: {error}")
+    if len(job.refused) > _SHOWN:
+        print(f"... and {len(job.refused) - _SHOWN} more")
+
+
+def _why(width: Width, *, chosen: bool) -> str:
+    speed = f"{format_figure(width.together.speed)} tokens a second together, {format_figure(width.alone.speed)} alone"
+    kv = f"KV cache {format_bytes(width.plan.ram.kv + sum(share.kv for share in width.plan.shares[:-1]))}"
+    return f"{speed}, {kv}" if chosen else f"as was said; {speed}, {kv}"

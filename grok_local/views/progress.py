@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grok_local.errors import OutputError
-from grok_local.units import format_bytes, printable
+from grok_local.units import format_bytes, format_figure, format_seconds, printable
 
 if TYPE_CHECKING:
     from grok_local.hub.fetch import FetchReport
     from grok_local.quantize.convert import QuantizeReport
 
-__all__ = ["Show", "fetch_summary", "progress_view", "quantize_summary"]
+__all__ = ["Show", "batch_view", "fetch_summary", "progress_view", "quantize_summary"]
 
 _LINE_EVERY = 5.0  # seconds, where no bar can be drawn
 
@@ -43,6 +43,21 @@ class Event(Protocol):
 
 
 Show = Callable[[Event], None]
+
+
+class Progressed(Protocol):
+    """How far a batch is: its lines, and the tokens of its answers."""
+
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def generated(self) -> int: ...
+    @property
+    def rest(self) -> int: ...
 
 
 @contextmanager
@@ -119,6 +134,58 @@ class _Rate:
             self._start = (now, event.bytes_read)
         elapsed = now - self._start[0]
         return f"{format_bytes((event.bytes_read - self._start[1]) / elapsed)}/s" if elapsed > 0.5 else ""
+
+
+@contextmanager
+def batch_view() -> Iterator[Callable[[Progressed], None]]:
+    """A function that shows how far a batch is: a bar on a terminal, else a line now and then, on stderr."""
+    console, pace = Console(stderr=True), _Pace()
+    if not console.is_terminal:
+        yield _batch_lines(pace)
+        return
+    columns = (TextColumn("{task.fields[lines]}"), BarColumn(), TextColumn("{task.fields[pace]}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1, lines="", pace="")
+
+        def show(now: Progressed) -> None:
+            total = now.generated + now.rest
+            bar.update(task, total=total, completed=now.generated, lines=_lines_done(now), pace=pace.text(now))
+
+        yield show
+
+
+def _batch_lines(pace: _Pace) -> Callable[[Progressed], None]:
+    last = [time.monotonic()]
+
+    def show(now: Progressed) -> None:
+        if time.monotonic() - last[0] >= _LINE_EVERY:
+            last[0] = time.monotonic()
+            with suppress(OSError):  # nobody may be listening: the work goes on
+                print(f"{_lines_done(now)}, {pace.text(now)}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _lines_done(now: Progressed) -> str:
+    failed = f", {now.failed} failed" if now.failed else ""
+    return f"{now.done} of {now.total} lines{failed}"
+
+
+class _Pace:
+    """Tokens a second since the first one came, and how long the rest takes at that pace if every answer is long."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+
+    def text(self, now: Progressed) -> str:
+        moment = time.monotonic()
+        if self._start is None or not now.generated:
+            self._start = (moment, now.generated)
+        seconds, tokens = moment - self._start[0], now.generated - self._start[1]
+        if tokens <= 0 or seconds < 0.5:
+            return "reading prompts" if not now.generated else ""
+        speed = tokens / seconds
+        return f"{format_figure(speed)} tok/s, at most {format_seconds(now.rest / speed)} left"
 
 
 def quantize_summary(report: QuantizeReport) -> Iterator[str]:

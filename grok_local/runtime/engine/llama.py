@@ -19,12 +19,11 @@ from grok_local.machine.facts import Device, Say
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.runnable import why_not_continued
 from grok_local.runtime.engine import log
-from grok_local.runtime.engine.draws import Draws
 from grok_local.runtime.engine.interrupts import ctrl_c_later
 from grok_local.runtime.engine.kv_cache import KVCache
 from grok_local.runtime.engine.opening import open_planned
 from grok_local.runtime.engine.protocol import Draw, Drawn, Placement
-from grok_local.runtime.engine.sampling import Sampling, check_finite, log_probabilities
+from grok_local.runtime.engine.sampling import Draws, Sampling, check_finite, log_probabilities
 from grok_local.runtime.engine.tokens import Tokens
 from grok_local.runtime.experts.waiting import ExpertStats
 from grok_local.runtime.graph.rows import Row

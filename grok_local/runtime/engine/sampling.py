@@ -1,4 +1,4 @@
-"""How the next token is chosen: llama.cpp's sampler chain, behind what a grammar allows."""
+"""How tokens are chosen: llama.cpp's sampler chains, behind what grammars allow."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import ctypes
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from grok_local.errors import ModelError, OptionError
+from grok_local.runtime.engine.protocol import Draw, Drawn, Likely, Token
+from grok_local.runtime.engine.tokens import Tokens
 
 __all__ = [
     "PENALTY_WINDOW",
     "Chain",
     "Constraint",
+    "Draws",
     "Sampling",
     "SamplingOptions",
     "check_finite",
@@ -36,13 +39,15 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repeat_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
     seed: int | None
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of a request. `temperature` 0 is greedy; `seed` None or -1 is another one each time; `top_k` -1 is off,
-    as 0 is: other programs' users write so.
+    as 0 is: other programs' users write so. The three penalties are for the tokens among the last 64.
     """
 
     temperature: float = 0.7
@@ -50,6 +55,8 @@ class Sampling:
     top_p: float = 0.95
     min_p: float = 0.05
     repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +69,8 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "more than 0, at most 1 (off)"),
             "min_p": (0 <= self.min_p < 1, "0 (off) or more, less than 1"),
             "repeat_penalty": (self.repeat_penalty > 0, "more than 0; 1 is off"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2; 0 is off"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2; 0 is off"),
             "seed": (self.seed is None or 0 <= self.seed < 2**32 - 1, "0 to 4294967294"),
         }
         bad = [f"{name} {getattr(self, name)}: must be {rule}" for name, (good, rule) in checks.items() if not good]
@@ -229,9 +238,89 @@ class Chain:
         llama_cpp.llama_sampler_free(self._links)
 
 
+class _Kept(NamedTuple):
+    """The logits [vocabulary] after a sequence's first `length` tokens."""
+
+    length: int
+    logits: npt.NDArray[np.float32]
+
+
+class Draws:
+    """Chains by number, and kept logits by sequence. They belong to a llama_context and its vocabulary."""
+
+    def __init__(self, context: Any, tokens: Tokens) -> None:
+        self._context, self._tokens = context, tokens
+        self._chains: dict[int, Chain] = {}
+        self._next = 0
+        self._kept: dict[int, _Kept] = {}
+
+    def begin(self, options: Sampling, recent: Sequence[int], grammar: str | None) -> int:
+        """A new chain's number. Raises OptionError for a grammar that this vocabulary cannot follow."""
+        constraint = Constraint(grammar, self._tokens.for_grammars) if grammar else None
+        self._next += 1
+        self._chains[self._next] = Chain(options, self._tokens.count, recent=recent, constraint=constraint)
+        return self._next
+
+    def end(self, chain: int) -> None:
+        """Free a chain; one that is gone already is no error."""
+        if known := self._chains.pop(chain, None):
+            known.close()
+
+    def close(self) -> None:
+        """Free all chains."""
+        for chain in list(self._chains):
+            self.end(chain)
+
+    def drawn(self, draw: Draw, index: int | None) -> Drawn:
+        """What a draw chooses by the logits of row `index` of the last evaluation, or by those its sequence kept.
+
+        Raises ModelError where they are no numbers.
+        """
+        chain = self._chains[draw.chain]
+        # Where log-probabilities are wanted, every token is chosen by its own logits.
+        forced = chain.forced() if draw.likely is None else []
+        if forced or chain.is_over:
+            return self._named(forced, chain)
+        logits = self._kept[draw.sequence].logits if index is None else self._logits_at(index)
+        check_finite(logits)
+        as_computed = index is not None and not chain.is_constrained
+        chosen = chain.choose_at(self._context, index or 0) if as_computed else chain.choose(logits)
+        if draw.likely is None:
+            return self._named([chosen, *chain.forced()], chain)
+        return self._named([chosen], chain, likely=self._likely(logits, chosen, draw.likely))
+
+    def keep(self, sequence: int, length: int, *, index: int) -> None:
+        """Keep the logits of row `index`, which are those after the sequence's first `length` tokens."""
+        self._kept[sequence] = _Kept(length, self._logits_at(index).copy())
+
+    def copy(self, source: int, target: int, *, length: int) -> None:
+        """`target` has become the first `length` tokens of `source`."""
+        self._kept.pop(target, None)
+        if (kept := self._kept.get(source)) and kept.length == length:
+            self._kept[target] = kept
+
+    def shorten(self, sequence: int, length: int) -> None:
+        """Of a sequence only so many tokens remain."""
+        if (kept := self._kept.get(sequence)) and kept.length > length:
+            del self._kept[sequence]
+
+    def _named(self, ids: Sequence[int], chain: Chain, *, likely: Likely | None = None) -> Drawn:
+        tokens = (Token(id_, self._tokens.piece(id_), self._tokens.is_end(id_), likely) for id_ in ids)
+        return Drawn(tuple(tokens), is_over=chain.is_over)
+
+    def _likely(self, logits: npt.NDArray[np.float32], chosen: int, count: int) -> Likely:
+        own, best = likeliest(logits, chosen, count=count)
+        return Likely(own, tuple((token, self._tokens.piece(token), value) for token, value in best))
+
+    def _logits_at(self, index: int) -> npt.NDArray[np.float32]:
+        """[vocabulary], valid until the next evaluation."""
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, index), (self._tokens.count,))
+
+
 def _links(options: Sampling, vocabulary: int) -> Iterator[Any]:
-    if options.repeat_penalty != 1:
-        yield llama_cpp.llama_sampler_init_penalties(vocabulary, PENALTY_WINDOW, options.repeat_penalty, 0.0, 0.0)
+    penalties = (options.repeat_penalty, options.frequency_penalty, options.presence_penalty)
+    if penalties != (1, 0, 0):
+        yield llama_cpp.llama_sampler_init_penalties(vocabulary, PENALTY_WINDOW, *penalties)
     if options.temperature == 0:
         yield llama_cpp.llama_sampler_init_greedy()
         return

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
 from grok_local.errors import ModelError, OptionError
+from grok_local.files import first_part
+from grok_local.formats import gguf_file
 from grok_local.ggml.libraries import open_library
+from grok_local.runtime.engine import log
 
-__all__ = ["Tokens"]
+__all__ = ["Tokens", "Vocabulary"]
 
 _DEEP = 4096  # bytes of text, from which on the stack is looked after
 _STACK, _STACK_PER_BYTE, _PAGE = 16 << 20, 1024, 4096
@@ -138,6 +143,31 @@ class Tokens:
         bad = [token for token in ids if not 0 <= token < self.count]
         if bad:
             raise OptionError(f"token {bad[0]} is not in the vocabulary of {self.count}")
+
+
+class Vocabulary(Tokens):
+    """A GGUF's vocabulary without its weights, for what has to be known before they are loaded. A context manager.
+
+    `context_size`: tokens that prompt and answer may have together. Raises GGUFError, ModelError.
+    """
+
+    def __init__(self, path: Path, *, context_size: int) -> None:
+        headers = gguf_file.read_model(path)
+        log.listen()
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(first_part(path)), params)
+        if not self._model:
+            raise ModelError(f"{path}: llama.cpp cannot read its vocabulary: {log.reason()}")
+        self.metadata, self.context_size = headers[0].metadata, context_size
+        super().__init__(self._model, self.metadata)
+
+    def __enter__(self) -> Vocabulary:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        llama_cpp.llama_model_free(self._model)
 
 
 def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,21 +17,26 @@ __all__ = ["Line", "error_of", "read_lines", "text_of", "texts_of"]
 
 @dataclass(frozen=True)
 class Line:
-    """A line by its number from 1, and its id, which is that number where it has none; `error` where it is no task."""
+    """A line by its number from 1, and its id, which is that number where it has none; `error` where it is no task.
+
+    `given` are the names of all its fields, that of the id among them.
+    """
 
     number: int
     id: str | int | None
     fields: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    given: frozenset[str] = frozenset()
 
 
-def read_lines(text: str, *, known: Sequence[str], as_text: bool) -> list[Line]:
+def read_lines(text: str, *, known: Sequence[str], as_text: bool, ids: Sequence[str] = ("id",)) -> list[Line]:
     """The lines that are not blank. A line that begins with { is an object with `known` fields, unless all are text.
 
-    The id of a line that has none is its number, or where that is another's id, "line" and its number.
+    `ids` are the names of the field that is its id. The id of a line that has none is its number, or where that is
+    another's id, "line" and its number. Lines end as on any system.
     """
-    numbered = enumerate(text.removeprefix("\ufeff").split("\n"), 1)
-    lines = [_line(n, line.removesuffix("\r"), known, as_text=as_text) for n, line in numbered if line.strip()]
+    numbered = enumerate(re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff")), 1)
+    lines = [_line(n, line, known, as_text=as_text, ids=ids) for n, line in numbered if line.strip()]
     own = Counter[str | int | None](line.id for line in lines if line.id is not None)
     return [_named(line, own) for line in lines]
 
@@ -40,7 +46,7 @@ def _named(line: Line, own: Mapping[str | int | None, int]) -> Line:
     if line.id is None:
         return replace(line, id=named)
     if own[line.id] > 1:
-        return Line(line.number, named, error=f"id {line.id!r} is another line's too")
+        return replace(line, id=named, error=f"id {line.id!r} is another line's too")
     return line
 
 
@@ -66,18 +72,27 @@ def texts_of(line: Line, name: str) -> list[str]:
     return value
 
 
-def _line(number: int, line: str, known: Sequence[str], *, as_text: bool) -> Line:
+def _line(number: int, line: str, known: Sequence[str], *, as_text: bool, ids: Sequence[str]) -> Line:
     if as_text or not line.lstrip().startswith("{"):
         return Line(number, None, {"text": line})
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         return Line(number, None, error=f"no JSON: {error}")
-    own = fields.pop("id", None)
-    if not isinstance(own, str | int | None) or isinstance(own, bool):
-        return Line(number, None, error="id: a text or a whole number is wanted")
+    given = frozenset(fields)
+    own = [fields.pop(name) for name in ids if fields.get(name) is not None]
+    if len(own) > 1 or not all(isinstance(id_, str | int) and not isinstance(id_, bool) for id_ in own):
+        return Line(number, None, error=f"{ids[0]}: one text or whole number is wanted", given=given)
     unknown = "; ".join(_unknown(fields, known))
-    return Line(number, own, fields, unknown or None)
+    return Line(number, own[0] if own else None, fields, unknown or None, given)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are there once: of two, one would be lost."""
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands twice in an object")
+    return dict(pairs)
 
 
 def _unknown(fields: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:

@@ -41,6 +41,7 @@ GRACE = 20.0  # seconds that an interrupted call has to return: a worker compute
 _PATIENCE = 30.0  # seconds of silence, after which the user is told
 _LOOK = 50  # milliseconds after which a waiting call looks whether it is interrupted
 _ENDING = 3.0  # seconds
+_ONE_KERNEL = {"GGML_CPU_TILED_MM": "0"}  # of those that depend on how many rows there are
 _DYING = 0.1  # seconds in which a dead process may still accept connections
 
 
@@ -96,7 +97,7 @@ class RemoteEngine:
         # "idle"; "talking" while bytes go over the connection; "waiting" for an answer. An exception such as
         # KeyboardInterrupt leaves it as it is, and the next call finds it there.
         self._state = "idle"
-        self._process, self._connection = _start()
+        self._process, self._connection = _start(reproducible=request.reproducible)
         self._answered = select.poll()
         self._answered.register(self._connection, select.POLLIN)
         self._stop = weakref.finalize(self, _stop, self._process, self._connection)
@@ -231,7 +232,7 @@ class RemoteEngine:
         return WorkerLost(problems or end) if self._workers else ModelError(end)
 
 
-def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+def _start(*, reproducible: bool) -> tuple[subprocess.Popen[bytes], Connection]:
     """The child, and the connection to it. In a session of its own, where no Ctrl-C reaches it."""
     ours, theirs = Pipe()
     with theirs:
@@ -241,7 +242,7 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=_environment(),
+            env=_environment() | (_ONE_KERNEL if reproducible else {}),
             start_new_session=True,
         )
     return process, ours

@@ -10,7 +10,7 @@ from grok_local.runtime.scheduling.generation import Generation
 
 __all__ = ["Apart", "Chunk", "Composer", "Running", "Together"]
 
-_PIECE = 256  # tokens of a prompt that are evaluated at once where its numbers must not depend on anything else
+_PIECE = 256  # tokens of a prompt that are evaluated at once where it is evaluated alone
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
 
 
 class Composer(Protocol):
-    """Composes a step of at most `room` tokens. `padded` are the places of the last one that get a token nobody wants."""
+    """Composes a step of at most `room` tokens. `padded` are the places where the last one has a token nobody wants."""
 
     padded: list[int]
 
@@ -65,14 +65,13 @@ class Together:
 class Apart:
     """Steps in which the numbers of a sequence do not depend on those beside it.
 
-    llama.cpp chooses its kernels by the number of rows, one or several; so a prompt is evaluated alone, in pieces whose
-    borders are counted from its start and from the end of `prefix`, and a token is never evaluated alone. Where each
-    sequence has its own part of the KV cache, llama.cpp evaluates together only places that follow each other, so that
-    the gaps between them are padded. There has to be one place more than are taken.
+    llama.cpp chooses its kernels by the number of rows, one or several; so a prompt is evaluated alone, in pieces of
+    two tokens at least, and a token of an answer never alone. Where each sequence has its own part of the KV cache,
+    llama.cpp evaluates together only places that follow each other: the gaps between them are padded. There has to be
+    one place more than are taken.
     """
 
-    def __init__(self, prefix: Sequence[int]) -> None:
-        self._prefix = list(prefix)
+    def __init__(self) -> None:
         self.padded: list[int] = []
 
     def compose(self, running: Sequence[Running], *, room: int) -> list[Chunk]:
@@ -87,14 +86,8 @@ class Apart:
         return chunks
 
     def _piece(self, one: Running) -> Chunk:
-        ids = one.generation.ids
-        start, end, shared = len(ids) - len(one.pending), len(ids), len(self._prefix)
-        if ids[:shared] == self._prefix and start < shared < end:
-            end = shared
-        base = shared if start >= shared and ids[:shared] == self._prefix else 0
-        border = base + ((start - base) // _PIECE + 1) * _PIECE
-        piece = ids[start : min(border, end)]
-        return Chunk(one, piece, start + len(piece) == len(ids))
+        size = _PIECE - (len(one.pending) == _PIECE + 1)  # none of one token is left over
+        return Chunk(one, one.pending[:size], size >= len(one.pending))
 
     def _gaps(self, places: set[int]) -> list[int]:
         first, last = min(places), max(places)

@@ -186,4 +186,3 @@ def _sum(before: ExpertStats | None, more: ExpertStats | None) -> ExpertStats | 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-

@@ -1,7 +1,7 @@
 """Decides which sequences go on: continuous batching.
 
-A step evaluates a token of each answer and as much of prompts as fits beside them. A place that an answer leaves is taken
-at once; a beginning that several prompts share is evaluated once.
+A step evaluates a token of each answer and as much of prompts as fits beside them. A place that an answer leaves is
+taken at once; a beginning that several prompts share is evaluated once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grok_local.runtime.scheduling.generation import Generation
 from grok_local.runtime.scheduling.sequences import Sequences, common_length
 
 if TYPE_CHECKING:
-    from grok_local.runtime.engine.protocol import Drawn, Engine
+    from grok_local.runtime.engine.protocol import Decoder, Drawn
     from grok_local.runtime.experts.waiting import ExpertStats
 
 __all__ = ["Scheduler"]
@@ -35,22 +35,22 @@ Wanted = Callable[[Generation], bool]
 class Scheduler:
     """Generations on the places of an engine. Any thread may submit or cancel; all else is for one at a time.
 
-    `composer` says what goes into a step; a `prefix` is what alone several prompts may share the evaluation of. In
+    `composer` says what goes into a step; `strict` is as in `Sequences`. In
     `tick`, `wanted` of a generation is whether somebody waits for it now, and `may_yield` whether it may lose its place
     to one that is wanted.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Decoder,
         *,
         places: int,
         composer: Composer | None = None,
-        prefix: Sequence[int] | None = None,
+        strict: bool = False,
     ) -> None:
         self._engine = engine
         self._streams = engine.expert_stats() is not None
-        self._sequences = Sequences(engine, places, prefix=prefix)
+        self._sequences = Sequences(engine, places, strict=strict)
         self._composer = composer or Together()
         self._arrived: deque[Running] = deque()
         self._queue: list[Running] = []  # those without a place

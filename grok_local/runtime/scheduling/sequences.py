@@ -27,13 +27,13 @@ class Found(NamedTuple):
 class Sequences:
     """The cache's first `count` places, each free or taken. What a free one held stays there until its room is needed.
 
-    Knows what the engine's places hold without asking: whoever evaluates says so. With a `prefix`, only that is used
-    again, or a whole prompt: what is evaluated of a prompt then depends on nothing but the prompt.
+    Knows what the engine's places hold without asking: whoever evaluates says so. In `strict` mode only tokens are used
+    again that were evaluated as a prompt's, two of them at least, and two at least are evaluated after them: by those
+    numbers llama.cpp chooses its kernels.
     """
 
-    def __init__(self, cache: Cache, count: int, *, prefix: Sequence[int] | None = None) -> None:
-        self._cache = cache
-        self._prefix = None if prefix is None else list(prefix)
+    def __init__(self, cache: Cache, count: int, *, strict: bool = False) -> None:
+        self._cache, self._strict = cache, strict
         self._ids: list[list[int]] = [[] for _ in cache.cached]
         self._kept = [0] * len(self._ids)  # after how many tokens the logits are kept; 0 is nowhere
         self._free = list(range(count))  # the one that was free longest comes first
@@ -135,10 +135,10 @@ class Sequences:
         length = common_length(self._ids[place], ids)
         if length == len(ids):
             length -= self._kept[place] != length
-        if self._prefix is None or length == len(ids):
+        if not self._strict or length == len(ids):
             return length
-        usable = len(self._prefix)
-        return usable if usable <= min(length, len(ids) - 1) and ids[:usable] == self._prefix else 0
+        length = min(length, self._kept[place], len(ids) - 2)
+        return length if length >= 2 else 0
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

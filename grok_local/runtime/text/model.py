@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from grok_local.errors import ContextError, OptionError
+from grok_local.placement.forecast import widest
 from grok_local.runtime.engine.llama import LlamaEngine
+from grok_local.runtime.scheduling.composing import Apart
 from grok_local.runtime.scheduling.scheduler import Scheduler
 from grok_local.runtime.scheduling.turns import Turns
+from grok_local.runtime.text.batch import Prepared, Result, Tasks, Watch, run_batch
 from grok_local.runtime.text.chat import ChatReply, Conversation
 from grok_local.runtime.text.options import answering
 from grok_local.runtime.text.reply import Reply
@@ -58,7 +61,7 @@ class Model:
 
     def _use(self, engine: Engine) -> None:
         self.engine = engine
-        self._turns = Turns(Scheduler(engine, places=engine.placement.plan.wishes.sequences))
+        self._turns = Turns(_scheduler(engine, self._loading))
         self._conversation = Conversation(engine, template=self._loading.template)
 
     @property
@@ -173,6 +176,52 @@ class Model:
         request = how.request(laid.ids, strip=True, stop=self._conversation.form.stop)
         return ChatReply(self._conversation, laid, request, self._turns, structure=how.structure)
 
+    def batch(
+        self,
+        requests: Iterable[Any],
+        *,
+        parallel: int | None = None,
+        reproducible: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ) -> Iterator[Result]:
+        """Continue many prompts, `parallel` of them together; results come as they are finished.
+
+        A request is a text, a list of token ids, or a mapping with `prompt` or `messages`, an `id`, and any option of
+        `generate`; `options` are for those that do not say otherwise. Random numbers come from `seed` and a request's
+        id. With `reproducible`, the bits of a result do not depend on the other requests. One that fails has an `error`
+        and costs the others nothing. By default as many go together as the model was loaded for, or if that is one, as
+        many as there is memory for. Raises OptionError, and whatever ends the model.
+        """
+        listed = requests if isinstance(requests, Iterator) else list(requests)
+        self._reshape(parallel, reproducible, most=len(listed) if isinstance(listed, list) else None)
+        given = {**self._usual, **options}
+        tasks = Tasks(self.engine, template=self._loading.template, defaults=given, seed=seed)
+        yield from self.run(tasks.prepare(index, request) for index, request in enumerate(listed))
+
+    def run(
+        self, tasks: Iterable[Prepared | Result], *, size: int | None = None, watch: Watch = lambda _: None
+    ) -> Iterator[Result]:
+        """Likewise, of tasks that were prepared, with as many places as there are. `size` is how many tokens prompt and
+        answer may have together; `watch` is shown after every step what is under way.
+        """
+        ahead = 2 * self._loading.parallel
+        return run_batch(self._turns, tasks, size=size or self.context_size, ahead=ahead, watch=watch)
+
+    def _reshape(self, parallel: int | None, reproducible: bool, *, most: int | None) -> None:
+        """Open the model anew where it has too few places, or does not compute in the way that is wanted."""
+        now = self._loading
+        wanted = parallel or (now.parallel if now.parallel > 1 else widest(self.placement.plan, most=most).sequences)
+        if (wanted, reproducible) == (now.parallel, now.reproducible):
+            return
+        loading = now.reshaped(parallel=wanted, reproducible=reproducible)
+        with self._turns.stopped():
+            if not self._turns.scheduler.is_idle:
+                raise OptionError("batch: an answer of this model is not read to its end: read it, or cancel it first")
+            self.engine.close()
+            self._loading = loading
+            self._use(open_engine(loading, say=self._say))
+
     def interrupt(self) -> None:
         """End the answers under way; from a signal handler or another thread."""
         self._turns.interrupt()
@@ -205,6 +254,12 @@ class Model:
                 f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or take a larger "
                 "context"
             )
+
+
+def _scheduler(engine: Engine, request: LoadRequest) -> Scheduler:
+    if request.reproducible:
+        return Scheduler(engine, places=request.parallel, composer=Apart(), strict=True)
+    return Scheduler(engine, places=request.parallel)
 
 
 def _choices(choices: object) -> list[str]:

@@ -59,7 +59,8 @@ def answering(given: AnswerOptions, sampling: SamplingOptions) -> Answering:
     if not all(isinstance(text, str) and text for text in stops):
         raise OptionError(f"stop {stop!r:.60}: a text or a list of texts is wanted, none of them empty")
     limit = given.get("max_tokens")
-    structure = structure_of({name: given.get(name) for name in ("schema", "regex", "choice", "grammar")})  # type: ignore[misc]
+    form: Any = {name: given.get(name) for name in ("schema", "regex", "choice", "grammar")}
+    structure = structure_of(form)
     if structure and stops:
         raise OptionError("stop: an answer in a given form ends where the form does: leave one of the two out")
     return Answering(

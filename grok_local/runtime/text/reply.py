@@ -19,11 +19,12 @@ __all__ = ["Reply", "Stats", "TokenLogprob"]
 @dataclass(frozen=True)
 class TokenLogprob:
     """A token of an answer with the natural logarithm of its probability as the model has it, before any sampling
-    option; `top` are the likeliest ones at its place. The token that ends the text is among them, with its bytes empty.
+    option; `piece` are its bytes, of which the token that ends the text has none, and `top` the likeliest tokens at its
+    place.
     """
 
     token: int
-    bytes: bytes
+    piece: bytes
     logprob: float
     top: tuple[tuple[int, bytes, float], ...]
 

@@ -139,8 +139,7 @@ def fuzz(seed: int, *, places: int, apart: bool, steps: int) -> None:
     )
     engine.fails = {rng.randrange(steps) for _ in range(3)}
     engine.interrupts = {rng.randrange(steps) for _ in range(10)}
-    composer = Apart(prefix) if apart else None
-    scheduler = Scheduler(engine, places=places, composer=composer, prefix=prefix if apart else None)
+    scheduler = Scheduler(engine, places=places, composer=Apart() if apart else None, strict=apart)
     alive: list[Generation] = []
     readers: dict[Generation, bool] = {}
     for _ in range(steps):

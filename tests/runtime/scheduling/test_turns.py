@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import grok_local
-
 
 QUESTIONS = ["What is an expert?", "What does a router do?", "Once upon a time", "one two three"]
 

@@ -1,0 +1,234 @@
+"""Many prompts from a file, answered together, with a result a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+
+import typer
+
+from grok_local.commands.options import (
+    Bundle,
+    ModelOption,
+    Parallel,
+    bundled,
+    load_options,
+    print_json,
+    resumable,
+    sampling_options,
+    say,
+    structure_options,
+)
+from grok_local.commands.prompts import decoded, input_bytes
+from grok_local.commands.running import MaxTokens, Stop, answer_options, opened, shown_packing
+from grok_local.errors import GGUFError, LinesFailed, OptionError
+from grok_local.library.built_in import BUILT_IN
+from grok_local.placement.planner import usual_context
+from grok_local.views.progress import batch_view
+
+if TYPE_CHECKING:
+    from grok_local.formats.gguf_file import Header
+    from grok_local.placement.forecast import Width
+    from grok_local.placement.load_options import LoadOptions, LoadRequest
+    from grok_local.placement.shape import ModelShape
+    from grok_local.runtime.jobs.batch_job import Job
+    from grok_local.runtime.jobs.batch_lines import Asked, Author
+    from grok_local.runtime.jobs.ledger import Ledger
+
+__all__ = ["batch"]
+
+_LARGE = 1_000_000_000  # bytes: for smaller models nothing is measured, they should start at once
+_MAX_TOKENS = 128  # of an answer, where neither line nor option says
+
+
+@bundled(sampling=sampling_options, structure=structure_options, loading=load_options)
+def batch(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help='A prompt a line, JSON ({"prompt"} or {"messages"}), or OpenAI\'s batch lines; - is stdin.',
+            metavar="IN",
+        ),
+    ],
+    model: ModelOption = BUILT_IN,
+    output: Annotated[
+        Optional[Path],
+        typer.Option("-o", "--output", help="Where results go; a stopped run goes on from there.  [default: stdout]"),
+    ] = None,
+    parallel: Parallel = None,
+    reproducible: Annotated[
+        bool, typer.Option("--reproducible", help="The bits of a line's result depend on that line alone; on the CPU.")
+    ] = False,
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="Results in the order of the input, in the end.")
+    ] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try lines again that failed before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and load nothing.")] = False,
+    max_tokens: MaxTokens = _MAX_TOKENS,
+    stop: Stop = None,
+    logprobs: Annotated[
+        Optional[int], typer.Option(help="Add each token's log-probability, and those of so many others.", min=0)
+    ] = None,
+    template: Annotated[
+        Optional[str],
+        typer.Option(help="What lays conversations out.  [default: the model's own]", metavar="none|FILE"),
+    ] = None,
+    sampling: Bundle = None,
+    structure: Bundle = None,
+    loading: Bundle = None,
+) -> None:
+    """Answer many prompts together, a result a line as each is finished. Stopped, the same command goes on.
+
+    grok-local batch -m grok-1-q4_k questions.jsonl -o answers.jsonl
+    """
+    from grok_local.runtime.jobs.batch_lines import read_batch
+
+    asked = read_batch(decoded(input_bytes(file), str(file)), as_text=file.suffix == ".txt")
+    if not asked:
+        raise OptionError(f"{file}: has no line that is not blank")
+    defaults = answer_options(sampling, structure, model, max_tokens=max_tokens, stop=stop) | {"logprobs": logprobs}
+    work = _Work(model, {**(loading or {}), "template": template}, defaults, parallel, reproducible)
+    with ExitStack() as stack:
+        ledger = None
+        if output is not None and not dry_run:
+            ledger = stack.enter_context(work.ledger(output, asked, retry=retry_errors))
+            stack.enter_context(resumable())
+        failed = _answered(work, asked, ledger, in_order=in_order, dry_run=dry_run)
+    if failed:
+        raise LinesFailed(f"{failed} of {len(asked)} lines could not be answered: their results say why")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is asked of all lines: of which model, how it is loaded, and what answers are like."""
+
+    model: str
+    loading: dict[str, Any]
+    defaults: dict[str, Any]
+    parallel: int | None
+    reproducible: bool
+
+    @cached_property
+    def request(self) -> LoadRequest:
+        """How the model would be loaded for one sequence."""
+        from grok_local.library.names import model_request
+
+        options = cast("LoadOptions", self.loading | {"reproducible": self.reproducible})
+        return model_request(self.model, options, packing=shown_packing)
+
+    @cached_property
+    def headers(self) -> list[Header]:
+        """The model's. Raises GGUFError for one that cannot be run."""
+        from grok_local.formats.gguf_file import read_model
+        from grok_local.placement.runnable import why_not
+
+        headers = read_model(self.request.path)
+        if reason := why_not(headers):
+            raise GGUFError(f"{self.request.path}: {reason}")
+        return headers
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        from grok_local.placement.shape import ModelShape
+
+        return ModelShape.from_headers(self.headers)
+
+    @cached_property
+    def author(self) -> Author:
+        from grok_local.runtime.jobs.batch_job import fingerprint, identity
+        from grok_local.runtime.jobs.batch_lines import Author
+
+        return Author(self.model, fingerprint(identity(self.headers), self.request))
+
+    def ledger(self, output: Path, asked: list[Asked], *, retry: bool) -> Ledger:
+        """The output, with what an earlier run has done. Raises OptionError where that was another job."""
+        from grok_local.runtime.jobs.batch_job import identity
+        from grok_local.runtime.jobs.batch_lines import id_of
+        from grok_local.runtime.jobs.ledger import Ledger
+
+        made_with = {
+            "model": identity(self.headers),
+            **self.defaults,
+            "context": usual_context(self.shape, self.request.wishes),
+            "kv_type": self.request.wishes.kv_type,
+            "template": self.request.template,
+            "reproducible": self.author.fingerprint if self.reproducible else False,
+        }
+        lines = {one.id: one.digest for one in asked}
+        return Ledger(output, made_with, lines, key=id_of, retry=retry)
+
+    def job(self, asked: list[Asked]) -> Job:
+        """The lines tokenized, which needs no weights."""
+        from grok_local.runtime.engine.tokens import Vocabulary
+        from grok_local.runtime.jobs.batch_job import prepared
+        from grok_local.runtime.text.batch import Tasks
+
+        size, seed = usual_context(self.shape, self.request.wishes), self.defaults.get("seed") or 0
+        with Vocabulary(self.request.path, context_size=size) as vocabulary:
+            defaults = {name: value for name, value in self.defaults.items() if name != "seed"}
+            tasks = Tasks(vocabulary, template=self.request.template, defaults=defaults, seed=seed)
+            return prepared(asked, tasks, size=size)
+
+    def width(self, job: Job) -> Width:
+        """How many sequences go together: as many as was said, or as are fastest."""
+        from grok_local.machine.this_machine import this_machine
+        from grok_local.placement.forecast import Width, forecast, widest
+        from grok_local.placement.planner import make_plan
+        from grok_local.runtime.remote.probing import probe_workers
+
+        request, large = self.request, self.shape.nbytes >= _LARGE
+        machine = this_machine(
+            self.shape.types if large else (),
+            threads=request.threads,
+            disk=request.path if large else None,
+            workers=probe_workers(request.workers),
+            say=say,
+        )
+        alone = make_plan(self.shape, machine, replace(request.wishes, context=job.context))
+        if self.parallel is None:
+            return widest(alone, most=max(job.tasks, 1))
+        plan = make_plan(self.shape, machine, replace(alone.wishes, sequences=self.parallel))
+        return Width(self.parallel, plan, forecast(plan, together=self.parallel), forecast(alone))
+
+
+def _answered(work: _Work, asked: list[Asked], ledger: Ledger | None, *, in_order: bool, dry_run: bool) -> int:
+    """Answer the lines that have no result yet. Returns how many failed, those of earlier runs among them."""
+    from grok_local.runtime.jobs.batch_job import run
+    from grok_local.views.plans import print_estimate
+
+    order = {one.id: number for number, one in enumerate(asked)}
+    done = ledger.done if ledger else {}
+    if done:
+        say(f"note: {len(done)} of {len(asked)} lines have their results already")
+    job = work.job([one for one in asked if one.id not in done])
+    failed = sum(done.values())
+    if job.lines or job.refused:
+        width = work.width(job)
+        if dry_run:
+            print_estimate(job, width, chosen=work.parallel is None)
+            return 0
+        loading = replace(work.request, wishes=replace(work.request.wishes, context=job.context))
+        loading = loading.reshaped(parallel=width.sequences, reproducible=work.reproducible)
+        with opened(loading) as running, batch_view() as watch, _writing(ledger, order if in_order else None) as write:
+            failed += run(running, job, work.author, write=write, watch=watch)
+    if ledger and in_order:
+        ledger.sort(order)
+    return failed
+
+
+@contextmanager
+def _writing(ledger: Ledger | None, order: Mapping[str | int, int] | None) -> Iterator[Callable[[Any], None]]:
+    """Where results go: to the ledger, or to stdout, where those that shall be in order come at the end."""
+    from grok_local.runtime.jobs.batch_lines import id_of
+
+    if ledger or order is None:
+        yield ledger.write if ledger else print_json
+        return
+    results: list[Mapping[str, Any]] = []
+    yield results.append
+    for result in sorted(results, key=lambda value: order[id_of(value) or 0]):
+        print_json(result)

@@ -1,0 +1,211 @@
+"""A batch from its lines to its results: tokens counted, the width chosen, what is missing computed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+
+from grok_local.errors import GrokLocalError
+from grok_local.placement.forecast import Width, forecast
+from grok_local.runtime.jobs.batch_lines import Asked, Author
+from grok_local.runtime.scheduling.generation import Generation
+from grok_local.runtime.text.batch import Prepared, Result, Tasks
+
+if TYPE_CHECKING:
+    from grok_local.formats.gguf_file import Header
+    from grok_local.placement.load_options import LoadRequest
+    from grok_local.runtime.text.model import Model
+
+__all__ = ["Estimate", "Job", "Progress", "estimate", "fingerprint", "identity", "prepared", "run"]
+
+_SAMPLES, _SAMPLE = 16, 1 << 16  # pieces of a file that are hashed, and their bytes
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line that can be answered, and its tasks."""
+
+    asked: Asked
+    tasks: tuple[Prepared, ...]
+    longest: int  # tokens that they may have, prompts and answers together
+
+
+@dataclass(frozen=True)
+class Job:
+    """The lines that are to be answered, the longest first, so that the time left only shrinks; and those that cannot.
+
+    `size` is how many tokens prompt and answer may have together.
+    """
+
+    lines: tuple[_Line, ...]
+    refused: tuple[tuple[Asked, GrokLocalError], ...]
+    size: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all tasks."""
+        return sum(len(task.request.prompt) for line in self.lines for task in line.tasks)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many the answers may have at most, together."""
+        return sum(line.longest for line in self.lines) - self.prompt_tokens
+
+    @property
+    def tasks(self) -> int:
+        """How many answers there are to be."""
+        return sum(len(line.tasks) for line in self.lines)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence needs room for."""
+        return max((_longest(task, self.size) for line in self.lines for task in line.tasks), default=1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job takes if every answer is as long as it may be: seconds, and bytes from the disk."""
+
+    seconds: float
+    from_disk: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `generated` counts tokens of answers, those under way among them; `rest` is what may follow."""
+
+    done: int
+    total: int
+    failed: int
+    generated: int
+    rest: int
+
+
+def prepared(asked: Iterable[Asked], tasks: Tasks, *, size: int) -> Job:
+    """Every line tokenized, with what cannot be answered set apart."""
+    lines, refused = list[_Line](), list[tuple[Asked, GrokLocalError]]()
+    for one in asked:
+        results = [] if one.error else [tasks.prepare(0, task) for task in one.tasks]
+        error = one.error or next((r.error for r in results if isinstance(r, Result)), None)
+        if error:
+            refused.append((one, error))
+        else:
+            ready = tuple(result for result in results if isinstance(result, Prepared))
+            lines.append(_Line(one, ready, sum(_longest(task, size) for task in ready)))
+    return Job(tuple(sorted(lines, key=lambda line: -line.longest)), tuple(refused), size)
+
+
+def estimate(job: Job, width: Width) -> Estimate:
+    """By the forecast: prompts in full batches, then answers, `width.sequences` of them together."""
+    read = forecast(width.plan, together=width.plan.batch)
+    prompts = job.prompt_tokens / width.plan.batch
+    steps = job.most_tokens / width.sequences
+    return Estimate(
+        prompts * read.seconds + steps * width.together.seconds,
+        prompts * read.from_disk + steps * width.together.from_disk,
+    )
+
+
+def run(
+    model: Model,
+    job: Job,
+    author: Author,
+    *,
+    write: Callable[[Mapping[str, Any]], None],
+    watch: Callable[[Progress], None] = lambda _: None,
+) -> int:
+    """Answer the lines of a job, and write each when it is finished. Returns how many failed.
+
+    Raises what ends the model; what is written stays.
+    """
+    return _Run(model, job, author, write, watch).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: Model,
+        job: Job,
+        author: Author,
+        write: Callable[[Mapping[str, Any]], None],
+        watch: Callable[[Progress], None],
+    ) -> None:
+        self._model, self._job, self._author, self._write, self._watch = model, job, author, write, watch
+        self._line_of = [line for line in job.lines for _ in line.tasks]
+        self._results: dict[str | int, list[Result]] = {}
+        self._failed = self._done = self._generated = 0
+        self._rest = job.most_tokens
+
+    def run(self) -> int:
+        for asked, error in self._job.refused:
+            self._write_line(self._author.refused(asked, error), failed=True)
+        tasks = [task for line in self._job.lines for task in line.tasks]
+        numbered = (replace(task, index=index) for index, task in enumerate(tasks))
+        for result in self._model.run(numbered, size=self._job.size, watch=self._look):
+            if result.finish_reason == "interrupted":
+                raise KeyboardInterrupt
+            self._collect(result)
+        return self._failed
+
+    def _collect(self, result: Result) -> None:
+        line = self._line_of[result.index]
+        found = self._results.setdefault(line.asked.id, [])
+        found.append(result)
+        task = next(task for task in line.tasks if task.id == result.id)
+        self._rest -= _longest(task, self._job.size) - len(task.request.prompt)
+        self._generated += result.stats.generated_tokens
+        if len(found) == len(line.tasks):
+            found.sort(key=lambda one: one.index)
+            failed = any(one.error for one in found)
+            self._write_line(self._author.written(line.asked, found), failed=failed)
+            del self._results[line.asked.id]
+
+    def _write_line(self, value: Mapping[str, Any], *, failed: bool) -> None:
+        self._write(value)
+        self._done += 1
+        self._failed += failed
+        self._look(())
+
+    def _look(self, flying: Iterable[Generation]) -> None:
+        now = sum(one.stats.generated_tokens for one in flying)
+        total = len(self._job.lines) + len(self._job.refused)
+        self._watch(Progress(self._done, total, self._failed, self._generated + now, max(self._rest - now, 0)))
+
+
+def _longest(task: Prepared, size: int) -> int:
+    return Generation(task.request, size).longest
+
+
+# -- what results come from --------------------------------------------------------------------------------------------
+
+
+def identity(headers: Sequence[Header]) -> str:
+    """Tells models apart: a hash of all headers, and of pieces all over the weights."""
+    digest = hashlib.sha256()
+    for header in headers:
+        digest.update(f"{header.size}\n".encode())
+        with header.path.open("rb") as file:
+            digest.update(file.read(header.end))
+            for number in range(_SAMPLES):
+                file.seek(header.end + (header.size - header.end) * number // _SAMPLES)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:32]
+
+
+def fingerprint(model: str, request: LoadRequest) -> str:
+    """What the bits of results depend on beside the request: the model, llama.cpp and its kernels, and the mode."""
+    parts: Iterator[object] = iter(
+        (
+            model,
+            llama_cpp.__version__,
+            llama_cpp.llama_print_system_info(),
+            request.wishes.kv_type,
+            request.wishes.repack,
+            request.reproducible,
+        )
+    )
+    return "fp_" + hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]

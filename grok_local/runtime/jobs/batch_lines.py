@@ -1,0 +1,169 @@
+"""Lines of a batch: what each asks, in our own short shape or in OpenAI's, and how its result is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grok_local.errors import ContextError, GrokLocalError, OptionError
+from grok_local.runtime.jobs import openai
+from grok_local.runtime.jobs.lines import Line, error_of, read_lines
+from grok_local.runtime.text.batch import TASK_FIELDS
+
+if TYPE_CHECKING:
+    from grok_local.runtime.text.batch import Result
+    from grok_local.runtime.text.reply import TokenLogprob
+
+__all__ = ["Asked", "Author", "id_of", "read_batch"]
+
+_OPENAI_FIELDS = ("custom_id", "method", "url", "body")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A line, and the tasks it asks for; none where it has an `error`."""
+
+    line: Line
+    tasks: tuple[dict[str, Any], ...] = ()
+    error: GrokLocalError | None = None
+
+    @property
+    def id(self) -> str | int:
+        """The line's id, or where it has none of its own, its number."""
+        return self.line.number if self.line.id is None else self.line.id
+
+    @property
+    def is_openai(self) -> bool:
+        """Whether it is in OpenAI's shape, and its result is to be."""
+        return "custom_id" in self.line.given
+
+    @property
+    def url(self) -> str:
+        """The endpoint that a line in OpenAI's shape names."""
+        return str(self.line.fields.get("url", openai.CHAT))
+
+    @property
+    def digest(self) -> str:
+        """Changes with what the line asks, and with nothing else."""
+        text = json.dumps([self.line.fields, self.line.error], sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Author:
+    """Writes results: `model` and `fingerprint` are what they say they come from."""
+
+    model: str
+    fingerprint: str
+
+    def written(self, asked: Asked, results: Sequence[Result]) -> dict[str, Any]:
+        """The line of the output, of the results of all tasks of a line."""
+        failed = next((result.error for result in results if result.error), None)
+        if failed:
+            return self.refused(asked, failed)
+        return self._openai(asked, results) if asked.is_openai else self._short(asked, results[0])
+
+    def refused(self, asked: Asked, error: GrokLocalError) -> dict[str, Any]:
+        """The line of the output for one that cannot be answered."""
+        if not asked.is_openai:
+            return error_of(asked.line, error)
+        code = "context_length_exceeded" if isinstance(error, ContextError) else None
+        body = openai.error_body(f"line {asked.line.number}: {error}", code=code)
+        return _response(asked, 400, body)
+
+    def _short(self, asked: Asked, result: Result) -> dict[str, Any]:
+        stats = result.stats
+        found: dict[str, Any] = {
+            "id": asked.id,
+            "text": result.text,
+            "finish_reason": result.finish_reason,
+            "tokens": {
+                "prompt": stats.prompt_tokens,
+                "cached": stats.cached_tokens,
+                "completion": stats.generated_tokens,
+            },
+        }
+        if result.parsed is not None:
+            found["parsed"] = result.parsed
+        if result.logprobs is not None:
+            found["logprobs"] = [_described(token) for token in result.logprobs]
+        seconds = {"prompt": round(stats.prompt_seconds, 4), "generation": round(stats.generation_seconds, 4)}
+        return {**found, "timings": seconds, "fingerprint": self.fingerprint}
+
+    def _openai(self, asked: Asked, results: Sequence[Result]) -> dict[str, Any]:
+        body = openai.body_of(
+            asked.url,
+            results,
+            id=_name("chatcmpl" if asked.url == openai.CHAT else "cmpl", asked),
+            created=int(time.time()),
+            model=str(asked.line.fields["body"].get("model") or self.model),
+            fingerprint=self.fingerprint,
+            prompts=len(results) // openai.choice_count(asked.line.fields["body"]),
+        )
+        return _response(asked, 200, body)
+
+
+def read_batch(text: str, *, as_text: bool) -> list[Asked]:
+    """The lines of an input that are not blank, in either shape, mixed if need be."""
+    known = (*TASK_FIELDS, *_OPENAI_FIELDS)
+    lines = read_lines(text, known=known, as_text=as_text, ids=("id", "custom_id"))
+    return [_asked(line) for line in lines]
+
+
+def id_of(result: Mapping[str, Any]) -> str | int | None:
+    """Which line a line of the output is the result of."""
+    found = result.get("custom_id", result.get("id"))
+    return found if isinstance(found, str | int) else None
+
+
+def _asked(line: Line) -> Asked:
+    try:
+        if line.error:
+            raise OptionError(line.error)
+        return Asked(line, tuple(_tasks(line)))
+    except OptionError as error:
+        return Asked(line, error=error)
+
+
+def _tasks(line: Line) -> list[dict[str, Any]]:
+    if "custom_id" not in line.given:
+        if stray := [name for name in line.fields if name in _OPENAI_FIELDS]:
+            raise OptionError(f"{stray[0]!r} belongs to a line in OpenAI's shape, which has a custom_id")
+        fields = {("prompt" if name == "text" else name): value for name, value in line.fields.items()}
+        return [{**fields, "id": line.id}]
+    url, body = line.fields.get("url"), line.fields.get("body")
+    if stray := [name for name in line.fields if name not in _OPENAI_FIELDS]:
+        raise OptionError(f"{stray[0]!r} belongs into the body")
+    if line.fields.get("method", "POST") != "POST" or url not in (openai.CHAT, openai.TEXT):
+        raise OptionError(f"wanted: method POST, and url {openai.CHAT} or {openai.TEXT}")
+    if not isinstance(body, Mapping):
+        raise OptionError("body: an object is wanted")
+    tasks = openai.tasks_of(url, body)
+    ids = [line.id] if len(tasks) == 1 else [f"{line.id}#{number}" for number in range(len(tasks))]
+    return [{**task, "id": id_} for task, id_ in zip(tasks, ids, strict=True)]
+
+
+def _response(asked: Asked, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "id": _name("batch_req", asked),
+        "custom_id": asked.id,
+        "response": {"status_code": status, "request_id": _name("req", asked), "body": body},
+        "error": None,
+    }
+
+
+def _name(kind: str, asked: Asked) -> str:
+    digest = hashlib.sha256(f"{asked.id}:{asked.digest}".encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{kind}_{digest[:24]}"
+
+
+def _described(token: TokenLogprob) -> dict[str, Any]:
+    return {**_likely(token.token, token.piece, token.logprob), "top": [_likely(*likely) for likely in token.top]}
+
+
+def _likely(token: int, piece: bytes, value: float) -> dict[str, Any]:
+    return {"token": piece.decode("utf-8", "replace"), "id": token, "logprob": value, "bytes": list(piece)}

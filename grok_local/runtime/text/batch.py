@@ -1,0 +1,211 @@
+"""Many prompts at once: each is a task, and its result comes when it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from grok_local.errors import ContextError, GrokLocalError, ModelError, OptionError
+from grok_local.runtime.engine.sampling import Sampling
+from grok_local.runtime.scheduling.generation import FinishReason, Generation, Request, Stats
+from grok_local.runtime.text.chat import Conversation
+from grok_local.runtime.text.options import Answering, answering
+from grok_local.runtime.text.reply import TokenLogprob
+
+if TYPE_CHECKING:
+    from grok_local.runtime.engine.protocol import Tokenizer
+    from grok_local.runtime.scheduling.turns import Turns
+
+__all__ = ["TASK_FIELDS", "Prepared", "Result", "Tasks", "Watch", "run_batch"]
+
+_SAMPLING = tuple(Sampling.__dataclass_fields__)
+_ANSWERING = ("max_tokens", "stop", "logprobs", "schema", "regex", "choice", "grammar")
+TASK_FIELDS = ("id", "prompt", "messages", "special", *_ANSWERING, *_SAMPLING)
+_SEEDS = 1 << 31
+
+Watch = Callable[[Collection[Generation]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of task number `index`: its text, or the `error` it failed of. `tokens` are the answer's ids.
+
+    `parsed` is what a whole answer in the form of a schema says.
+    """
+
+    index: int
+    id: str | int
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    parsed: Any = None
+    stats: Stats = field(default_factory=Stats)
+    error: GrokLocalError | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task that can be run: its tokens are known, and fit."""
+
+    index: int
+    id: str | int
+    how: Answering
+    request: Request
+
+
+class Tasks:
+    """Turns what people write into what can be run.
+
+    A task is a prompt, as text or token ids, or a mapping: `prompt` or `messages`, and any option of `Model.generate`;
+    `defaults` are those of tasks that do not say otherwise. The random numbers of a task without a seed come from
+    `seed` and its id alone.
+    """
+
+    def __init__(
+        self,
+        engine: Tokenizer,
+        *,
+        template: str | None,
+        defaults: Mapping[str, Any],
+        seed: int = 0,
+    ) -> None:
+        self._engine, self._seed = engine, seed
+        self._conversation = Conversation(engine, template=template)
+        self._defaults = dict(defaults)
+
+    def prepare(self, index: int, task: Any) -> Prepared | Result:
+        """What can be run, or the result that says why it cannot."""
+        id_: str | int = index
+        try:
+            fields = dict(task) if isinstance(task, Mapping) else {"prompt": task}
+            id_ = _id(fields.pop("id", index))
+            return self._prepared(index, id_, fields)
+        except (OptionError, ContextError) as error:
+            return Result(index, id_, error=error)
+
+    def _prepared(self, index: int, id_: str | int, fields: dict[str, Any]) -> Prepared:
+        _check_names(fields)
+        how = self._how(id_, fields)
+        if "messages" in fields:
+            request = self._of_messages(fields, how)
+        else:
+            ids = self._ids(fields.get("prompt"), special=bool(fields.get("special")))
+            request = how.request(ids)
+        check_room(request.prompt, self._engine.context_size)
+        return Prepared(index, id_, how, request)
+
+    def _how(self, id_: str | int, fields: Mapping[str, Any]) -> Answering:
+        given = {**self._defaults, **{name: value for name, value in fields.items() if value is not None}}
+        sampling = {name: given[name] for name in _SAMPLING if name in given}
+        if sampling.get("seed") in (None, -1):
+            sampling["seed"] = _derived(self._seed, id_)
+        return answering({name: given[name] for name in _ANSWERING if name in given}, sampling)  # type: ignore[arg-type]
+
+    def _of_messages(self, fields: Mapping[str, Any], how: Answering) -> Request:
+        if fields.get("prompt") is not None:
+            raise OptionError("prompt and messages: give one of the two")
+        laid = self._conversation.lay_out(fields["messages"], reserve=1)
+        if laid.dropped:
+            raise ContextError(f"the conversation does not fit the context of {self._engine.context_size} tokens")
+        return how.request(laid.ids, strip=True, stop=self._conversation.form.stop)
+
+    def _ids(self, prompt: Any, *, special: bool) -> list[int]:
+        if isinstance(prompt, str):
+            return self._engine.tokenize(prompt, special=special)
+        if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
+            self._engine.detokenize(prompt)
+            return list(prompt)
+        raise OptionError("prompt: a text, or a list of token ids, is wanted")
+
+
+def check_room(ids: Sequence[int], size: int) -> None:
+    """Raises ContextError for a prompt that is empty or does not fit a context of `size` tokens."""
+    if not ids:
+        raise ContextError("the prompt is empty: there is nothing to continue")
+    if len(ids) > size:
+        raise ContextError(
+            f"the prompt has {len(ids)} tokens and the context {size}: shorten it, or take a larger context"
+        )
+
+
+def run_batch(
+    turns: Turns, tasks: Iterable[Prepared | Result], *, size: int, ahead: int, watch: Watch
+) -> Iterator[Result]:
+    """Results as they come; at most `ahead` tasks are taken before the first of them is finished. `watch` sees what is
+    under way.
+
+    One that fails costs the others nothing; an error of the model ends all, and is raised.
+    """
+    coming, flying = iter(tasks), dict[Generation, Prepared]()
+    try:
+        while True:
+            yield from _launched(turns, coming, flying, size=size, ahead=ahead)
+            if not flying:
+                return
+            turns.until(partial(_some_ended, flying, watch), reading=())
+            for one in [one for one in flying if one.has_ended]:
+                yield _result(flying.pop(one), one)
+    finally:
+        for one in flying:
+            one.is_cancelled = True
+
+
+def _some_ended(flying: Collection[Generation], watch: Watch) -> bool:
+    watch(flying)
+    return any(one.has_ended for one in flying)
+
+
+def _launched(
+    turns: Turns, coming: Iterator[Prepared | Result], flying: dict[Generation, Prepared], *, size: int, ahead: int
+) -> Iterator[Result]:
+    while len(flying) < ahead and (task := next(coming, None)) is not None:
+        if isinstance(task, Result):
+            yield task
+        else:
+            generation = Generation(task.request, size)
+            flying[generation] = task
+            turns.submit(generation, eager=True)
+
+
+def _result(task: Prepared, done: Generation) -> Result:
+    done.take()
+    error, structure = done.error, task.how.structure
+    if error and not isinstance(error, OptionError | ContextError):
+        raise error
+    whole = structure is not None and done.finish_reason == "stop"
+    try:
+        parsed = structure.parsed(done.text) if structure and whole else None
+    except ModelError as refused:  # by a class with checks that its schema does not tell
+        return Result(task.index, task.id, error=OptionError(str(refused)))
+    return Result(
+        task.index,
+        task.id,
+        text=done.text,
+        finish_reason=done.finish_reason,
+        tokens=done.tokens,
+        logprobs=None if task.request.likely is None else [TokenLogprob.of(token) for token in done.scored],
+        parsed=parsed,
+        stats=done.stats,
+        error=error,
+    )
+
+
+def _derived(seed: int, id_: str | int) -> int:
+    """A task's own seed: of the run's and its id, never of its place among the others."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{id_}".encode()).digest()[:8], "big") % _SEEDS
+
+
+def _id(value: Any) -> str | int:
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise OptionError("id: a text or a whole number is wanted")
+    return value
+
+
+def _check_names(fields: Mapping[str, Any]) -> None:
+    unknown = [name for name in fields if name not in TASK_FIELDS]
+    if unknown:
+        raise OptionError(f"unknown field {unknown[0]!r}: known are {', '.join(TASK_FIELDS)}")
