@@ -33,6 +33,7 @@ class Tokens:
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self._metadata = metadata
         self.count = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self._is_empty = llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE
         self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))
         self._eos = int(llama_cpp.llama_vocab_eos(self._vocab))
 
@@ -107,7 +108,11 @@ class Tokens:
         return ids[len(lead) :] if ids[: len(lead)] == lead else self.tokenize(text, add_bos=False, special=special)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The token's bytes; a control token has none, or with `special` its name."""
+        """The token's bytes; a control token has none, or with `special` its name, nor has one of a file without texts
+        of tokens.
+        """
+        if self._is_empty:
+            return b""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)

@@ -40,10 +40,12 @@ class Ledger:
     def __init__(
         self, output: Path, made_with: Mapping[str, Any], lines: Mapping[Id, str], *, key: Key, retry: bool = False
     ) -> None:
-        self.path, self.set_aside = output, 0
-        self._manifest, self._key = manifest_of(output), key
+        self.path, self.set_aside = output.resolve(), 0
+        self._manifest, self._key = manifest_of(self.path), key
+        if self.path.exists() and not self.path.is_file():
+            raise OutputError(f"{output}: no file: a batch goes on from what is in it")
         try:
-            self._out = _locked(output)
+            self._out = _locked(self.path)
             try:
                 self.done = self._resumed(made_with, lines, retry=retry)
                 described = {"format": _FORMAT, "made_with": made_with, "lines": list(lines.items())}

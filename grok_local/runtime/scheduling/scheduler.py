@@ -182,7 +182,7 @@ class Scheduler:
     def _step(self, chunks: Sequence[Chunk]) -> None:
         began, before = time.monotonic(), self._engine.expert_stats() if self._streams else None
         rows = [row for chunk in chunks for row in self._rows(chunk)]
-        rows += [Row(0, len(self._sequences.ids(place)), place, False) for place in self._composer.padded]
+        rows += [Row(0, len(self._sequences.ids(place)), place, True) for place in self._composer.padded]
         last = [chunk for chunk in chunks if chunk.is_last]
         draws = [_draw(chunk.running) for chunk in last]
         drawn = self._engine.step(rows, draws)
