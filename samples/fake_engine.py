@@ -10,9 +10,8 @@ import zlib
 from collections.abc import Sequence
 
 from grok_local.errors import ModelError, NoRoomError, OptionError
-from grok_local.runtime.engine.protocol import Draw, Drawn, Token
 from grok_local.runtime.engine.sampling import Sampling
-from grok_local.runtime.graph.rows import Row
+from grok_local.runtime.graph.rows import Draw, Drawn, Row, Token
 
 END = 0
 VOCABULARY = 50

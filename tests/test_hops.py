@@ -55,7 +55,8 @@ def test_from_chat_to_llama_cpp(packed: Path, command: str) -> None:
     assert set(found) == {"llama_model_load_from_file", "llama_init_from_model", "llama_decode", "llama_sampler_sample"}
     for name, way in found.items():
         assert way[0] == f"grok_local.commands.running:{command}"
-        assert len(way) <= 7, (name, way)  # so many hops: the last is the call itself
+        # So many hops: the last is the call itself. A draw is one of several, and its chain one of several kinds.
+        assert len(way) <= (9 if name == "llama_sampler_sample" else 7), (name, way)
 
 
 def test_from_quantize_to_the_packing_kernel(small: Path, tmp_path: Path) -> None:

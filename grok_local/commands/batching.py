@@ -27,7 +27,7 @@ from grok_local.commands.prompts import decoded, input_bytes
 from grok_local.commands.running import MaxTokens, Stop, answer_options, opened, shown_packing
 from grok_local.errors import GGUFError, LinesFailed, OptionError
 from grok_local.library.built_in import BUILT_IN
-from grok_local.placement.planner import usual_context
+from grok_local.placement.wishes import usual_context
 from grok_local.views.progress import batch_view
 
 if TYPE_CHECKING:
@@ -163,12 +163,12 @@ class _Work:
 
     def job(self, asked: list[Asked]) -> Job:
         """The lines tokenized, which needs no weights."""
-        from grok_local.runtime.engine.tokens import Vocabulary
+        from grok_local.runtime.engine.tokens import BareVocabulary
         from grok_local.runtime.jobs.batch_job import prepared
         from grok_local.runtime.text.batch import Tasks
 
         size, seed = usual_context(self.shape, self.request.wishes), self.defaults.get("seed") or 0
-        with Vocabulary(self.request.path, context_size=size) as vocabulary:
+        with BareVocabulary(self.request.path, context_size=size) as vocabulary:
             defaults = {name: value for name, value in self.defaults.items() if name != "seed"}
             tasks = Tasks(vocabulary, template=self.request.template, defaults=defaults, seed=seed)
             return prepared(asked, tasks, size=size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
@@ -134,14 +134,11 @@ def routing(
         heat_map.print_routing(found)
 
 
-@contextmanager
-def loaded(model: str, options: Bundle, *, quiet: bool = False) -> Iterator[Model]:
+def loaded(model: str, options: Bundle, *, quiet: bool = False) -> AbstractContextManager[Model]:
     """The model, with what had to be said about its placement on stderr."""
     from grok_local.library.names import model_request
 
-    request = model_request(model, cast("LoadOptions", options or {}), packing=shown_packing)
-    with opened(request, quiet=quiet) as running:
-        yield running
+    return opened(model_request(model, cast("LoadOptions", options or {}), packing=shown_packing), quiet=quiet)
 
 
 @contextmanager

@@ -18,16 +18,15 @@ from grok_local.machine.facts import Device, Machine, Speeds
 from grok_local.placement.balance import balanced
 from grok_local.placement.plan import Override, Places, Plan, Share, are_pinned, units_of
 from grok_local.placement.shape import EXPERTS, ModelShape, Role, Weight
-from grok_local.placement.wishes import RAM, Wishes, check_wishes
+from grok_local.placement.wishes import RAM, Wishes, check_wishes, usual_context
 from grok_local.units import format_bytes
 
-__all__ = ["make_plan", "needs_speeds", "ram_reserve", "usual_context"]
+__all__ = ["make_plan", "needs_speeds", "ram_reserve"]
 
 _MARGIN = 512_000_000  # bytes of a device that stay free: its context, fragmentation
 _BATCH = 512  # llama.cpp's own
 _BATCHES = (1024, 2048, 4096)
 _ANSWER = 64  # tokens
-_CONTEXT = 8192  # tokens, where nobody asks for more
 _SPARSE_CONTEXT = 256  # tokens: the smallest context anybody is advised
 _WORTH_REPACKING = 1_000_000_000  # bytes: smaller models are fast anyway, and should start at once
 
@@ -40,13 +39,6 @@ def ram_reserve(memory: int) -> int:
 def needs_speeds(model: ModelShape, wishes: Wishes) -> bool:
     """Whether the plan depends on how fast the machine's kernels are: only what may be rearranged in RAM does."""
     return wishes.repack == "on" or (wishes.repack == "auto" and model.nbytes >= _WORTH_REPACKING)
-
-
-def usual_context(model: ModelShape, wishes: Wishes) -> int:
-    """Tokens of a sequence: as wished for, or as the model was trained on, but not very many unless they are."""
-    trained = model.trained_context or _CONTEXT
-    usual = max(min(_CONTEXT, trained), 1)
-    return trained if wishes.context == 0 else wishes.context or usual
 
 
 def make_plan(model: ModelShape, machine: Machine, wishes: Wishes | None = None) -> Plan:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from grok_local.errors import OptionError, PlacementError
-from grok_local.placement.shape import KV_WIDTHS
+from grok_local.placement.shape import KV_WIDTHS, ModelShape
 
-__all__ = ["RAM", "Wishes", "check_wishes"]
+__all__ = ["RAM", "Wishes", "check_wishes", "usual_context"]
 
 RAM = "RAM"
+_CONTEXT = 8192  # tokens, where nobody asks for more
 _LONGEST_PATTERN = 1000  # characters
 
 
@@ -42,6 +43,13 @@ class Wishes:
     memory: int | None = None
     trace_experts: Path | None = None
     trained_context: int | None = None
+
+
+def usual_context(model: ModelShape, wishes: Wishes) -> int:
+    """Tokens of a sequence: as wished for, or as the model was trained on, but not very many unless they are."""
+    trained = model.trained_context or _CONTEXT
+    usual = max(min(_CONTEXT, trained), 1)
+    return trained if wishes.context == 0 else wishes.context or usual
 
 
 def check_wishes(wishes: Wishes, devices: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ the last one did only costs its new tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp
@@ -22,11 +24,11 @@ from grok_local.runtime.engine import log
 from grok_local.runtime.engine.interrupts import ctrl_c_later
 from grok_local.runtime.engine.kv_cache import KVCache
 from grok_local.runtime.engine.opening import open_planned
-from grok_local.runtime.engine.protocol import Draw, Drawn, Placement
+from grok_local.runtime.engine.protocol import Placement
 from grok_local.runtime.engine.sampling import Draws, Sampling, check_finite, log_probabilities
 from grok_local.runtime.engine.tokens import Tokens
 from grok_local.runtime.experts.waiting import ExpertStats
-from grok_local.runtime.graph.rows import Row
+from grok_local.runtime.graph.rows import Draw, Drawn, Row
 from grok_local.runtime.graph.tap import Tap
 
 __all__ = ["LlamaEngine"]
@@ -34,6 +36,14 @@ __all__ = ["LlamaEngine"]
 _MOST_OUTPUTS = 512  # tokens whose logits llama.cpp keeps at once: of 131072 float32 each
 _SCORED = 64  # the same, where little memory matters more than wide batches
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode's answers when the KV cache is full, and when the abort callback said so
+
+
+@dataclass
+class _Evaluation:
+    """llama.cpp's batch, and what it answered."""
+
+    batch: Any
+    status: int = _ABORTED
 
 
 class LlamaEngine:
@@ -148,15 +158,19 @@ class LlamaEngine:
         self._check_open()
         self._check_usable()
         self._tokens.check([row.token for row in rows])
-        if rows and not self._decode(rows):
-            return None
+        if rows:
+            with self._evaluation(rows) as going:
+                going.status = llama_cpp.llama_decode(self._opened.context, going.batch)
+            if not self._is_complete(going.status, rows):
+                return None
         outputs = {row.sequence: index for index, row in enumerate(rows) if row.output}
-        return [self._drawn(draw, outputs.get(draw.sequence)) for draw in draws]
-
-    def _drawn(self, draw: Draw, index: int | None) -> Drawn:
-        if draw.keep and index is not None:
-            self._draws.keep(draw.sequence, len(self._cache.ids(draw.sequence)), index=index)
-        return self._draws.drawn(draw, index)
+        found: list[Drawn] = []
+        for draw in draws:
+            index = outputs.get(draw.sequence)
+            if draw.keep and index is not None:
+                self._draws.keep(draw.sequence, len(self._cache.ids(draw.sequence)), index=index)
+            found.append(self._draws.drawn(draw, index))
+        return found
 
     def copy(self, source: int, target: int, *, length: int) -> int:
         """Have `target` begin as the first `length` tokens of `source`, without evaluating them.
@@ -201,7 +215,7 @@ class LlamaEngine:
         """
         for start in range(0, len(ids), self.batch_size):
             chunk = ids[start : start + self.batch_size]
-            if not self._decode(self._rows(0, chunk)):
+            if self.step(self._rows(0, chunk)) is None:
                 return start
         return len(ids)
 
@@ -243,7 +257,7 @@ class LlamaEngine:
         whole = self.extend(ids[kept:start]) == start - kept
         for at in range(start, len(ids), min(width, self.batch_size)):
             chunk = ids[at : at + min(width, self.batch_size)]
-            whole = whole and self._decode([row._replace(output=True) for row in self._rows(0, chunk)])
+            whole = whole and self.step([row._replace(output=True) for row in self._rows(0, chunk)]) is not None
             if not whole:
                 raise ModelError("interrupted")
             yield self._outputs(len(chunk))
@@ -263,7 +277,7 @@ class LlamaEngine:
                 f"{len(rows)} tokens at once, {longest} in a sequence: at most {self.batch_size} and "
                 f"{self.context_size} fit"
             )
-        if not self._decode(rows):
+        if self.step(rows) is None:
             raise ModelError("interrupted")
         return self._outputs(len(pieces)).copy()
 
@@ -284,20 +298,24 @@ class LlamaEngine:
         check_finite(logits)
         return logits
 
-    def _decode(self, rows: Sequence[Row]) -> bool:
-        """Have llama.cpp compute them. False if interrupted. What is not complete leaves nothing in the cache."""
-        batch = self._filled(rows)
+    @contextmanager
+    def _evaluation(self, rows: Sequence[Row]) -> Iterator[_Evaluation]:
+        """Around llama.cpp's evaluation of `rows`: what is not complete leaves nothing in the cache."""
+        going = _Evaluation(self._filled(rows))
         log.clear()
         try:
             if self._tap:
                 self._tap.begin(rows)
             with ctrl_c_later(self):
-                status = llama_cpp.llama_decode(self._opened.context, batch)
+                yield going
             if self._tap:
-                self._tap.finish(complete=status == 0)
+                self._tap.finish(complete=going.status == 0)
         except BaseException:
             self._cache.roll_back(rows)
             raise
+
+    def _is_complete(self, status: int, rows: Sequence[Row]) -> bool:
+        """Whether the rows are in the cache now; False if interrupted. Raises NoRoomError, ModelError."""
         if status == 0:
             self._cache.add(rows)
             return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from grok_local.placement.plan import Plan
     from grok_local.runtime.engine.sampling import Sampling
     from grok_local.runtime.experts.waiting import ExpertStats
-    from grok_local.runtime.graph.rows import Row
+    from grok_local.runtime.graph.rows import Draw, Drawn, Row
 
-__all__ = ["Decoder", "Draw", "Drawn", "Engine", "Held", "Likely", "Placement", "Token", "Tokenizer"]
+__all__ = ["Decoder", "Engine", "Held", "Lexicon", "Placement"]
 
 
 @dataclass(frozen=True)
@@ -38,47 +38,6 @@ class Placement:
     notes: tuple[str, ...]
 
 
-class Draw(NamedTuple):
-    """A choice to be made of what follows a sequence's last token, by the sampler chain `chain`.
-
-    With `keep`, the logits stay with the sequence, so that another choice can be made at the same place later.
-    `likely`: of how many tokens the log-probabilities are wanted beside the chosen one's; None for none at all.
-    """
-
-    sequence: int
-    chain: int
-    keep: bool = False
-    likely: int | None = None
-
-
-class Likely(NamedTuple):
-    """Natural logarithms of probabilities, as the model has them before any sampling option: of the chosen token, and
-    of the likeliest ones by falling probability.
-    """
-
-    chosen: float
-    top: tuple[tuple[int, bytes, float], ...]
-
-
-class Token(NamedTuple):
-    """A token that was chosen: its id, its bytes, and whether the model ends the text with it."""
-
-    id: int
-    piece: bytes
-    is_end: bool
-    likely: Likely | None = None
-
-
-class Drawn(NamedTuple):
-    """What comes next in a sequence: the chosen token, and those after it that a grammar leaves no choice about.
-
-    None come, and `is_over`, where the grammar has ended.
-    """
-
-    tokens: tuple[Token, ...]
-    is_over: bool = False
-
-
 class Decoder(Protocol):
     """The part of an engine that evaluates sequences and chooses what follows."""
 
@@ -97,7 +56,7 @@ class Decoder(Protocol):
     def expert_stats(self) -> ExpertStats | None: ...
 
 
-class Tokenizer(Protocol):
+class Lexicon(Protocol):
     """The part of an engine that knows the vocabulary."""
 
     @property
@@ -116,7 +75,7 @@ class Tokenizer(Protocol):
     def is_end(self, token: int) -> bool: ...
 
 
-class Engine(Decoder, Tokenizer, Protocol):
+class Engine(Decoder, Lexicon, Protocol):
     """A loaded model and its KV cache, with places for several sequences.
 
     Only `interrupt` is thread-safe; once closed, every method raises ModelError.

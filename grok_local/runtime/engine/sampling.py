@@ -13,18 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from grok_local.errors import ModelError, OptionError
-from grok_local.runtime.engine.protocol import Draw, Drawn, Likely, Token
 from grok_local.runtime.engine.tokens import Tokens
+from grok_local.runtime.graph.rows import Draw, Drawn, Likely, Token
 
 __all__ = [
     "PENALTY_WINDOW",
-    "Chain",
-    "Constraint",
     "Draws",
     "Sampling",
     "SamplingOptions",
     "check_finite",
-    "likeliest",
     "log_probabilities",
 ]
 
@@ -106,7 +103,7 @@ def log_probabilities(logits: npt.NDArray[np.float32], ids: Sequence[int]) -> li
     return found
 
 
-def likeliest(logits: npt.NDArray[np.float32], chosen: int, *, count: int) -> tuple[float, list[tuple[int, float]]]:
+def _likeliest(logits: npt.NDArray[np.float32], chosen: int, *, count: int) -> tuple[float, list[tuple[int, float]]]:
     """Natural logarithms of the probabilities of token `chosen` and of the `count` likeliest ones by falling
     probability, equal ones by falling id, from a row of logits [vocabulary].
     """
@@ -309,7 +306,7 @@ class Draws:
         return Drawn(tuple(tokens), is_over=chain.is_over)
 
     def _likely(self, logits: npt.NDArray[np.float32], chosen: int, count: int) -> Likely:
-        own, best = likeliest(logits, chosen, count=count)
+        own, best = _likeliest(logits, chosen, count=count)
         return Likely(own, tuple((token, self._tokens.piece(token), value) for token, value in best))
 
     def _logits_at(self, index: int) -> npt.NDArray[np.float32]:

@@ -19,7 +19,7 @@ from grok_local.formats import gguf_file
 from grok_local.ggml.libraries import open_library
 from grok_local.runtime.engine import log
 
-__all__ = ["Tokens", "Vocabulary"]
+__all__ = ["BareVocabulary", "Tokens"]
 
 _DEEP = 4096  # bytes of text, from which on the stack is looked after
 _STACK, _STACK_PER_BYTE, _PAGE = 16 << 20, 1024, 4096
@@ -150,7 +150,7 @@ class Tokens:
             raise OptionError(f"token {bad[0]} is not in the vocabulary of {self.count}")
 
 
-class Vocabulary(Tokens):
+class BareVocabulary(Tokens):
     """A GGUF's vocabulary without its weights, for what has to be known before they are loaded. A context manager.
 
     `context_size`: tokens that prompt and answer may have together. Raises GGUFError, ModelError.
@@ -168,7 +168,7 @@ class Vocabulary(Tokens):
         self.metadata, self.context_size = headers[0].metadata, context_size
         super().__init__(self._model, self.metadata)
 
-    def __enter__(self) -> Vocabulary:
+    def __enter__(self) -> BareVocabulary:
         return self
 
     def __exit__(self, *_: object) -> None:

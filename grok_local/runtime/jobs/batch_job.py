@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from grok_local.placement.load_options import LoadRequest
     from grok_local.runtime.text.model import Model
 
-__all__ = ["Estimate", "Job", "Progress", "estimate", "fingerprint", "identity", "prepared", "run"]
+__all__ = ["Job", "estimate", "fingerprint", "identity", "prepared", "run"]
 
 _SAMPLES, _SAMPLE = 16, 1 << 16  # pieces of a file that are hashed, and their bytes
 
@@ -67,7 +67,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Cost:
     """What a job takes if every answer is as long as it may be: seconds, and bytes from the disk."""
 
     seconds: float
@@ -75,7 +75,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Progress:
+class BatchProgress:
     """How far a run is. `generated` counts tokens of answers, those under way among them; `rest` is what may follow."""
 
     done: int
@@ -99,12 +99,12 @@ def prepared(asked: Iterable[Asked], tasks: Tasks, *, size: int) -> Job:
     return Job(tuple(sorted(lines, key=lambda line: -line.longest)), tuple(refused), size)
 
 
-def estimate(job: Job, width: Width) -> Estimate:
+def estimate(job: Job, width: Width) -> Cost:
     """By the forecast: prompts in full batches, then answers, `width.sequences` of them together."""
     read = forecast(width.plan, together=width.plan.batch)
     prompts = job.prompt_tokens / width.plan.batch
     steps = job.most_tokens / width.sequences
-    return Estimate(
+    return Cost(
         prompts * read.seconds + steps * width.together.seconds,
         prompts * read.from_disk + steps * width.together.from_disk,
     )
@@ -116,7 +116,7 @@ def run(
     author: Author,
     *,
     write: Callable[[Mapping[str, Any]], None],
-    watch: Callable[[Progress], None] = lambda _: None,
+    watch: Callable[[BatchProgress], None] = lambda _: None,
 ) -> int:
     """Answer the lines of a job, and write each when it is finished. Returns how many failed.
 
@@ -132,7 +132,7 @@ class _Run:
         job: Job,
         author: Author,
         write: Callable[[Mapping[str, Any]], None],
-        watch: Callable[[Progress], None],
+        watch: Callable[[BatchProgress], None],
     ) -> None:
         self._model, self._job, self._author, self._write, self._watch = model, job, author, write, watch
         self._line_of = [line for line in job.lines for _ in line.tasks]
@@ -173,7 +173,7 @@ class _Run:
     def _look(self, flying: Iterable[Generation]) -> None:
         now = sum(one.stats.generated_tokens for one in flying)
         total = len(self._job.lines) + len(self._job.refused)
-        self._watch(Progress(self._done, total, self._failed, self._generated + now, max(self._rest - now, 0)))
+        self._watch(BatchProgress(self._done, total, self._failed, self._generated + now, max(self._rest - now, 0)))
 
 
 def _longest(task: Prepared, size: int) -> int:

@@ -9,9 +9,9 @@ from grok_local.errors import GrokLocalError, OptionError
 from grok_local.runtime.scheduling.stream import TextStream
 
 if TYPE_CHECKING:
-    from grok_local.runtime.engine.protocol import Drawn, Token
     from grok_local.runtime.engine.sampling import Sampling
     from grok_local.runtime.experts.waiting import ExpertStats
+    from grok_local.runtime.graph.rows import Drawn, Token
 
 __all__ = ["FinishReason", "Generation", "Request", "Stats"]
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grok_local.errors import ContextError, GrokLocalError, NoRoomError
-from grok_local.runtime.engine.protocol import Draw
 from grok_local.runtime.engine.sampling import PENALTY_WINDOW
-from grok_local.runtime.graph.rows import Row
+from grok_local.runtime.graph.rows import Draw, Row
 from grok_local.runtime.scheduling.composing import Chunk, Composer, Running, Together
 from grok_local.runtime.scheduling.generation import Generation
 from grok_local.runtime.scheduling.sequences import Sequences, common_length
 
 if TYPE_CHECKING:
-    from grok_local.runtime.engine.protocol import Decoder, Drawn
+    from grok_local.runtime.engine.protocol import Decoder
     from grok_local.runtime.experts.waiting import ExpertStats
+    from grok_local.runtime.graph.rows import Drawn
 
 __all__ = ["Scheduler"]
 
@@ -30,6 +32,18 @@ _WORTH_WAITING = 16  # tokens that a prompt beside evaluates anyway, for which a
 _LEAD = 16  # tokens that an answer may be ahead of its reader
 
 Wanted = Callable[[Generation], bool]
+
+
+@dataclass
+class _Step:
+    """What is evaluated together and what is chosen after it; `experts` are the streamed ones' figures before."""
+
+    chunks: list[Chunk]
+    rows: list[Row]
+    draws: list[Draw]
+    began: float
+    experts: ExpertStats | None
+    drawn: list[Drawn] | None = None
 
 
 class Scheduler:
@@ -73,18 +87,30 @@ class Scheduler:
 
         Says whether there was anything to do. An error of the engine ends all generations that were in the step.
         """
+        self._begin(wanted, may_yield)
+        active = [one for one in self._running if wanted(one.generation) or one.generation.unread < _LEAD]
+        if not any(wanted(one.generation) for one in active):
+            return False
+        step = self._composed(active)
+        with self._watched(active):
+            step.drawn = self._engine.step(step.rows, step.draws)
+        if step.drawn is not None:  # else it was interrupted: those that are cancelled end with the next tick
+            self._finish(step, step.drawn)
+        return True
+
+    def _begin(self, wanted: Wanted, may_yield: Wanted) -> None:
         self._engine.interrupted = False
         while self._arrived:
             self._queue.append(self._arrived.popleft())
         self._end_cancelled()
         self._look_again()
         self._admit(wanted, may_yield)
-        active = [one for one in self._running if wanted(one.generation) or one.generation.unread < _LEAD]
-        if not any(wanted(one.generation) for one in active):
-            return False
-        chunks = self._composer.compose(active, room=self._engine.batch_size)
+
+    @contextmanager
+    def _watched(self, active: Sequence[Running]) -> Iterator[None]:
+        """What goes wrong in a step ends the generations in it, unless it is only room that is wanting."""
         try:
-            self._step(chunks)
+            yield
         except NoRoomError:
             self._make_room()
         except GrokLocalError as error:
@@ -93,7 +119,6 @@ class Scheduler:
         except BaseException:
             self._is_doubtful = True
             raise
-        return True
 
     def cancel_all(self) -> None:
         """Nobody wants any of them. Safe to call from any thread and from a signal handler."""
@@ -179,23 +204,23 @@ class Scheduler:
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
-    def _step(self, chunks: Sequence[Chunk]) -> None:
-        began, before = time.monotonic(), self._engine.expert_stats() if self._streams else None
+    def _composed(self, active: Sequence[Running]) -> _Step:
+        chunks = self._composer.compose(active, room=self._engine.batch_size)
         rows = [row for chunk in chunks for row in self._rows(chunk)]
         rows += [Row(0, len(self._sequences.ids(place)), place, True) for place in self._composer.padded]
-        last = [chunk for chunk in chunks if chunk.is_last]
-        draws = [_draw(chunk.running) for chunk in last]
-        drawn = self._engine.step(rows, draws)
-        if drawn is None:  # interrupted: those that are cancelled end with the next tick
-            return
-        self._count(chunks, time.monotonic() - began, before)
-        for chunk in chunks:
+        draws = [_draw(chunk.running) for chunk in chunks if chunk.is_last]
+        return _Step(chunks, rows, draws, time.monotonic(), self._engine.expert_stats() if self._streams else None)
+
+    def _finish(self, step: _Step, drawn: Sequence[Drawn]) -> None:
+        self._count(step)
+        for chunk in step.chunks:
             one = chunk.running
             self._sequences.grow(one.place, chunk.ids, kept=chunk.is_last and one.in_prompt)
             del one.pending[: len(chunk.ids)]
         self._forget_padding()
-        for chunk, came in zip(last, drawn, strict=True):
-            self._take(chunk.running, came)
+        last = [chunk.running for chunk in step.chunks if chunk.is_last]
+        for one, came in zip(last, drawn, strict=True):
+            self._take(one, came)
 
     def _forget_padding(self) -> None:
         for place in self._composer.padded:
@@ -207,10 +232,10 @@ class Scheduler:
         place, start, end = chunk.running.place, len(self._sequences.ids(chunk.running.place)), len(chunk.ids) - 1
         return [Row(token, start + i, place, chunk.is_last and i == end) for i, token in enumerate(chunk.ids)]
 
-    def _count(self, chunks: Sequence[Chunk], seconds: float, before: ExpertStats | None) -> None:
-        now = self._engine.expert_stats() if before else None
-        experts = now.since(before) if now and before else None
-        for chunk in chunks:
+    def _count(self, step: _Step) -> None:
+        seconds, now = time.monotonic() - step.began, self._engine.expert_stats() if step.experts else None
+        experts = now.since(step.experts) if now and step.experts else None
+        for chunk in step.chunks:
             rows = len(chunk.ids) if chunk.running.in_prompt else 0
             chunk.running.generation.stats.count(prompt_rows=rows, seconds=seconds, experts=experts)
 

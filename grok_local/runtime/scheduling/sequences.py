@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-__all__ = ["Cache", "Sequences", "common_length"]
+__all__ = ["Sequences", "common_length"]
 
 
 class Cache(Protocol):

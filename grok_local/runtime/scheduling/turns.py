@@ -51,7 +51,12 @@ class Turns:
             reader.waiting += 1
         try:
             while not is_ready():
-                self._advance()
+                with self._turn(patient=False) as mine:
+                    worked = mine and self.scheduler.tick(wanted=self._is_wanted, may_yield=self._may_yield)
+                    self._forget_ended()
+                if mine and not worked:
+                    with self._changed:
+                        self._changed.wait(_PATIENCE / 10)
         finally:
             for reader in readers:
                 reader.waiting -= 1
@@ -68,7 +73,7 @@ class Turns:
                     finally:
                         self.scheduler.look_again()
                     return
-            self._advance()
+            self.until(iter((False, True)).__next__, reading=())  # a step, or a moment's rest
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -80,15 +85,9 @@ class Turns:
         """End all answers that have begun. From a signal handler, too: it waits for nothing."""
         self.scheduler.cancel_all()
 
-    def _advance(self) -> None:
-        """A step; or where another thread takes one, or nothing can be done yet, a moment's rest."""
-        with self._turn(patient=False) as mine:
-            worked = mine and self.scheduler.tick(wanted=self._is_wanted, may_yield=self._may_yield)
-            for generation in [known for known in list(self._readers) if known.has_ended]:
-                self._readers.pop(generation, None)
-        if mine and not worked:
-            with self._changed:
-                self._changed.wait(_PATIENCE / 10)
+    def _forget_ended(self) -> None:
+        for generation in [known for known in list(self._readers) if known.has_ended]:
+            self._readers.pop(generation, None)
 
     @contextmanager
     def _turn(self, *, patient: bool = True) -> Iterator[bool]:

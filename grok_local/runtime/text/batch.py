@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from grok_local.errors import ContextError, GrokLocalError, ModelError, OptionError
 from grok_local.runtime.engine.sampling import Sampling
 from grok_local.runtime.scheduling.generation import FinishReason, Generation, Request, Stats
+from grok_local.runtime.text.answering import Answering, answering
 from grok_local.runtime.text.chat import Conversation
-from grok_local.runtime.text.options import Answering, answering
 from grok_local.runtime.text.reply import TokenLogprob
 
 if TYPE_CHECKING:
-    from grok_local.runtime.engine.protocol import Tokenizer
+    from grok_local.runtime.engine.protocol import Lexicon
     from grok_local.runtime.scheduling.turns import Turns
 
 __all__ = ["TASK_FIELDS", "Prepared", "Result", "Tasks", "Watch", "run_batch"]
@@ -67,7 +67,7 @@ class Tasks:
 
     def __init__(
         self,
-        engine: Tokenizer,
+        engine: Lexicon,
         *,
         template: str | None,
         defaults: Mapping[str, Any],

@@ -18,7 +18,7 @@ from grok_local.runtime.text.forms import ChatForm, Message, Segment, form_for
 from grok_local.runtime.text.reply import Reply
 
 if TYPE_CHECKING:
-    from grok_local.runtime.engine.protocol import Tokenizer
+    from grok_local.runtime.engine.protocol import Lexicon
     from grok_local.runtime.scheduling.generation import Request
     from grok_local.runtime.scheduling.turns import Turns
     from grok_local.runtime.text.structure import Structure
@@ -60,7 +60,7 @@ class Conversation:
     An answer's own tokens are kept: its text, tokenized again, might come out otherwise.
     """
 
-    def __init__(self, engine: Tokenizer, *, template: str | None = None) -> None:
+    def __init__(self, engine: Lexicon, *, template: str | None = None) -> None:
         self.engine = engine
         self._template = template
         self._last: _Answered | None = None

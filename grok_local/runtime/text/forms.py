@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 from grok_local.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
-    from grok_local.runtime.engine.protocol import Tokenizer
+    from grok_local.runtime.engine.protocol import Lexicon
 
 __all__ = ["DEFAULT_SYSTEM", "ChatForm", "Message", "Segment", "Template", "Transcript", "form_for"]
 
@@ -150,7 +150,7 @@ class Template:
         return self._names
 
 
-def form_for(engine: Tokenizer, template: str | None) -> ChatForm:
+def form_for(engine: Lexicon, template: str | None) -> ChatForm:
     """What `template` says: "none", a file, one of the model's own by name; by default what the model has.
 
     A template of the model's own that cannot be read costs a note. Raises OptionError, ModelError for a file's.
@@ -187,7 +187,7 @@ def _read_template(name: str, own: Mapping[str, str]) -> str:
         raise OptionError(f"template {name}: cannot be read ({reason}); give {known}") from None
 
 
-def _template(source: str, engine: Tokenizer) -> Template:
+def _template(source: str, engine: Lexicon) -> Template:
     tokens = {f"{_TEMPLATE_NAMES.get(name, name)}_token": engine.special_text(name) for name in _SPECIAL}
     return Template(source, tokens=tokens, control=engine.control_names)
 
@@ -209,7 +209,7 @@ def _compiled(source: str, strftime_now: Callable[[str], str]) -> Any:
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):
+    class GenerationBlock(Extension):
         """Blocks that mark what a model is trained on; of no meaning here."""
 
         def __init__(self, environment: Any) -> None:
@@ -221,7 +221,7 @@ def _compiled(source: str, strftime_now: Callable[[str], str]) -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse

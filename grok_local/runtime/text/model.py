@@ -12,9 +12,9 @@ from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.scheduling.composing import Apart
 from grok_local.runtime.scheduling.scheduler import Scheduler
 from grok_local.runtime.scheduling.turns import Turns
+from grok_local.runtime.text.answering import answering
 from grok_local.runtime.text.batch import Prepared, Result, Tasks, Watch, run_batch
 from grok_local.runtime.text.chat import ChatReply, Conversation
-from grok_local.runtime.text.options import answering
 from grok_local.runtime.text.reply import Reply
 from grok_local.runtime.text.scoring import Score, score_choices, score_ids
 
@@ -27,24 +27,25 @@ if TYPE_CHECKING:
     from grok_local.placement.load_options import LoadRequest
     from grok_local.runtime.engine.protocol import Engine, Placement
     from grok_local.runtime.engine.sampling import SamplingOptions
+    from grok_local.runtime.remote.client import RemoteEngine
+    from grok_local.runtime.text.answering import AnswerOptions
     from grok_local.runtime.text.forms import Message
-    from grok_local.runtime.text.options import AnswerOptions
 
 __all__ = ["Model", "load_model"]
 
 
 def load_model(request: LoadRequest, *, say: Say | None = None) -> Model:
     """Load a GGUF; `say` is told what takes long. Raises GGUFError, ModelError, PlacementError or WorkerError."""
-    return Model(request, open_engine(request, say=say), say=say)
+    return Model(request, _engine_class(request)(request, say=say), say=say)
 
 
-def open_engine(request: LoadRequest, *, say: Say | None = None) -> Engine:
-    """The engine in this process, or where it has to be contained, in one of its own. Raises as `load_model` does."""
+def _engine_class(request: LoadRequest) -> type[LlamaEngine | RemoteEngine]:
+    """The engine in this process, or where it has to be contained, in one of its own."""
     if not request.contained:
-        return LlamaEngine(request, say=say)
+        return LlamaEngine
     from grok_local.runtime.remote.client import RemoteEngine
 
-    return RemoteEngine(request, say=say)
+    return RemoteEngine
 
 
 class Model:
@@ -220,7 +221,7 @@ class Model:
                 raise OptionError("batch: an answer of this model is not read to its end: read it, or cancel it first")
             self.engine.close()
             self._loading = loading
-            self._use(open_engine(loading, say=self._say))
+            self._use(_engine_class(loading)(loading, say=self._say))
 
     def interrupt(self) -> None:
         """End the answers under way; from a signal handler or another thread."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from grok_local.runtime.scheduling.generation import FinishReason, Generation, Request, Stats
 
 if TYPE_CHECKING:
-    from grok_local.runtime.engine.protocol import Token
+    from grok_local.runtime.graph.rows import Token
     from grok_local.runtime.scheduling.turns import Turns
     from grok_local.runtime.text.structure import Structure
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict
 
 from grok_local.errors import ModelError, OptionError
 
-__all__ = ["StructureOptions", "structure_of"]
+__all__ = ["Structure", "structure_of"]
 
 Schema = Any  # a dict, its JSON, or a class with model_json_schema and model_validate_json, as Pydantic's models have
 
