@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from grok_local.library.names import load
     from grok_local.quantize.convert import Progress, QuantizeReport, quantize_checkpoint
     from grok_local.runtime.text.model import Model
-    from grok_local.runtime.text.reply import Reply, Stats
+    from grok_local.runtime.text.batch import Result
+    from grok_local.runtime.text.reply import Reply, Stats, TokenLogprob
     from grok_local.runtime.text.scoring import Score
 
 __version__ = "0.1.0"
@@ -29,8 +30,10 @@ __all__ = [
     "Progress",
     "QuantizeReport",
     "Reply",
+    "Result",
     "Score",
     "Stats",
+    "TokenLogprob",
     "load",
     "quantize_checkpoint",
 ]
@@ -38,7 +41,8 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Progress", "QuantizeReport", "quantize_checkpoint"), "grok_local.quantize.convert"),
     "Model": "grok_local.runtime.text.model",
-    **dict.fromkeys(("Reply", "Stats"), "grok_local.runtime.text.reply"),
+    **dict.fromkeys(("Reply", "Stats", "TokenLogprob"), "grok_local.runtime.text.reply"),
+    "Result": "grok_local.runtime.text.batch",
     "Score": "grok_local.runtime.text.scoring",
     "load": "grok_local.library.names",
 }

@@ -15,7 +15,7 @@ from grok_local.runtime.scheduling.turns import Turns
 from grok_local.runtime.text.answering import answering
 from grok_local.runtime.text.batch import Prepared, Result, Tasks, Watch, run_batch
 from grok_local.runtime.text.chat import ChatReply, Conversation
-from grok_local.runtime.text.reply import Reply
+from grok_local.runtime.text.reply import AsyncReply, Reply
 from grok_local.runtime.text.scoring import Score, score_choices, score_ids
 
 if TYPE_CHECKING:
@@ -176,6 +176,14 @@ class Model:
         laid = self._conversation.lay_out(messages, reserve=how.max_tokens)
         request = how.request(laid.ids, strip=True, stop=self._conversation.form.stop)
         return ChatReply(self._conversation, laid, request, self._turns, structure=how.structure)
+
+    def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncReply:
+        """As `generate`, for `async for`."""
+        return AsyncReply(self.generate(prompt, **options))
+
+    def achat(self, messages: Sequence[Message], **options: Any) -> AsyncReply:
+        """As `chat`, for `async for`."""
+        return AsyncReply(self.chat(messages, **options))
 
     def batch(
         self,

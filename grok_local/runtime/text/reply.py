@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from grok_local.runtime.scheduling.generation import FinishReason, Generation, Request, Stats
@@ -13,7 +16,9 @@ if TYPE_CHECKING:
     from grok_local.runtime.scheduling.turns import Turns
     from grok_local.runtime.text.structure import Structure
 
-__all__ = ["Reply", "Stats", "TokenLogprob"]
+__all__ = ["AsyncReply", "Reply", "Stats", "TokenLogprob"]
+
+_MOST_READERS = 256  # sequences that llama.cpp takes together
 
 
 @dataclass(frozen=True)
@@ -127,3 +132,32 @@ class Reply(Iterator[str]):
 
     def _ended(self) -> None:
         """The answer is over."""
+
+
+class AsyncReply(AsyncIterator[str]):
+    """Streams an answer's text in an event loop, which goes on with other things meanwhile.
+
+    `reply` has what is known of it: its text, tokens, finish_reason, stats. Cancelling the task that reads it ends it.
+    """
+
+    def __init__(self, reply: Reply) -> None:
+        self.reply = reply
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            piece = await asyncio.get_running_loop().run_in_executor(_readers(), next, self.reply, None)
+        except asyncio.CancelledError:
+            self.reply.cancel()
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """Threads that wait for text: as many as answers are read at once, so that these go on together."""
+    return ThreadPoolExecutor(_MOST_READERS, thread_name_prefix="grok-local-reader")

@@ -1,0 +1,144 @@
+"""Many prompts on one model: together, by threads, in an event loop; and what each gets is what it gets alone."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import grok_local
+from grok_local.errors import ContextError, OptionError
+
+PROMPTS = ["What is an expert?", "What does a router do?", "Once upon a time", "one two three", "Why?", "x"]
+
+
+@pytest.fixture(scope="module")
+def wide(packed: Path) -> Iterator[grok_local.Model]:
+    with grok_local.load(packed, context=256, threads=2, parallel=4, kv_type="f32") as model:
+        yield model
+
+
+def test_results_come_as_they_are_finished(wide: grok_local.Model) -> None:
+    requests = [{"prompt": prompt, "max_tokens": 4 + 20 * (i == 0), "id": prompt} for i, prompt in enumerate(PROMPTS)]
+    found = list(wide.batch(requests, temperature=0))
+    assert {result.id for result in found} == set(PROMPTS)
+    assert found[0].index != 0
+    assert all(len(result.tokens) <= 24 and result.error is None for result in found)
+
+
+def test_together_is_as_alone(wide: grok_local.Model) -> None:
+    alone = {prompt: wide.generate(prompt, max_tokens=1, temperature=0, logprobs=0) for prompt in PROMPTS}
+    for reply in alone.values():
+        list(reply)
+    for result in wide.batch(PROMPTS, max_tokens=1, temperature=0, logprobs=0):
+        reply = alone[PROMPTS[result.index]]
+        assert result.logprobs
+        assert reply.logprobs
+        assert abs(result.logprobs[0].logprob - reply.logprobs[0].logprob) < 0.05
+
+
+def test_logprobs_are_those_of_the_logits(wide: grok_local.Model) -> None:
+    reply = wide.generate(PROMPTS[0], max_tokens=5, temperature=0.8, seed=3, logprobs=2)
+    list(reply)
+    assert reply.logprobs
+    logits = wide.logits([*reply.prompt, *reply.tokens]).astype(np.float64)[len(reply.prompt) - 1 :]
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    for row, found in zip(expected, reply.logprobs, strict=False):
+        assert math.isclose(found.logprob, row[found.token], abs_tol=0.03)
+        assert [token for token, _, _ in found.top] == list(np.argsort(-row)[:2])
+        assert found.top[0][2] >= found.top[1][2]
+
+
+def test_bad_requests_fail_alone(wide: grok_local.Model) -> None:
+    requests = ["fine", {"prompt": "x", "nonsense": 1}, {"prompt": "word " * 400}, {"messages": []}, 5, ""]
+    found = {result.index: result for result in wide.batch(requests, max_tokens=2)}
+    assert found[0].error is None
+    assert isinstance(found[1].error, OptionError)
+    assert isinstance(found[2].error, ContextError)
+    assert all(found[index].error for index in (3, 4, 5))
+
+
+def test_a_batch_may_be_left(wide: grok_local.Model) -> None:
+    results = wide.batch(PROMPTS * 10, max_tokens=20)
+    next(results)
+    results.close()
+    assert "".join(wide.generate("Once", max_tokens=3))
+
+
+def test_a_batch_and_other_work_beside_it(wide: grok_local.Model) -> None:
+    texts = []
+    for result in wide.batch(PROMPTS * 3, max_tokens=6, temperature=0):
+        texts.append(result.text)
+        if len(texts) == 5:
+            assert wide.score(["some text"])[0].total < 0
+            assert len("".join(wide.generate("Once upon", max_tokens=4, temperature=0)))
+    assert len(texts) == len(PROMPTS) * 3
+
+
+def test_a_model_of_one_place_is_opened_anew(packed: Path) -> None:
+    with grok_local.load(packed, context=256, threads=1) as model:
+        reply = model.generate("Once", max_tokens=50)
+        next(reply)
+        with pytest.raises(OptionError, match="not read to its end"):
+            next(model.batch(PROMPTS, parallel=3))
+        reply.cancel()
+        assert list(reply)[-1:] is not None
+        assert reply.finish_reason == "interrupted"
+        assert len(list(model.batch(PROMPTS, parallel=3, max_tokens=2))) == len(PROMPTS)
+        assert model.placement.plan.wishes.sequences == 3
+
+
+def test_reproducible_bits(packed: Path) -> None:
+    requests = [{"prompt": [5, 6, 7, 8, *range(20, 20 + i * 3)], "id": i} for i in range(9)]
+    found = []
+    for width in (1, 4):
+        with grok_local.load(packed, context=256, threads=1) as model:
+            results = model.batch(requests, parallel=width, reproducible=True, max_tokens=6, logprobs=1)
+            found.append({result.id: (result.tokens, result.logprobs) for result in results})
+    assert found[0] == found[1]
+
+
+def test_threads_go_on_together(packed: Path) -> None:
+    with grok_local.load(packed, context=256, threads=1, parallel=4) as model, ThreadPoolExecutor(8) as pool:
+        ask = lambda prompt: "".join(model.generate(prompt, max_tokens=12, temperature=0))  # noqa: E731
+        alone = {prompt: ask(prompt) for prompt in PROMPTS}
+        found = list(pool.map(ask, PROMPTS * 4))
+        same = sum(text == alone[prompt] for text, prompt in zip(found, PROMPTS * 4, strict=True))
+        assert same >= 0.8 * len(found)  # other widths are other kernels, and tokens may come out otherwise
+
+
+def test_in_an_event_loop(wide: grok_local.Model) -> None:
+    async def read(prompt: str) -> str:
+        return "".join([piece async for piece in wide.agenerate(prompt, max_tokens=6, temperature=0)])
+
+    async def everything() -> list[str]:
+        return await asyncio.gather(*map(read, PROMPTS))
+
+    assert all(asyncio.run(everything()))
+
+
+def test_a_cancelled_task_ends_its_answer(wide: grok_local.Model) -> None:
+    async def leave() -> grok_local.Reply:
+        answer = wide.achat([{"role": "user", "content": "Why?"}], max_tokens=200)
+        await anext(answer)
+        task = asyncio.ensure_future(anext(answer))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return answer.reply
+
+    reply = asyncio.run(leave())
+    list(reply)
+    assert reply.finish_reason == "interrupted"
+
+
+@pytest.mark.parametrize("likely", [-1, 101, 2.5, True])
+def test_logprobs_that_nobody_can_have(wide: grok_local.Model, likely: int) -> None:
+    with pytest.raises(OptionError, match="logprobs"):
+        wide.generate("x", logprobs=likely)
