@@ -24,7 +24,6 @@ from lm_eval.api.instance import Instance
 
 from grok_local.adapters.harness import GrokLocalLM, main
 
-FLIP = 0.02  # what a router that decides otherwise, for other sums of the same numbers, may change
 QUESTIONS = [
     ("What is an expert?", "One of the parallel feed-forward networks in a layer.", "A person who knows it all.", 0),
     ("How many experts does the router choose for a token?", "Eight of two.", "Two of eight.", 1),
@@ -63,20 +62,20 @@ def by_definition(model: grok_local.Model, ids: list[int], start: int) -> float:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model's file: a trained model, whose scores mean something."""
+    """The built-in model, which is trained, in f32: packed types round activations too, where a hair decides much."""
     folder = tmp_path_factory.mktemp("tiny")
-    return grok_local.quantize_checkpoint(CHECKPOINT, folder / "t.gguf").path
+    return grok_local.quantize_checkpoint(CHECKPOINT, folder / "t.gguf", type="f32").path
 
 
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Iterator[grok_local.Model]:
-    with grok_local.load(tiny, context=512) as loaded:
+    with grok_local.load(tiny, context=512, kv_type="f32") as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="module")
 def lm(tiny: Path) -> Iterator[Any]:
-    loaded = GrokLocalLM(str(tiny), context=512)
+    loaded = GrokLocalLM(str(tiny), context=512, kv_type="f32")
     yield loaded
     loaded.close()
 
@@ -90,8 +89,10 @@ def test_choices_are_scored_as_model_score_does(lm: Any, model: grok_local.Model
         ids = model.tokenize(context)
         for choice, value, score in zip(choices, values, model.score([context], choices=choices)[0], strict=True):
             whole = model.tokenize(context + choice)
+            after = [one for one in model.score([whole])[0].logprobs[len(ids) :] if one is not None]
             assert whole[: len(ids)] == ids
-            assert value == pytest.approx(by_definition(model, whole, len(ids)), abs=FLIP)
+            assert value == pytest.approx(sum(after), abs=1e-4)
+            assert value == pytest.approx(by_definition(model, whole, len(ids)), abs=1e-3)
             if score.tokens == whole[len(ids) :]:
                 compared += 1
                 assert value == pytest.approx(score.total, abs=1e-4)
@@ -118,7 +119,7 @@ def test_a_context_is_evaluated_once(tiny: Path, model: grok_local.Model, tmp_pa
     several = [word for word in words if lengths[word] > 1]
     assert len(single) > 2
     assert len(several) > 1
-    lm = GrokLocalLM(str(tiny), context=512, trace_experts=trace)
+    lm = GrokLocalLM(str(tiny), context=512, kv_type="f32", trace_experts=trace)
     values = scored(lm, *((context, word) for word in words))
     lm.close()
     evaluated = len(trace.read_text().splitlines()) - 1
@@ -133,13 +134,13 @@ def test_edges_of_contexts(lm: Any, model: grok_local.Model) -> None:
     assert scored(lm, ("The router ", "chooses")) == scored(lm, ("The router", " chooses"))
     # Before a text without a context comes BOS.
     ids = [model.engine.bos, *model.tokenize("The router")]
-    assert scored(lm, ("", "The router"))[0][0] == pytest.approx(by_definition(model, ids, 1), abs=FLIP)
+    assert scored(lm, ("", "The router"))[0][0] == pytest.approx(by_definition(model, ids, 1), abs=1e-3)
     # What is too long loses its beginning: the context has 512 tokens, and one more is predicted.
     long = "The router chooses two experts. " * 200
     whole = model.tokenize(f"{long}It is small.")
     start = len(model.tokenize(long.rstrip()))
     expected = by_definition(model, whole[-513:], 513 - (len(whole) - start))
-    assert scored(lm, (long, "It is small."))[0][0] == pytest.approx(expected, abs=FLIP)
+    assert scored(lm, (long, "It is small."))[0][0] == pytest.approx(expected, abs=1e-3)
     with pytest.raises(OptionError, match="the continuation has 0 tokens"):
         scored(lm, ("The router", ""))
     with pytest.raises(OptionError, match="room for 1 to as many"):
@@ -157,7 +158,7 @@ def test_whole_texts_are_scored_in_windows(lm: Any, model: grok_local.Model) -> 
             end = min(start + 512, len(ids))
             begin = max(0, end - 513)  # as much before it as fits
             expected += by_definition(model, ids[begin:end], start - begin)
-        assert value == pytest.approx(expected, abs=FLIP)
+        assert value == pytest.approx(expected, abs=1e-3)
     assert found[2] == 0
 
 
@@ -221,9 +222,10 @@ def test_a_task_from_its_command_line(tiny: Path, model: grok_local.Model, tmp_p
             [*command, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
         )
 
+    loaded = f"path={tiny},context=512,kv_type=f32"
     task = ("--tasks", "piqa_like", "--include_path", str(tmp_path))
     kept = ("--output_path", "out", "--log_samples", "--use_cache", str(tmp_path / "cache"))
-    done = run(f"path={tiny},context=512", *task, *kept)
+    done = run(loaded, *task, *kept)
     assert done.returncode == 0, done.stderr
     samples = [json.loads(line) for path in tmp_path.rglob("samples_*.jsonl") for line in path.read_text().splitlines()]
     assert len(samples) == len(QUESTIONS)
@@ -233,7 +235,7 @@ def test_a_task_from_its_command_line(tiny: Path, model: grok_local.Model, tmp_p
         values = [float(response[0][0]) for response in sample["resps"]]
         assert values == pytest.approx([score.total for score in scores], abs=1e-4)
         assert sample["acc"] == float(int(np.argmax(values)) == sample["doc"]["label"])
-    assert "Cached requests: 10, Requests remaining: 0" in run(f"path={tiny},context=512", *task, *kept).stderr
+    assert "Cached requests: 10, Requests remaining: 0" in run(loaded, *task, *kept).stderr
     missing = run("path=missing", *task)
     assert missing.returncode == 1
     assert missing.stderr.splitlines()[-1].startswith("error: missing: no such file")
