@@ -17,8 +17,8 @@ from grok_local.errors import GrokLocalError
 if TYPE_CHECKING:
     from grok_local.library.names import load
     from grok_local.quantize.convert import Progress, QuantizeReport, quantize_checkpoint
-    from grok_local.runtime.text.model import Model
     from grok_local.runtime.text.batch import Result
+    from grok_local.runtime.text.model import Model
     from grok_local.runtime.text.reply import Reply, Stats, TokenLogprob
     from grok_local.runtime.text.scoring import Score
 

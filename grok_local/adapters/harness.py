@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from grok_local.placement.load_options import LoadOptions
-    from grok_local.runtime.text.reply import Reply
 
 __all__ = ["GrokLocalLM", "main"]
 
@@ -148,7 +147,8 @@ class GrokLocalLM(TemplateLM):
         values: list[float] = []
         greedy, rows = True, np.empty((0, 0), np.float32)
         for at in range(start - 1, len(ids), _BLOCK):
-            rows = self._model.engine.tail_logits(ids[: at + _BLOCK], at)
+            with self._model.alone() as engine:
+                rows = engine.tail_logits(ids[: at + _BLOCK], at)
             if following := ids[at + 1 : at + 1 + len(rows)]:
                 known = rows[: len(following)]
                 values += log_probabilities(known, following)
@@ -174,31 +174,35 @@ class GrokLocalLM(TemplateLM):
     # -- generating ----------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context up to a stop string. Raises OptionError for options that cannot be honoured, before
-        anything is computed.
+        """Continue each context up to a stop string, several together. Raises OptionError for options that cannot be
+        honoured, before anything is computed.
         """
         times: Counter[str] = Counter()
-        replies = []
+        tasks = []
         for context, options in (request.args for request in requests):
-            replies.append(self._reply(context, options, repeat=times[context]))
+            tasks.append(self._task(context, options, repeat=times[context]))
             times[context] += 1
-        order = sorted(range(len(replies)), key=lambda number: replies[number].prompt)
-        for number in tqdm(order, disable=disable_tqdm, desc="Generating"):
-            text = "".join(replies[number])
-            self._remember("generate_until", requests[number].args, text)
-        return [reply.text for reply in replies]
+        order = sorted(range(len(tasks)), key=lambda number: tasks[number]["prompt"])
+        texts = [""] * len(tasks)
+        results = self._model.batch([tasks[number] for number in order])
+        for result in tqdm(results, total=len(tasks), disable=disable_tqdm, desc="Generating"):
+            if result.error:
+                raise result.error
+            number = order[result.index]
+            texts[number] = result.text
+            self._remember("generate_until", requests[number].args, result.text)
+        return texts
 
-    def _reply(self, context: str, given: dict[str, Any], *, repeat: int) -> Reply:
-        """An answer that nobody has read, so that nothing of it is computed yet."""
+    def _task(self, context: str, given: dict[str, Any], *, repeat: int) -> dict[str, Any]:
+        """A request as `Model.batch` takes it."""
         options = normalize_gen_kwargs(given, self._max_gen_toks)
         limit, stop = options.pop("max_gen_toks"), options.pop("until")
         room = self.max_length - limit
         if room < 1:
             raise OptionError(f"max_gen_toks {limit}: the context has {self.max_length} tokens: give a larger context=")
         ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-        return self._model.generate(
-            ids, max_tokens=limit, stop=[text for text in stop if text], **_sampling(options, repeat)
-        )
+        ending = {"max_tokens": limit, "stop": [text for text in stop if text]}
+        return {"prompt": ids, **ending, **_sampling(options, repeat)}
 
     def _remember(self, kind: str, request: Any, result: Any) -> None:
         """Into the harness's --use_cache, if there is one: what is done needs not be done again after a crash."""

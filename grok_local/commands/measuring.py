@@ -80,8 +80,9 @@ def perplexity(
         ids = running.tokenize(text)
         if base and base.tokenize(text) != ids:
             raise OptionError(f"{kl_base} has another vocabulary than {model}: their distributions cannot be compared")
-        found = measured(running.engine, ids, window=window, done=_told)
-        apart = divergence(running.engine, base.engine, ids, window=window, done=_told) if base else None
+        engine = stack.enter_context(running.alone())
+        found = measured(engine, ids, window=window, done=_told)
+        apart = divergence(engine, base.engine, ids, window=window, done=_told) if base else None
     if as_json:
         print_json(describe_perplexity(found, apart))
     else:

@@ -12,6 +12,7 @@ from grok_local.commands.options import (
     Bundle,
     Json,
     ModelOption,
+    Parallel,
     Threads,
     bundled,
     complete_model,
@@ -79,6 +80,7 @@ def plan(
     type: Annotated[
         str, typer.Option(help="With --like: the type it would be packed to.", autocompletion=TYPES)
     ] = "q4_k",
+    parallel: Parallel = None,
     machine: Bundle = None,
     loading: Bundle = None,
     as_json: Json = False,
@@ -89,19 +91,23 @@ def plan(
     """
     from grok_local.library.names import shown_name
     from grok_local.placement import whatif
-    from grok_local.placement.forecast import forecast
+    from grok_local.placement.forecast import Width, forecast, widest
     from grok_local.placement.planner import make_plan
     from grok_local.views.plans import describe_plan, print_plan
 
     shape, request = _asked(model, like, type, loading or {})
     supposed = whatif.described(**(machine or {}))  # mistakes are told before it takes long
+    request = request.reshaped(parallel=parallel or 1, reproducible=False)
     made = make_plan(shape, _supposed_machine(shape, request, supposed, measure_disk=like is None), request.wishes)
-    prediction, remarks = forecast(made), [*_space(like, supposed), *_unused(supposed, made)]
+    prediction = forecast(made)
+    width = Width(parallel, made, forecast(made, together=parallel), prediction) if parallel else widest(made)
+    remarks = [*_space(like, supposed), *_unused(supposed, made)]
     prediction = replace(prediction, assumptions=(*supposed.assumptions(), *prediction.assumptions))
+    name = "" if like else shown_name(request.path)
     if as_json:
-        print_json(describe_plan(made, prediction, remarks=remarks))
+        print_json(describe_plan(made, prediction, width=width, remarks=remarks))
     else:
-        print_plan(made, prediction, name="" if like else shown_name(request.path), remarks=remarks)
+        print_plan(made, prediction, width=width, name=name, remarks=remarks)
 
 
 @bundled(loading=load_options)

@@ -25,7 +25,7 @@ _UNKNOWN_RAM = 20e9  # bytes a second
 # a limit of 1.6 GB on a disk of 1.4 GB/s.
 _MAPPED_SHARE = 0.25
 _WIDE_GAIN = 4.0  # how many tokens a CPU takes through weights in the time of one, where nobody measured it
-_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # sequences: beyond, every expert is read in each step anyway
+_WIDTHS = (1, 2, 4, 8, 16)  # sequences: beyond, every expert is read in each step anyway
 _RAM_SIZES = tuple(int(gigabytes * 1e9) for gigabytes in (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536))
 _SECONDS_PER_LAYER = 35e-6  # of what is no matrix product: norms, attention of few tokens, waiting for each other
 # From one place to the next and back: of a worker measured on the loopback, of GPUs a guess.

@@ -31,8 +31,13 @@ _USUAL_BATCH = 512  # llama.cpp's
 _PARTS = (("dense", "cyan"), ("experts", "green"), ("kv", "yellow"), ("compute", "magenta"))
 
 
-def describe_plan(plan: Plan, prediction: Forecast, *, remarks: Sequence[str] = ()) -> dict[str, Any]:
-    """What `plan --json` prints; sizes in bytes, speeds in tokens a second. `remarks` join the notes."""
+def describe_plan(
+    plan: Plan, prediction: Forecast, *, width: Width | None = None, remarks: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What `plan --json` prints; sizes in bytes, speeds in tokens a second. `width` is how many sequences are to go
+    together, and `remarks` join the notes.
+    """
+    together = {} if width is None else {"together": _described_width(width)}
     return {
         "verdict": verdict(plan, prediction),
         "model": plan.model.name,
@@ -50,10 +55,15 @@ def describe_plan(plan: Plan, prediction: Forecast, *, remarks: Sequence[str] = 
             {"place": reading.place, "bytes": int(reading.nbytes), "seconds": float(f"{reading.seconds:.6g}")}
             for reading in prediction.readings
         ],
+        **together,
         "llama": llama_options(plan),
         "notes": [*plan.notes, *remarks],
         "assumptions": list(prediction.assumptions),
     }
+
+
+def _described_width(width: Width) -> dict[str, Any]:
+    return {"sequences": width.sequences, "tokens_per_second": float(f"{width.together.speed:.6g}")}
 
 
 def _described(plan: Plan, share: Share) -> dict[str, Any]:
@@ -116,21 +126,28 @@ def _rounded(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0") if value < 3 else f"{value:.0f}"
 
 
-def print_plan(plan: Plan, prediction: Forecast, *, name: str = "", remarks: Sequence[str] = ()) -> None:
-    """On stdout, as wide as it needs to be where that is no terminal. `name` is what `list` calls the model; `remarks`
-    come after the plan's notes.
+def print_plan(
+    plan: Plan, prediction: Forecast, *, width: Width | None = None, name: str = "", remarks: Sequence[str] = ()
+) -> None:
+    """On stdout, as wide as it needs to be where that is no terminal. `name` is what `list` calls the model; `width` is
+    how many sequences are to go together, and `remarks` come after the plan's notes.
     """
     console = Console(width=min(output_width(), 120))
-    console.print(Group(*_parts(plan, prediction, name or plan.model.name, remarks)))
+    console.print(Group(*_parts(plan, prediction, width, name or plan.model.name, remarks)))
 
 
-def _parts(plan: Plan, prediction: Forecast, name: str, remarks: Sequence[str]) -> Iterator[RenderableType]:
+def _parts(
+    plan: Plan, prediction: Forecast, width: Width | None, name: str, remarks: Sequence[str]
+) -> Iterator[RenderableType]:
     size = format_bytes(plan.model.nbytes)
     yield Text(f"{printable(name)}: {size}, {plan.context} tokens of context", style="bold")
     yield Text(verdict(plan, prediction))
     yield _places_table(plan)
     yield _bars(plan)
     yield Text(_token_line(plan, prediction))
+    if width and width.sequences > 1:
+        speed = f"{format_figure(width.together.speed)} tokens a second in all"
+        yield Text(f"{width.sequences} sequences together: {speed}")
     yield _token_table(prediction)
     for note in (*plan.notes, *remarks, *(f"assumed: {text}" for text in prediction.assumptions)):
         yield Text(note, style="dim")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
 from grok_local.errors import ContextError, OptionError
@@ -94,8 +95,14 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [len(ids), vocabulary]: the logits after each position. Raises ContextError, OptionError."""
+        with self.alone() as engine:
+            return engine.logits(ids)
+
+    @contextmanager
+    def alone(self) -> Iterator[Engine]:
+        """The engine itself: nobody else computes meanwhile, and its first sequence is nobody's."""
         with self._turns.alone():
-            return self.engine.logits(ids)
+            yield self.engine
 
     @overload
     def score(self, texts: Sequence[str | Sequence[int]]) -> list[Score]: ...
@@ -114,10 +121,10 @@ class Model:
             raise OptionError("score: a list of texts is wanted")
         options = None if choices is None else _choices(choices)
         listed = [self.tokenize(text) if isinstance(text, str) else self._checked(text) for text in texts]
-        with self._turns.alone():
+        with self.alone() as engine:
             if options is None:
-                return [score_ids(self.engine, ids) for ids in listed]
-            return [score_choices(self.engine, ids, options) for ids in listed]
+                return [score_ids(engine, ids) for ids in listed]
+            return [score_choices(engine, ids, options) for ids in listed]
 
     def generate(
         self,
