@@ -58,6 +58,11 @@ app.command()(keeping.demo)
 app.command()(keeping.pull)
 app.command("list")(keeping.list_)
 app.command()(keeping.rm)
+sessions = typer.Typer(help="Show, delete or export conversations that chat --session keeps.", no_args_is_help=True)
+sessions.command("list")(keeping.list_sessions)
+sessions.command("rm")(keeping.rm_sessions)
+sessions.command("export")(keeping.export_session)
+app.add_typer(sessions, name="sessions")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import platformdirs
 
 from grok_local.errors import OutputError
 
-__all__ = ["cache_folder", "checkpoints_folder", "home", "models_folder", "scratch_folder"]
+__all__ = ["cache_folder", "checkpoints_folder", "home", "models_folder", "scratch_folder", "sessions_folder"]
 
 
 def home() -> Path:
@@ -42,6 +42,11 @@ def scratch_folder() -> Path:
 def models_folder() -> Path:
     """Where `quantize` puts its files and `-m` looks for names."""
     return home() / "models"
+
+
+def sessions_folder() -> Path:
+    """Where `chat --session` keeps conversations."""
+    return home() / "sessions"
 
 
 def checkpoints_folder() -> Path:

@@ -139,14 +139,15 @@ class _Work:
 
     @cached_property
     def author(self) -> Author:
-        from grok_local.runtime.jobs.batch_job import fingerprint, identity
+        from grok_local.formats.identity import identity
+        from grok_local.runtime.jobs.batch_job import fingerprint
         from grok_local.runtime.jobs.batch_lines import Author
 
         return Author(self.model, fingerprint(identity(self.headers), self.request))
 
     def ledger(self, output: Path, asked: list[Asked], *, retry: bool) -> Ledger:
         """The output, with what an earlier run has done. Raises OptionError where that was another job."""
-        from grok_local.runtime.jobs.batch_job import identity
+        from grok_local.formats.identity import identity
         from grok_local.runtime.jobs.batch_lines import id_of
         from grok_local.runtime.jobs.ledger import Ledger
 

@@ -10,11 +10,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from grok_local.commands.options import Json, complete_entry, print_json, resumable
+from grok_local.commands.options import Json, complete_entry, complete_session, print_json, resumable
 from grok_local.errors import OptionError
 from grok_local.units import printable
 
-__all__ = ["demo", "list_", "pull", "rm"]
+__all__ = ["demo", "export_session", "list_", "list_sessions", "pull", "rm", "rm_sessions"]
+
+Session = Annotated[str, typer.Argument(help="A session, as list shows them.", autocompletion=complete_session)]
 
 
 def demo(
@@ -97,6 +99,50 @@ def rm(
             continue
         inventory.remove(entry)
         print(f"{printable(entry.name)}: deleted, {format_bytes(entry.bytes)}", file=sys.stderr)
+
+
+def list_sessions(as_json: Json = False) -> None:
+    """Show the conversations that chat --session has kept.
+
+    grok-local sessions list
+    """
+    from grok_local.library.sessions import kept_sessions
+    from grok_local.views import tables
+
+    found = list(kept_sessions())
+    if as_json:
+        print_json([asdict(session) for session in found])
+    else:
+        tables.print_tables([tables.sessions_table(found)])
+
+
+def rm_sessions(
+    names: Annotated[list[str], typer.Argument(help="Sessions, as list shows them.", autocompletion=complete_session)],
+) -> None:
+    """Delete conversations that were kept.
+
+    grok-local sessions rm holiday
+    """
+    from grok_local.library.sessions import remove_session
+
+    for name in names:
+        remove_session(name)
+        print(f"{printable(name)}: deleted", file=sys.stderr)
+
+
+def export_session(name: Session) -> None:
+    """Print a conversation as JSON, {"model", "messages"}, as chat interfaces take it.
+
+    grok-local sessions export holiday
+    """
+    from grok_local.library.sessions import session_folder
+    from grok_local.runtime.text.session import read_conversation
+
+    found = read_conversation(session_folder(name))
+    if not found:
+        raise OptionError(f"no session {name!r}: grok-local sessions list")
+    system = [{"role": "system", "content": found["system"]}] if found.get("system") else []
+    print_json({"model": found.get("model"), "messages": [*system, *found["messages"]]})
 
 
 def _agreed(question: str) -> bool:

@@ -29,6 +29,7 @@ __all__ = [
     "bundled",
     "complete_entry",
     "complete_model",
+    "complete_session",
     "load_options",
     "one_of",
     "print_json",
@@ -46,6 +47,13 @@ def complete_model(incomplete: str) -> list[str]:
     from grok_local.library import names
 
     return [name for name in names.model_names() if name.startswith(incomplete)]
+
+
+def complete_session(incomplete: str) -> list[str]:
+    """Names of sessions, for the shell."""
+    from grok_local.library import sessions
+
+    return [name for name in sessions.session_names() if name.startswith(incomplete)]
 
 
 def complete_entry(incomplete: str) -> list[str]:

@@ -125,7 +125,7 @@ def bench(
     """
     from grok_local.commands.running import loaded
     from grok_local.machine.this_machine import this_machine
-    from grok_local.runtime.text.bench import bench as measure
+    from grok_local.runtime.jobs.bench import bench as measure
     from grok_local.views import tables
     from grok_local.views.plans import bench_table
 

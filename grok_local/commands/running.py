@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
@@ -15,6 +15,7 @@ from grok_local.commands.options import (
     Json,
     ModelOption,
     bundled,
+    complete_session,
     load_options,
     print_json,
     sampling_options,
@@ -28,6 +29,7 @@ from grok_local.library.built_in import BUILT_IN
 if TYPE_CHECKING:
     from grok_local.placement.load_options import LoadOptions, LoadRequest
     from grok_local.runtime.text.model import Model
+    from grok_local.runtime.text.session import Session
     from grok_local.views.progress import Show
 
 __all__ = ["answer_options", "chat", "generate", "loaded", "opened", "routing", "shown_packing"]
@@ -93,6 +95,10 @@ def chat(
         Optional[str],
         typer.Option(help="What lays the conversation out.  [default: the model's own]", metavar="none|FILE"),
     ] = None,
+    session: Annotated[
+        Optional[str],
+        typer.Option(help="Keep the conversation under this name, or go on with it.", autocompletion=complete_session),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing beside the answers and errors.")] = False,
     max_tokens: MaxTokens = None,
     stop: Stop = None,
@@ -103,12 +109,35 @@ def chat(
 
     grok-local chat -m grok-1-q4_k        without -m: the built-in model, which explains grok-local
     """
+    from grok_local.library.sessions import session_folder
     from grok_local.views.conversation import Repl
 
     options = {**_sampling(sampling, model), **_ending(max_tokens, stop)}
-    with loaded(model, {**(loading or {}), "template": template}, quiet=quiet) as running:
+    folder = session_folder(session) if session is not None else None
+    with ExitStack() as stack:
+        running = stack.enter_context(loaded(model, {**(loading or {}), "template": template}, quiet=quiet))
+        opened_session = stack.enter_context(kept(folder, running, quiet=quiet))
         lines = lines_of(sys.stdin.buffer)
-        Repl(running, name=model, system=system, options=options, lines=lines, quiet=quiet).run()
+        repl = Repl(
+            running, name=model, system=system, options=options, lines=lines, session=opened_session, quiet=quiet
+        )
+        repl.run()
+
+
+@contextmanager
+def kept(folder: Path | None, model: Model, *, quiet: bool) -> Iterator[Session | None]:
+    """The session in a folder, if there is to be one, with a line about what it goes on from."""
+    if folder is None:
+        yield None
+        return
+    from grok_local.runtime.text.session import Session
+
+    with Session(folder, model) as session:
+        problem = session.resume()
+        if session.messages and not quiet:
+            anew = f"; the model reads it anew: {problem}" if problem else ""
+            say(f"note: session {folder.name} goes on after {len(session.messages)} messages{anew}")
+        yield session
 
 
 def routing(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grok_local.runtime.text.chat import ChatReply
     from grok_local.runtime.text.model import Model
     from grok_local.runtime.text.reply import Reply
+    from grok_local.runtime.text.session import Session
 
 __all__ = ["Repl", "interruptible"]
 
@@ -37,7 +38,7 @@ class Repl:
     """One conversation with `model`. Answers go to stdout, everything about them to stderr.
 
     Without a terminal every one of `lines` is a question, and only what is a command for certain is one. `quiet` leaves
-    out all but answers and errors.
+    out all but answers and errors. A `session` is gone on with, and kept.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class Repl:
         options: dict[str, Any],
         lines: Iterable[str],
         quiet: bool = False,
+        session: Session | None = None,
     ) -> None:
         self.model = model
-        self.system = system
-        self.turns: list[dict[str, str]] = []
+        self.system = system if system is not None or session is None else session.system
+        self.turns: list[dict[str, str]] = session.messages if session else []
+        self._session = session
         self._name, self._options, self._quiet = name, options, quiet
         self._replies: list[Reply] = []
         self._told_dropped = 0
@@ -63,6 +66,16 @@ class Repl:
 
     def run(self) -> None:
         """Until /exit or the end of the input. Raises GrokLocalError if questions of a script were not answered."""
+        try:
+            self._converse()
+        finally:
+            if self._session and self.turns:
+                self._session.keep(self.turns, self.system)
+                self._session.keep_state()
+        if self._failed and not self._interactive:
+            raise GrokLocalError(f"{self._failed} of {self._asked} questions were not answered")
+
+    def _converse(self) -> None:
         for number, line in enumerate(self._source, 1):
             text = line.strip()
             if text in ("/exit", "/quit"):
@@ -72,8 +85,6 @@ class Repl:
             elif text:
                 with interruptible(self.model):
                     self._answer(text, number)
-        if self._failed and not self._interactive:
-            raise GrokLocalError(f"{self._failed} of {self._asked} questions were not answered")
 
     def _is_command(self, text: str) -> bool:
         """At a terminal a mistyped command is no question; in a script a path may begin with a slash too."""
@@ -105,6 +116,8 @@ class Repl:
         print(flush=True)
         self.turns += [question, {"role": "assistant", "content": reply.text}]
         self._replies.append(reply)
+        if self._session:
+            self._session.keep(self.turns, self.system)
         self._note(stats_line(reply))
         if reply.finish_reason == "interrupted" and not self._interactive:
             raise KeyboardInterrupt

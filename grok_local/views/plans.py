@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grok_local.placement.forecast import Forecast, Width
     from grok_local.placement.plan import Plan, Share
     from grok_local.runtime.jobs.batch_job import Job
-    from grok_local.runtime.text.bench import BenchReport
+    from grok_local.runtime.jobs.bench import BenchReport
 
 __all__ = ["bench_table", "describe_plan", "print_estimate", "print_findings", "print_plan"]
 

@@ -14,8 +14,9 @@ from grok_local.units import format_bytes, printable
 
 if TYPE_CHECKING:
     from grok_local.library.inventory import Entry
+    from grok_local.library.sessions import Kept
 
-__all__ = ["cell", "entries_table", "new_table", "output_width", "print_tables"]
+__all__ = ["cell", "entries_table", "new_table", "output_width", "print_tables", "sessions_table"]
 
 _PIPED = 200  # columns: nothing is broken there that a program may look for
 
@@ -52,4 +53,12 @@ def entries_table(entries: Iterable[Entry]) -> Table:
     table = new_table("name", "kind", "type", "size", "source")
     for entry in entries:
         table.add_row(cell(entry.name), entry.kind, cell(entry.type), format_bytes(entry.bytes), cell(entry.source))
+    return table
+
+
+def sessions_table(sessions: Iterable[Kept]) -> Table:
+    """Conversations that are kept."""
+    table = new_table("session", "messages", "model", "size")
+    for session in sessions:
+        table.add_row(cell(session.name), str(session.messages), cell(session.model), format_bytes(session.bytes))
     return table

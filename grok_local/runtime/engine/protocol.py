@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import numpy.typing as npt
 
@@ -90,6 +92,8 @@ class Engine(Decoder, Lexicon, Protocol):
     @property
     def vocabulary(self) -> int: ...  # the number of tokens there are
 
+    def save(self, path: Path) -> None: ...
+    def restore(self, path: Path, ids: Sequence[int]) -> None: ...
     def evaluate(self, ids: Sequence[int]) -> int: ...
     def extend(self, ids: Sequence[int]) -> int: ...
     def evaluate_together(self, pieces: Mapping[int, Sequence[int]]) -> npt.NDArray[np.float32]: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,10 @@ from grok_local.runtime.scheduling.generation import Generation
 from grok_local.runtime.text.batch import Prepared, Result, Tasks
 
 if TYPE_CHECKING:
-    from grok_local.formats.gguf_file import Header
     from grok_local.placement.load_options import LoadRequest
     from grok_local.runtime.text.model import Model
 
-__all__ = ["Job", "estimate", "fingerprint", "identity", "prepared", "run"]
-
-_SAMPLES, _SAMPLE = 16, 1 << 16  # pieces of a file that are hashed, and their bytes
+__all__ = ["Job", "estimate", "fingerprint", "prepared", "run"]
 
 
 @dataclass(frozen=True)
@@ -181,19 +178,6 @@ def _longest(task: Prepared, size: int) -> int:
 
 
 # -- what results come from --------------------------------------------------------------------------------------------
-
-
-def identity(headers: Sequence[Header]) -> str:
-    """Tells models apart: a hash of all headers, and of pieces all over the weights."""
-    digest = hashlib.sha256()
-    for header in headers:
-        digest.update(f"{header.size}\n".encode())
-        with header.path.open("rb") as file:
-            digest.update(file.read(header.end))
-            for number in range(_SAMPLES):
-                file.seek(header.end + (header.size - header.end) * number // _SAMPLES)
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:32]
 
 
 def fingerprint(model: str, request: LoadRequest) -> str:

@@ -122,6 +122,8 @@ class RemoteEngine:
     score = _forwarded(LlamaEngine.score)
     evaluate_together = _forwarded(LlamaEngine.evaluate_together)
     expert_stats = _forwarded(LlamaEngine.expert_stats)
+    save = _forwarded(LlamaEngine.save)
+    restore = _forwarded(LlamaEngine.restore)
     step = _forwarded(LlamaEngine.step)
     copy = _forwarded(LlamaEngine.copy)
     forget = _forwarded(LlamaEngine.forget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,7 @@ def check_room(ids: Sequence[int], size: int) -> None:
 
 def run_batch(
     turns: Turns, tasks: Iterable[Prepared | Result], *, size: int, ahead: int, watch: Watch
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Results as they come; at most `ahead` tasks are taken before the first of them is finished. `watch` sees what is
     under way.
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grok_local.errors import ContextError, ModelError, OptionError
 from grok_local.runtime.text.forms import ChatForm, Message, Segment, form_for
@@ -100,6 +100,20 @@ class Conversation:
             if length <= end and not decoder.getstate()[0]:
                 count, whole = index + 1, length
         self._last = _Answered(laid, shown.strip(), (*laid.ids, *tokens[:count]), raw[whole:end])
+
+    def remembered(self) -> dict[str, Any] | None:
+        """The last answer, for JSON; None where there was none."""
+        return None if self._last is None else asdict(self._last)
+
+    def recall(self, answered: Any) -> None:
+        """Go on after an answer that was remembered as JSON; what is none is forgotten."""
+        try:
+            laid = answered["laid"]
+            messages = {name: tuple(laid[name]) for name in ("said", "messages", "ids")}
+            found = Laid(**{**laid, **messages})
+            self._last = _Answered(found, answered["reply"], tuple(answered["ids"]), answered["rest"])
+        except (TypeError, KeyError):
+            self._last = None
 
     def _dropped_before(self, messages: Sequence[Message]) -> int:
         """How many are left out already, if this is the conversation that was answered last."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
@@ -64,7 +64,7 @@ class Model:
     def _use(self, engine: Engine) -> None:
         self.engine = engine
         self._turns = Turns(_scheduler(engine, self._loading))
-        self._conversation = Conversation(engine, template=self._loading.template)
+        self.conversation = Conversation(engine, template=self._loading.template)
 
     @property
     def context_size(self) -> int:
@@ -180,9 +180,9 @@ class Model:
         given: AnswerOptions = {"max_tokens": max_tokens, "stop": stop, "logprobs": logprobs}
         form: AnswerOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
         how = answering({**given, **form}, {**self._usual, **sampling})
-        laid = self._conversation.lay_out(messages, reserve=how.max_tokens)
-        request = how.request(laid.ids, strip=True, stop=self._conversation.form.stop)
-        return ChatReply(self._conversation, laid, request, self._turns, structure=how.structure)
+        laid = self.conversation.lay_out(messages, reserve=how.max_tokens)
+        request = how.request(laid.ids, strip=True, stop=self.conversation.form.stop)
+        return ChatReply(self.conversation, laid, request, self._turns, structure=how.structure)
 
     def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncReply:
         """As `generate`, for `async for`."""
@@ -200,7 +200,7 @@ class Model:
         reproducible: bool = False,
         seed: int = 0,
         **options: Any,
-    ) -> Iterator[Result]:
+    ) -> Generator[Result]:
         """Continue many prompts, `parallel` of them together; results come as they are finished.
 
         A request is a text, a list of token ids, or a mapping with `prompt` or `messages`, an `id`, and any option of
@@ -217,7 +217,7 @@ class Model:
 
     def run(
         self, tasks: Iterable[Prepared | Result], *, size: int | None = None, watch: Watch = lambda _: None
-    ) -> Iterator[Result]:
+    ) -> Generator[Result]:
         """Likewise, of tasks that were prepared, with as many places as there are. `size` is how many tokens prompt and
         answer may have together; `watch` is shown after every step what is under way.
         """

@@ -105,7 +105,10 @@ def test_reproducible_bits(packed: Path) -> None:
 
 def test_threads_go_on_together(packed: Path) -> None:
     with grok_local.load(packed, context=256, threads=1, parallel=4) as model, ThreadPoolExecutor(8) as pool:
-        ask = lambda prompt: "".join(model.generate(prompt, max_tokens=12, temperature=0))  # noqa: E731
+
+        def ask(prompt: str) -> str:
+            return "".join(model.generate(prompt, max_tokens=12, temperature=0))
+
         alone = {prompt: ask(prompt) for prompt in PROMPTS}
         found = list(pool.map(ask, PROMPTS * 4))
         same = sum(text == alone[prompt] for text, prompt in zip(found, PROMPTS * 4, strict=True))
