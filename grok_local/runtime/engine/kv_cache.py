@@ -6,11 +6,16 @@ forget a sequence's end, so the sequence is forgotten whole.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
+from grok_local.errors import ModelError, OutputError
+from grok_local.runtime.engine import log
 from grok_local.runtime.graph.rows import Row
 
 __all__ = ["KVCache"]
@@ -20,6 +25,7 @@ class KVCache:
     """The memory of a llama_context, and the ids of `sequences` sequences that are in it."""
 
     def __init__(self, context: Any, *, sequences: int) -> None:
+        self._context = context
         self._memory = llama_cpp.llama_get_memory(context)
         self._ids: list[list[int]] = [[] for _ in range(sequences)]
 
@@ -70,6 +76,24 @@ class KVCache:
         """The rows were not evaluated, or not all of them: each of their sequences is what it was before, or empty."""
         for sequence in {row.sequence for row in rows}:
             self.truncate(sequence, len(self._ids[sequence]))
+
+    def save(self, path: Path) -> None:
+        """Write sequence 0 to a file, as llama.cpp does. Raises OutputError."""
+        ids = self._ids[0]
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        if not llama_cpp.llama_state_seq_save_file(self._context, os.fsencode(path), 0, tokens, len(ids)):
+            raise OutputError(f"{path}: llama.cpp cannot write its state there: {log.reason()}")
+
+    def restore(self, path: Path, ids: Sequence[int]) -> None:
+        """Have sequence 0 be what `save` wrote of `ids`. llama.cpp believes the file. Raises ModelError."""
+        self.truncate(0, 0)
+        tokens, count = (llama_cpp.llama_token * max(len(ids), 1))(), ctypes.c_size_t()
+        name, found = os.fsencode(path), ctypes.byref(count)
+        size = llama_cpp.llama_state_seq_load_file(self._context, name, 0, tokens, len(ids), found)
+        self._ids[0] = list(ids)
+        if not size or list(tokens[: count.value]) != self._ids[0]:
+            self.truncate(0, 0)
+            raise ModelError(f"{path}: llama.cpp cannot go on from it: {log.reason()}")
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -6,8 +6,6 @@ the last one did only costs its new tokens.
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.errors import ContextError, ModelError, NoRoomError, OptionError, OutputError
+from grok_local.errors import ContextError, ModelError, NoRoomError, OptionError
 from grok_local.formats import gguf_file
 from grok_local.machine.facts import Device, Say
 from grok_local.placement.load_options import LoadRequest
@@ -198,23 +196,13 @@ class LlamaEngine:
     def save(self, path: Path) -> None:
         """Write sequence 0 to a file, as llama.cpp does. Raises OutputError."""
         self._check_open()
-        ids = self._cache.ids()
-        tokens = (llama_cpp.llama_token * len(ids))(*ids)
-        if not llama_cpp.llama_state_seq_save_file(self._opened.context, os.fsencode(path), 0, tokens, len(ids)):
-            raise OutputError(f"{path}: llama.cpp cannot write its state there: {log.reason()}")
+        self._cache.save(path)
 
     def restore(self, path: Path, ids: Sequence[int]) -> None:
         """Have sequence 0 be what `save` wrote of `ids`. llama.cpp believes the file. Raises ModelError."""
         self._check_open()
-        self._cache.truncate(0, 0)
         self._draws.shorten(0, 0)
-        tokens, count = (llama_cpp.llama_token * max(len(ids), 1))(), ctypes.c_size_t()
-        context, name = self._opened.context, os.fsencode(path)
-        size = llama_cpp.llama_state_seq_load_file(context, name, 0, tokens, len(ids), ctypes.byref(count))
-        self._cache.add(Row(token, position, 0, False) for position, token in enumerate(ids))
-        if not size or list(tokens[: count.value]) != list(ids):
-            self._cache.truncate(0, 0)
-            raise ModelError(f"{path}: llama.cpp cannot go on from it: {log.reason()}")
+        self._cache.restore(path, ids)
 
     def evaluate(self, ids: Sequence[int]) -> int:
         """Make the KV cache hold exactly `ids` in sequence 0. Returns how many had to be evaluated.

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from grok_local.runtime.text.forms import Message
     from grok_local.runtime.text.model import Model
 
-__all__ = ["CONVERSATION", "Session", "read_conversation"]
+__all__ = ["Session", "read_conversation"]
 
-CONVERSATION, _STATE, _LOCK = "conversation.json", "state.bin", "lock"
+_CONVERSATION, _STATE, _LOCK = "conversation.json", "state.bin", "lock"
 _FORMAT = 1
 _PIECE = 1 << 24
 
@@ -76,7 +76,7 @@ class Session:
         self._kept |= {"format": _FORMAT, "model": self._model.path.name, "messages": list(messages), "system": system}
         self._kept["answered"] = self._model.conversation.remembered()
         try:
-            write_whole(self.folder / CONVERSATION, json.dumps(self._kept).encode() + b"\n")
+            write_whole(self.folder / _CONVERSATION, json.dumps(self._kept).encode() + b"\n")
         except OSError as error:
             raise self._trouble(error) from None
 
@@ -117,7 +117,7 @@ class Session:
 
 def read_conversation(folder: Path) -> dict[str, Any]:
     """What is kept of a session's messages; nothing where there is none. Raises OutputError where it is unreadable."""
-    path = folder / CONVERSATION
+    path = folder / _CONVERSATION
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
