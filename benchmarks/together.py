@@ -4,9 +4,10 @@
 
 The model has Grok-1's proportions, every width a quarter, and random weights (3.9 GB).
 
-`widths`: tokens a second while 1, 4 and 16 sequences decode, and what llama-batched-bench of the same build gets, in turn.
-`ways`: a job of 48 prompts at width 16 with one shared KV cache or a part for each sequence, prompts beside answers or
-before them, weights rearranged, and reproducible. `forms`: what 16 grammars cost a step, with Grok-1's vocabulary.
+`widths`: tokens a second while 1, 4 and 16 sequences decode, and what llama-batched-bench of the same build gets, in
+turn. `ways`: a job of 48 prompts at width 16 with one shared KV cache or a part for each sequence, prompts beside
+answers or before them, weights rearranged, and reproducible. `forms`: what 16 grammars cost a step, with Grok-1's
+vocabulary.
 """
 
 from __future__ import annotations
