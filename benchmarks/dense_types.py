@@ -28,7 +28,8 @@ TOKENS = 64
 
 def drawn(rng: np.random.Generator, rows: int, columns: int, *, heavy: bool) -> Floats:
     if not heavy:
-        return rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(math.sqrt(columns))
+        normal: Floats = rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(math.sqrt(columns))
+        return normal
     sizes = np.exp(0.3 * rng.standard_normal((rows, 1))) * np.exp(0.3 * rng.standard_normal((1, columns)))
     tails = rng.standard_t(5, size=(rows, columns)) / math.sqrt(5 / 3)
     return (tails * sizes / math.sqrt(columns)).astype(np.float32)

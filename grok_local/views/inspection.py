@@ -93,7 +93,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
                 "bytes": tensor.nbytes,
                 "scales": tensor.scales.shape if tensor.scales else None,
                 "file": tensor.file_name,
-                "files": len(tensor.paths),
+                "files": [path.name for path in tensor.paths],
                 "becomes": tensor.target.name,
             }
             for tensor in checkpoint.tensors
@@ -115,8 +115,7 @@ def checkpoint_tables(checkpoint: Checkpoint) -> Iterator[Table]:
     tensors = new_table("file", *(["tensor"] if wide else []), "type", "shape", "size", "becomes")
     for tensor in described["tensors"]:
         name, *rest = _tensor_row(tensor)
-        more = f" and {tensor['files'] - 1} more" if tensor["files"] > 1 else ""
-        tensors.add_row(tensor["file"] + more, *([name] if wide else []), *rest, tensor["becomes"])
+        tensors.add_row(tensor["file"], *([name] if wide else []), *rest, tensor["becomes"])
     yield tensors
 
 

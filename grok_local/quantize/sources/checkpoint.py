@@ -80,8 +80,9 @@ class SourceTensor:
 
     @property
     def file_name(self) -> str:
-        """Its first file's, for messages."""
-        return self.paths[0].name
+        """Its file's name, or its first's and how many more there are; for people."""
+        first, *others = self.paths
+        return f"{first.name} and {len(others)} more" if others else first.name
 
     @property
     def item_size(self) -> int:

@@ -18,6 +18,7 @@ from grok_local.formats.safetensors import TensorInfo, read_safetensors
 from grok_local.models.grok2 import NamedTensor, named_tensors
 from grok_local.quantize.sources.checkpoint import Checkpoint, NumberType, Shard, SourceTensor, check_file, names_in
 from grok_local.quantize.sources.config import grok2_of, read_config
+from grok_local.units import printable
 
 __all__ = ["has_shards", "open_grok2"]
 
@@ -80,7 +81,7 @@ def _add(stored: dict[str, dict[int | None, _Found]], rank: int | None, path: Pa
     for name, info in read_safetensors(path).items():
         parts = stored.setdefault(name, {})
         if rank in parts:
-            problems.append((f"{name!r:.120}", f"is in {parts[rank].path.name}, and in {path.name} again"))
+            problems.append((printable(name[:120]), f"is in {parts[rank].path.name}, and in {path.name} again"))
         parts[rank] = _Found(path, info)
     return problems
 
@@ -136,7 +137,7 @@ def _unexpected(expected: Iterable[NamedTensor], stored: _Stored) -> list[str]:
     known = {name for tensor in expected for name in tensor.names}
     strangers = [name for name in stored if name not in known]
     files = ((name, next(iter(stored[name].values())).path.name) for name in strangers[:_MAX_LISTED])
-    problems = [f"{file}: {name!r:.120}: a tensor nobody expects" for name, file in files]
+    problems = [f"{file}: {printable(name[:120])}: a tensor nobody expects" for name, file in files]
     more = len(strangers) - _MAX_LISTED
     return [*problems, f"{more} more tensors that nobody expects"] if more > 0 else problems
 

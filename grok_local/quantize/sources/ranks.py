@@ -22,7 +22,7 @@ from gguf.constants import TokenType
 from grok_local.errors import TokenizerError
 from grok_local.quantize.sources.vocabulary import TokenizerKind
 
-__all__ = ["CHAT_TEMPLATE", "RANKS", "WORD_PATTERN", "RankedTokenizer", "read_ranks"]
+__all__ = ["CHAT_TEMPLATE", "RANKS", "WORD_PATTERN", "read_ranks"]
 
 _WHERE = "it is part of the release, huggingface.co/xai-org/grok-2; give it with --tokenizer FILE"
 _LARGEST = 1 << 25  # bytes; the release's has 8 million
