@@ -28,11 +28,13 @@ TOKENS = 64
 
 def drawn(rng: np.random.Generator, rows: int, columns: int, *, heavy: bool) -> Floats:
     if not heavy:
-        normal: Floats = rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(math.sqrt(columns))
+        normal = rng.standard_normal((rows, columns), dtype=np.float32)
+        normal /= math.sqrt(columns)
         return normal
     sizes = np.exp(0.3 * rng.standard_normal((rows, 1))) * np.exp(0.3 * rng.standard_normal((1, columns)))
     tails = rng.standard_t(5, size=(rows, columns)) / math.sqrt(5 / 3)
-    return (tails * sizes / math.sqrt(columns)).astype(np.float32)
+    heavy_tailed: Floats = (tails * sizes / math.sqrt(columns)).astype(np.float32)
+    return heavy_tailed
 
 
 def network(rng: np.random.Generator, width: int, hidden: int, *, heavy: bool) -> list[Floats]:
