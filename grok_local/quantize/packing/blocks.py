@@ -93,6 +93,11 @@ def _blocks(piece: Piece, slab: Slab, workspace: Workspace) -> Iterator[_Block]:
             yield _Block(piece.tensor, slab, first, last - first, inside, workspace)
 
 
+def _largest(values: Floats) -> float:
+    """The largest absolute value, without an array of them; not a number where one is none."""
+    return max(float(values.max(initial=0)), -float(values.min(initial=0)))
+
+
 def _widen(values: npt.NDArray[Any], out: Floats) -> None:
     """Copy numbers of any type that releases have into float32; a bfloat16 is the upper half of one."""
     if values.dtype == np.uint16:
@@ -182,7 +187,7 @@ class _Block:
         """`floats`, once it is sure that the tensor's type can hold them."""
         floats = self.floats()
         limit = _LIMITS.get(self.tensor.type, _F16_MAX)
-        if not self.slab.bound <= limit and not (largest := np.abs(floats).max(initial=0)) <= limit:
+        if not self.slab.bound <= limit and not (largest := _largest(floats)) <= limit:
             source = self.tensor.source
             advice = "" if np.isnan(largest) else ": use --type f32"
             what = f"{source.where} has weights of {largest:.3g}"

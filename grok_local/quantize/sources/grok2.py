@@ -25,6 +25,7 @@ __all__ = ["has_shards", "open_grok2"]
 _FILE_NAME = re.compile(r".+-TP-(common|\d{3})\.safetensors")
 _TYPES: dict[str, NumberType] = {"BF16": "bf16", "F16": "f2", "F32": "f4"}
 _MAX_LISTED = 40  # names that nobody expects
+_MAX_RANKS = 1000  # whose numbers have three digits
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ def _misfits(tensor: NamedTensor, stored: _Stored) -> Iterator[_Problem]:
 def _wrong_shards(tensor: NamedTensor, parts: Mapping[int | None, _Found], usual: str) -> Iterator[str]:
     """Of a matrix of which each rank has a part: all must be there, equal, and as large together as is due."""
     shape, axis = tensor.target.shape[-2:], tensor.axis or 0
-    largest = Counter(found.info.shape for found in parts.values()).most_common(1)[0][0]
-    step = largest[axis] if len(largest) == 2 else 0
-    if not step or shape[axis] % step:
-        yield f"has shards of shape {list(largest)}, of which no number makes {list(shape)}"
+    most = Counter(found.info.shape for found in parts.values()).most_common(1)[0][0]
+    step = most[axis] if len(most) == 2 else 0
+    if not step or shape[axis] % step or shape[axis] // step > _MAX_RANKS:
+        yield f"has shards of shape {list(most)}, of which no number makes {list(shape)}"
         return
     due = tuple(step if number == axis else size for number, size in enumerate(shape))
     ranks = range(shape[axis] // step)
