@@ -7,9 +7,9 @@ shares do not add up to one. Every token reads it, so its type costs speed. `ben
 experts of Q4_K and random weights of normal distribution (in brackets: of heavy tails):
 
     dense    GB a token reads    error of the sum
-    Q4_K     69.2                12.4 % (15.1 %)
-    Q6_K     82.4                 5.8 % (7.3 %)
-    Q8_0     94.9                 5.1 % (6.4 %)
+    Q4_K     69.2                12.5 % (15.1 %)
+    Q6_K     82.4                 5.7 % (7.3 %)
+    Q8_0     94.9                 5.0 % (6.4 %)
 
 So it gets Q6_K where the experts get four bits: half the error for a fifth more to read, and for a tenth more in a
 batch, whose tokens read all experts. Q8_0 would cost as much again, and what is left is the experts' error.
