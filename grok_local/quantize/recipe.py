@@ -1,6 +1,7 @@
 """Which GGML type each tensor gets.
 
-Attention is 2 % of the weights and every token reads it, so it keeps the release's eight bits whatever the experts get.
+Attention is 2 % of Grok-1's weights and 4 % of Grok-2's, and every token reads it, so it has eight bits whatever the
+experts get: of Grok-1 they are the release's own.
 
 Grok-2's dense network is added to what the experts say, and has four fifths of that sum's power, for the experts'
 shares do not add up to one. Every token reads it, so its type costs speed. `benchmarks/dense_types.py` measured, with

@@ -340,4 +340,4 @@ def test_from_the_command_line(run: Run, small_grok2: Path, tmp_path: Path) -> N
     shown = run("inspect", small_grok2, "--json")
     assert json.loads(shown.stdout)["release"] == "grok-2"
     assert run("quantize", small_grok2, "-o", tmp_path / "x.gguf", "--type", "q4_0").returncode == 0
-    assert "it is a checkpoint: grok-local quantize" in run("plan", "-m", small_grok2).stderr
+    assert "it is a checkpoint in Grok-2's format: grok-local quantize" in run("plan", "-m", small_grok2).stderr

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from grok_local.errors import CheckpointError
+from grok_local.models import grok1, grok2
+from grok_local.models.release import Release
 from grok_local.quantize.sources.checkpoint import Checkpoint, names_in
 from grok_local.quantize.sources.config import CONFIG, read_config
 from grok_local.quantize.sources.grok1 import has_checkpoint, open_grok1
@@ -21,15 +23,16 @@ __all__ = ["find_tokenizer", "input_files", "open_checkpoint", "open_vocabulary"
 
 @dataclass(frozen=True)
 class _Format:
-    """How one release's files are told, how they are opened, and which tokenizer comes with them."""
+    """How a release's files are told, how they are opened, and which tokenizer comes with them."""
 
+    release: Release
     is_in: Callable[[Path], bool]
     open: Callable[[Path], Checkpoint]
     tokenizer: TokenizerKind
 
 
-_GROK_1 = _Format(has_checkpoint, open_grok1, SENTENCEPIECE)
-_FORMATS = (_GROK_1, _Format(has_shards, open_grok2, RANKS))
+_GROK_1 = _Format(grok1.RELEASE, has_checkpoint, open_grok1, SENTENCEPIECE)
+_FORMATS = (_GROK_1, _Format(grok2.RELEASE, has_shards, open_grok2, RANKS))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -78,8 +81,10 @@ def _format_in(folder: Path) -> _Format | None:
 def what_is_in(folder: Path) -> str:
     """Of a folder that cannot be packed: what it is, and what to do."""
     snapshot = _snapshot_in(folder)
-    if snapshot or _format_in(folder):
-        return f"it is a checkpoint: grok-local quantize {snapshot or folder} packs it"
+    kind = _format_in(snapshot or folder)
+    if snapshot or kind:
+        of = f" in {kind.release.title}'s format" if kind else ""
+        return f"it is a checkpoint{of}: grok-local quantize {snapshot or folder} packs it"
     names = sorted(names_in(folder))
     config = _config(folder)
     architectures = config.get("architectures")
