@@ -25,11 +25,12 @@ from grok_local.models import grok2
 from grok_local.models.grok2 import NamedTensor
 from grok_local.models.release import HEAD_SIZE, Dimensions, Kind
 from samples import byte_pairs
+from samples.checkpoints import REFERENCE
 
 __all__ = ["SMALL_2", "Grok2Spec", "config", "safetensors_header", "values", "write_release", "write_safetensors"]
 
 _DTYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16", "float64": "F64", "int8": "I8"}
-_TRAINED_ON = Path(__file__).parents[1] / "README.md"
+_TRAINED_ON = REFERENCE / "tokenization.jsonl"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def write_release(folder: Path, spec: Grok2Spec) -> Path:
     for _, tensors in numbered:
         _write_files(folder, list(tensors), spec)
     (folder / "config.json").write_text(json.dumps(config(spec)), encoding="utf-8")
-    ranks = byte_pairs.train([_TRAINED_ON.read_text("utf-8")], min(spec.vocabulary, SMALL_2.vocabulary) - 16)
+    texts = [json.loads(line)["text"] for line in _TRAINED_ON.read_text("utf-8").splitlines()[:100]]
+    ranks = byte_pairs.train(texts, min(spec.vocabulary, SMALL_2.vocabulary) - 16)
     byte_pairs.write_tokenizer(folder / "tokenizer.tok.json", ranks, spec.vocabulary)
     return folder
 
