@@ -36,7 +36,7 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 def opened(path: Path, *, sequences: int = 1) -> LlamaEngine:
-    return LlamaEngine(LoadRequest(path, Wishes(context=4096, sequences=sequences), threads=1))
+    return LlamaEngine(LoadRequest(path, Wishes(context=4096, sequences=sequences, batch=512), threads=1))
 
 
 def last_logits(engine: LlamaEngine, ids: list[int]) -> npt.NDArray[np.float32]:

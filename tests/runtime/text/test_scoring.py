@@ -151,7 +151,7 @@ def test_what_lines_say() -> None:
     assert lines[0].error == lines[3].error == "id 'a' is another line's too"
     numbered = read_lines('{"id": 3, "text": "x"}\n\ny\nz', known=("text",), as_text=False)
     assert [line.id for line in numbered] == [3, "line 3", 4]
-    assert lines[4].error == "id: a text or a whole number is wanted"
+    assert lines[4].error == "id: one text or whole number is wanted"
     assert (lines[5].error or "").startswith("no JSON: ")
     assert lines[6].fields == {"text": "[" * 9}
 
