@@ -1,0 +1,270 @@
+"""`batch --ray` on a cluster of two nodes, both on this machine: real ones, which are lost in the ways real ones are.
+
+The tests that need a cluster run where Ray is installed: pip install ray.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import grok_local
+from grok_local.adapters.fleet import Backlog
+from grok_local.runtime.engine.sampling import Sampling
+from grok_local.runtime.text.answering import Answering
+from grok_local.runtime.text.batch import Prepared
+from tests.conftest import Run
+
+ROOT = Path(__file__).parents[2]
+MEMORY = 80_000_000  # bytes of Ray's object store, which has nothing to hold here
+
+Grow = Callable[..., Any]
+
+
+def home_with(model: Path, folder: Path) -> Path:
+    """A folder of grok-local's that has the model as `small`."""
+    (folder / "models").mkdir(parents=True)
+    shutil.copyfile(model, folder / "models" / "small.gguf")
+    return folder
+
+
+def line(index: int) -> Prepared:
+    how = Answering(Sampling(), 1, (), None, None)
+    return Prepared(index, index, how, how.request([1]))
+
+
+@pytest.fixture(scope="module")
+def cluster(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A cluster whose head is the node `a`."""
+    pytest.importorskip("ray", reason="Ray is an extra: pip install ray")
+    from ray.cluster_utils import Cluster
+
+    home = home_with(packed, tmp_path_factory.mktemp("a") / "home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        head = {**_node("a", home), "include_dashboard": False}
+        found = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            yield found
+        finally:
+            found.shutdown()
+
+
+def _node(name: str, home: Path) -> dict[str, Any]:
+    where = {"GROK_LOCAL_HOME": str(home)}
+    return {"num_cpus": 1, "object_store_memory": MEMORY, "node_name": name, "env_vars": where}
+
+
+@pytest.fixture
+def grow(cluster: Any, tmp_path: Path) -> Iterator[Grow]:
+    """Adds a node, which has a model as `small`, for one test."""
+    nodes = []
+
+    def grow(name: str, model: Path) -> Any:
+        nodes.append(cluster.add_node(**_node(name, home_with(model, tmp_path / name))))
+        return nodes[-1]
+
+    yield grow
+    for node in nodes:
+        if node in cluster.list_all_nodes():
+            cluster.remove_node(node)
+
+
+class Batch:
+    """A batch over the cluster, as people start it."""
+
+    def __init__(self, cluster: Any, folder: Path, count: int, *options: object) -> None:
+        source, self.output = folder / "in.jsonl", folder / "out.jsonl"
+        prompts = [{"id": f"p{i}", "prompt": [3 + i % 90, 5, 7], "seed": i} for i in range(count)]
+        source.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+        self.ids = {prompt["id"] for prompt in prompts}
+        where = ("--ray", cluster.address, "-o", self.output)
+        command = (sys.executable, "-m", "grok_local", "batch", "-m", "small", source, *where, *options)
+        self.process = subprocess.Popen(
+            list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def until_written(self, count: int) -> None:
+        for _ in range(1200):
+            if self.output.exists() and len(self.output.read_text().splitlines()) >= count:
+                return
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.05)
+        raise AssertionError(f"no {count} results within a minute")
+
+    def ended(self) -> tuple[int, str]:
+        out, told = self.process.communicate(timeout=120)
+        assert not out
+        return self.process.returncode, told
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        found = [json.loads(text) for text in self.output.read_text().splitlines()]
+        keyed = {one["id"]: one for one in found}
+        assert len(keyed) == len(found)
+        return keyed
+
+
+def replicas() -> list[psutil.Process]:
+    """The processes that have a model loaded, on all nodes."""
+    own = psutil.Process().children(recursive=True)
+    return [one for one in own if one.is_running() and one.cmdline()[:1] and "Replica" in one.cmdline()[0]]
+
+
+@pytest.fixture
+def driver_home(home: Path, packed: Path) -> Path:
+    return home_with(packed, home)
+
+
+def test_results_are_those_of_one_machine_to_the_bit(
+    cluster: Any, grow: Grow, driver_home: Path, packed: Path, tmp_path: Path, run: Run
+) -> None:
+    grow("b", packed)
+    same = ("--reproducible", "--max-tokens", 8, "--logprobs", 1, "--temperature", 0.9)
+    batch = Batch(cluster, tmp_path, 20, "--parallel", 2, *same)
+    code, told = batch.ended()
+    assert (code, "note" in told) == (0, False), told
+    alone = tmp_path / "alone.jsonl"
+    done = run("batch", "-m", "small", tmp_path / "in.jsonl", "-o", alone, "--parallel", 2, *same)
+    assert done.returncode == 0, done.stderr
+    expected = {one["id"]: one for one in map(json.loads, alone.read_text().splitlines())}
+    found = batch.results()
+    assert set(found) == batch.ids
+    for name in ("text", "logprobs", "fingerprint", "finish_reason"):
+        assert {id_: one[name] for id_, one in found.items()} == {id_: one[name] for id_, one in expected.items()}
+
+
+def test_lines_of_a_lost_machine_are_answered_by_another(
+    cluster: Any, grow: Grow, driver_home: Path, packed: Path, tmp_path: Path
+) -> None:
+    other = grow("b", packed)
+    batch = Batch(cluster, tmp_path, 160, "--parallel", 4, "--max-tokens", 100)
+    batch.until_written(10)
+    cluster.remove_node(other)
+    code, told = batch.ended()
+    assert code == 0, told
+    assert "node b is lost, and " in told
+    assert " 0 answers" not in told
+    assert "the machine does not answer" in told
+    found = batch.results()
+    assert set(found) == batch.ids
+    assert not any("error" in one for one in found.values())
+
+
+def test_when_no_node_is_left_the_same_command_goes_on(cluster: Any, driver_home: Path, tmp_path: Path) -> None:
+    batch = Batch(cluster, tmp_path, 60, "--parallel", 2, "--max-tokens", 100)
+    batch.until_written(5)
+    (process,) = replicas()
+    process.kill()
+    code, told = batch.ended()
+    assert code == 1
+    assert "node a is lost" in told
+    assert "its process ended" in told
+    assert "no node is left" in told
+    before = batch.results()
+    assert 5 <= len(before) < 60
+    again = Batch(cluster, tmp_path, 60, "--parallel", 2, "--max-tokens", 100)
+    code, told = again.ended()
+    assert code == 0, told
+    assert "have their results already" in told
+    assert set(again.results()) == again.ids
+    assert before.items() <= again.results().items()
+
+
+def test_a_node_with_another_model_of_that_name_is_left_out(
+    cluster: Any, grow: Grow, driver_home: Path, small: Path, tmp_path: Path
+) -> None:
+    other = grok_local.quantize_checkpoint(small, tmp_path / "other.gguf", type="q8_0").path
+    grow("b", other)
+    batch = Batch(cluster, tmp_path, 150, "--max-tokens", 100)
+    code, told = batch.ended()
+    assert code == 0, told
+    assert "note: node b is left out: " in told
+    assert "is another model there than here" in told
+    assert set(batch.results()) == batch.ids
+
+
+def test_a_cluster_without_the_model_is_an_error(cluster: Any, home: Path, packed: Path, tmp_path: Path) -> None:
+    home_with(packed, home)
+    (home / "models" / "small.gguf").rename(home / "models" / "mine.gguf")
+    batch = Batch(cluster, tmp_path, 2, "-m", "mine")
+    code, told = batch.ended()
+    assert code == 1
+    assert "note: node a is left out: mine: no such file" in told
+    assert "no node is left" in told
+
+
+def test_ctrl_c_keeps_what_is_written_and_leaves_no_process(cluster: Any, driver_home: Path, tmp_path: Path) -> None:
+    batch = Batch(cluster, tmp_path, 200, "--parallel", 2, "--max-tokens", 100)
+    batch.until_written(3)
+    assert len(replicas()) == 1
+    batch.process.send_signal(signal.SIGINT)
+    code, told = batch.ended()
+    assert code == 130
+    assert told.endswith("stopped: the same command goes on from here\n")
+    assert "Traceback" not in told
+    assert 3 <= len(batch.results()) < 200
+    for _ in range(100):
+        if not replicas():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the model is still loaded")
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "reason"),
+    [
+        ("127.0.0.1:9", 1, "nobody answers there"),
+        ("nonsense", 2, "Invalid address"),
+        ("ray://127.0.0.1:9", 1, "nobody"),
+    ],
+)
+def test_an_address_of_no_cluster(run: Run, packed: Path, address: str, code: int, reason: str) -> None:
+    pytest.importorskip("ray", reason="Ray is an extra: pip install ray")
+    done = run("batch", "-m", packed, "-", "--ray", address, stdin="Hi\n")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert f"error: --ray {address}: {reason}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_ray_a_line_says_how_to_get_it(packed: Path) -> None:
+    program = "import sys; sys.modules['ray'] = None; from grok_local.cli import main; main()"
+    command = [sys.executable, "-c", program, "batch", "-m", str(packed), "-", "--ray", "auto"]
+    done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"--ray needs Ray, on every machine: {sys.executable} -m pip install ray" in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", [("--worker", "127.0.0.1"), ("--trace-experts", "record")])
+def test_what_makes_no_sense_with_it_is_refused(run: Run, packed: Path, option: tuple[str, str]) -> None:
+    done = run("batch", "-m", packed, "-", "--ray", "auto", *option, stdin="Hi\n")
+    assert done.returncode == 2
+    assert f"{option[0]}: not with --ray" in done.stderr
+
+
+def test_what_a_lost_node_had_comes_next_in_its_order() -> None:
+    backlog = Backlog(map(line, range(6)))
+    first = [backlog.take() for _ in range(3)]
+    assert not list(backlog.put_back([one for one in reversed(first) if isinstance(one, Prepared)], blamed=True))
+    assert [backlog.take().index for _ in range(len(backlog))] == list(range(6))
+
+
+def test_a_task_that_two_nodes_died_of_is_given_up_and_machines_that_are_gone_are_not_held_against_it() -> None:
+    backlog = Backlog(())
+    assert not list(backlog.put_back([line(0), line(1)], blamed=True))
+    assert not list(backlog.put_back([line(0), line(2)], blamed=False))
+    (result,) = backlog.put_back([line(0), line(2)], blamed=True)
+    assert result.index == 0
+    assert "2 nodes" in str(result.error)
+    assert len(backlog) == 5
