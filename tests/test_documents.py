@@ -14,6 +14,7 @@ COMMANDS = (
     "inspect",
     "generate",
     "chat",
+    "batch",
     "routing",
     "plan",
     "bench",
