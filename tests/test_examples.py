@@ -1,6 +1,7 @@
 """Every example of the help and of the documents runs, and says what the documents say it says.
 
-Those of `pull`, `worker` and `--ray` need other machines; tests/hub, tests/runtime/remote and tests/adapters have theirs.
+Those of `pull`, `worker` and `--ray` need other machines; tests/hub, tests/runtime/remote and
+tests/adapters/test_fleet.py have theirs.
 """
 
 from __future__ import annotations

@@ -165,6 +165,7 @@ class Fleet:
                 f"reproducible: node {node.name} would compute other bits ({ready.fingerprint}) than this machine "
                 f"({self._fingerprint}): its processor or its llama.cpp is another"
             )
+        self._say(f"node {node.name} is ready: {ready.width} go together")
         node.width = ready.width
         return iter(())
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ import psutil
 import pytest
 
 import grok_local
-from grok_local.adapters.fleet import Backlog
+from grok_local.adapters.fleet import Backlog, Fleet
+from grok_local.adapters.replica import Order
+from grok_local.errors import OptionError, WorkerError
+from grok_local.formats.gguf_file import read_model
+from grok_local.formats.identity import identity
 from grok_local.runtime.engine.sampling import Sampling
 from grok_local.runtime.text.answering import Answering
 from grok_local.runtime.text.batch import Prepared
@@ -39,8 +44,12 @@ def home_with(model: Path, folder: Path) -> Path:
     return folder
 
 
-def line(index: int) -> Prepared:
-    how = Answering(Sampling(), 1, (), None, None)
+def order(model: Path, *, parallel: int) -> Order:
+    return Order("small", {"context": 200}, identity(read_model(model)), parallel, most=100)
+
+
+def line(index: int, *, length: int = 1) -> Prepared:
+    how = Answering(Sampling(seed=index), length, (), None, None)
     return Prepared(index, index, how, how.request([1]))
 
 
@@ -91,22 +100,37 @@ class Batch:
         self.ids = {prompt["id"] for prompt in prompts}
         where = ("--ray", cluster.address, "-o", self.output)
         command = (sys.executable, "-m", "grok_local", "batch", "-m", "small", source, *where, *options)
-        self.process = subprocess.Popen(
-            list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._log = folder / "stderr"
+        with self._log.open("w") as file:
+            self.process = subprocess.Popen(list(map(str, command)), stderr=file, stdout=subprocess.PIPE, text=True)
+
+    @property
+    def told(self) -> str:
+        return self._log.read_text()
+
+    def until_told(self, words: str) -> None:
+        self._until(lambda: words in self.told)
 
     def until_written(self, count: int) -> None:
+        """So many results more than there are."""
+        before = self._written()
+        self._until(lambda: self._written() >= before + count)
+
+    def _written(self) -> int:
+        return len(self.output.read_text().splitlines()) if self.output.exists() else 0
+
+    def _until(self, happened: Callable[[], bool]) -> None:
         for _ in range(1200):
-            if self.output.exists() and len(self.output.read_text().splitlines()) >= count:
+            if happened():
                 return
-            assert self.process.poll() is None, self.process.communicate()
+            assert self.process.poll() is None, self.told
             time.sleep(0.05)
-        raise AssertionError(f"no {count} results within a minute")
+        raise AssertionError(f"it has not happened within a minute: {self.told}")
 
     def ended(self) -> tuple[int, str]:
-        out, told = self.process.communicate(timeout=120)
+        out, _ = self.process.communicate(timeout=120)
         assert not out
-        return self.process.returncode, told
+        return self.process.returncode, self.told
 
     def results(self) -> dict[str, dict[str, Any]]:
         found = [json.loads(text) for text in self.output.read_text().splitlines()]
@@ -134,6 +158,7 @@ def test_results_are_those_of_one_machine_to_the_bit(
     batch = Batch(cluster, tmp_path, 20, "--parallel", 2, *same)
     code, told = batch.ended()
     assert (code, "note" in told) == (0, False), told
+    assert "node a is ready: 2 go together" in told or "node b is ready: 2 go together" in told
     alone = tmp_path / "alone.jsonl"
     done = run("batch", "-m", "small", tmp_path / "in.jsonl", "-o", alone, "--parallel", 2, *same)
     assert done.returncode == 0, done.stderr
@@ -148,7 +173,8 @@ def test_lines_of_a_lost_machine_are_answered_by_another(
     cluster: Any, grow: Grow, driver_home: Path, packed: Path, tmp_path: Path
 ) -> None:
     other = grow("b", packed)
-    batch = Batch(cluster, tmp_path, 160, "--parallel", 4, "--max-tokens", 100)
+    batch = Batch(cluster, tmp_path, 300, "--parallel", 4, "--max-tokens", 100)
+    batch.until_told("node b is ready")
     batch.until_written(10)
     cluster.remove_node(other)
     code, told = batch.ended()
@@ -159,6 +185,40 @@ def test_lines_of_a_lost_machine_are_answered_by_another(
     found = batch.results()
     assert set(found) == batch.ids
     assert not any("error" in one for one in found.values())
+
+
+def test_progress_counts_what_is_under_way(cluster: Any, packed: Path) -> None:
+    seen: list[int] = []
+    with Fleet(cluster.address, order(packed, parallel=2), fingerprint=None, say=print) as fleet:
+        tasks = [line(index, length=120) for index in range(60)]
+        results = list(
+            fleet.run(tasks, size=200, watch=lambda stats: seen.append(sum(one.generated_tokens for one in stats)))
+        )
+    assert sorted(result.index for result in results) == list(range(60))
+    assert sum(result.stats.generated_tokens for result in results) == 60 * 120
+    assert 0 < max(seen) <= 2 * 2 * 120
+
+
+def test_nodes_that_would_compute_other_bits_are_refused(cluster: Any, packed: Path) -> None:
+    with (
+        Fleet(cluster.address, order(packed, parallel=1), fingerprint="fp_another", say=print) as fleet,
+        pytest.raises(OptionError, match="node a would compute other bits"),
+    ):
+        list(fleet.run([line(0)], size=200))
+    assert not replicas()
+
+
+def test_nodes_with_another_version_are_left_out(cluster: Any, packed: Path) -> None:
+    said: list[str] = []
+    newer = replace(order(packed, parallel=1), version="99")
+    with (
+        Fleet(cluster.address, newer, fingerprint=None, say=said.append) as fleet,
+        pytest.raises(WorkerError, match="no node is left"),
+    ):
+        list(fleet.run([line(0)], size=200))
+    assert said == [
+        f"note: node a is left out: grok-local there is {grok_local.__version__}, and 99 here: both have to be the same"
+    ]
 
 
 def test_when_no_node_is_left_the_same_command_goes_on(cluster: Any, driver_home: Path, tmp_path: Path) -> None:
@@ -182,16 +242,20 @@ def test_when_no_node_is_left_the_same_command_goes_on(cluster: Any, driver_home
 
 
 def test_a_node_with_another_model_of_that_name_is_left_out(
-    cluster: Any, grow: Grow, driver_home: Path, small: Path, tmp_path: Path
+    cluster: Any, grow: Grow, packed: Path, small: Path, tmp_path: Path
 ) -> None:
-    other = grok_local.quantize_checkpoint(small, tmp_path / "other.gguf", type="q8_0").path
-    grow("b", other)
-    batch = Batch(cluster, tmp_path, 150, "--max-tokens", 100)
-    code, told = batch.ended()
-    assert code == 0, told
-    assert "note: node b is left out: " in told
-    assert "is another model there than here" in told
-    assert set(batch.results()) == batch.ids
+    grow("b", grok_local.quantize_checkpoint(small, tmp_path / "other.gguf", type="q8_0").path)
+    said: list[str] = []
+    found = set()
+    with Fleet(cluster.address, order(packed, parallel=2), fingerprint=None, say=said.append) as fleet:
+        for result in fleet.run([line(index, length=60) for index in range(20_000)], size=200):
+            assert not result.error
+            assert result.index not in found
+            found.add(result.index)
+            if len(said) == 2 and len(found) >= 10:
+                break
+    left_out = f"note: node b is left out: {tmp_path / 'b' / 'models' / 'small.gguf'}: is another model there than here"
+    assert set(said) == {"node a is ready: 2 go together", left_out}
 
 
 def test_a_cluster_without_the_model_is_an_error(cluster: Any, home: Path, packed: Path, tmp_path: Path) -> None:
