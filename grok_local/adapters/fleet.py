@@ -51,17 +51,20 @@ class Backlog:
         """The next one. Raises IndexError."""
         return self._waiting.popleft()
 
-    def put_back(self, tasks: Iterable[Prepared], *, blamed: bool) -> Iterator[Result]:
-        """A node is lost: what it had is next, in its order. With `blamed`, one of them may have been the reason, and
-        those that were so on another node before get an error for a result.
+    def put_back(self, tasks: Iterable[Prepared], *, blamed: bool) -> list[Result]:
+        """A node is lost: what it had is next, in its order. With `blamed`, one of them may have been the reason.
+
+        Returns errors, as results, of those that this is the second node for.
         """
-        again = sorted(tasks, key=lambda task: task.index)
-        self._losses.update(task.index for task in again if blamed)
-        given_up = [task for task in again if self._losses[task.index] >= _MOST_LOSSES]
-        self._waiting.extendleft(task for task in reversed(again) if task not in given_up)
-        for task in given_up:
-            error = WorkerLost(f"{_MOST_LOSSES} nodes broke down while they answered it: it is not tried again")
-            yield Result(task.index, task.id, error=error)
+        given_up = []
+        for task in sorted(tasks, key=lambda task: -task.index):
+            self._losses[task.index] += blamed
+            if self._losses[task.index] < _MOST_LOSSES:
+                self._waiting.appendleft(task)
+            else:
+                error = WorkerLost(f"{_MOST_LOSSES} nodes broke down while they answered it: it is not tried again")
+                given_up.append(Result(task.index, task.id, error=error))
+        return given_up
 
 
 @dataclass(eq=False)
@@ -87,7 +90,7 @@ class _Call:
     """What a node was asked, and what to do with its answer."""
 
     node: _Node
-    use: Callable[[Any], Iterable[Result]]
+    use: Callable[[Any], list[Result]]
 
 
 class Fleet:
@@ -157,7 +160,7 @@ class Fleet:
         options = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": threads, "scheduling_strategy": there}
         return self._ray.remote(Replica).options(**options).remote(self._order)
 
-    def _opened(self, node: _Node, ready: Ready) -> Iterator[Result]:
+    def _opened(self, node: _Node, ready: Ready) -> list[Result]:
         for note in ready.notes:
             self._say(f"note: node {node.name}: {note}")
         if self._fingerprint not in (None, ready.fingerprint):
@@ -167,9 +170,9 @@ class Fleet:
             )
         self._say(f"node {node.name} is ready: {ready.width} go together")
         node.width = ready.width
-        return iter(())
+        return []
 
-    def _lost(self, node: _Node, error: Exception) -> Iterator[Result]:
+    def _lost(self, node: _Node, error: Exception) -> list[Result]:
         """Go on without a node; what it had under way comes next. A machine that is gone died of no task."""
         self._nodes.remove(node)
         self._calls = {ref: call for ref, call in self._calls.items() if call.node is not node}
@@ -215,10 +218,10 @@ class Fleet:
             else:
                 yield from call.use(value)
 
-    def _answered(self, node: _Node, result: Result) -> Iterator[Result]:
+    def _answered(self, node: _Node, result: Result) -> list[Result]:
         del node.tasks[result.index]
         node.seen.pop(result.index, None)
-        yield result
+        return [result]
 
     def _look(self) -> None:
         """Ask how far the nodes are, if that is long ago."""
@@ -229,13 +232,13 @@ class Fleet:
                     node.is_asked = True
                     self._calls[node.actor.under_way.remote()] = _Call(node, partial(self._seen, node))
 
-    def _seen(self, node: _Node, stats: dict[int, Stats]) -> Iterator[Result]:
+    def _seen(self, node: _Node, stats: dict[int, Stats]) -> list[Result]:
         node.is_asked = False
         node.seen = {index: one for index, one in stats.items() if index in node.tasks}
-        return iter(())
+        return []
 
 
-# -- the cluster ---------------------------------------------------------------------------------------------------
+# -- the cluster -------------------------------------------------------------------------------------------------------
 
 
 def _joined(address: str) -> Any:
@@ -275,7 +278,7 @@ def _reason(error: Exception) -> str:
         return _line(cause)
     if isinstance(cause, Exception):
         return f"{type(cause).__name__}: {_line(cause)}"
-    return "its process ended"
+    return "its process ended (Ray's logs there may say why)"
 
 
 def _line(error: Exception) -> str:
