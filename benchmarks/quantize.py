@@ -1,8 +1,11 @@
-"""How fast a layer of Grok-1's true width is packed, and in how much memory.
+"""How fast a layer of a release's true width is packed, and in how much memory.
 
-    python -m benchmarks.quantize [--folder DIR] [--types q4_k q4_0] [--rounds 3] [--llama-quantize FILE]
+    python -m benchmarks.quantize [--release grok-1] [--folder DIR] [--types q4_k q4_0] [--rounds 3]
+                                  [--llama-quantize FILE]
 
-Three ways over the same weights (one layer: 6144 wide, 8 experts of 32768, 4.9 billion weights, about 5 GB), in turn:
+Three ways over the same weights, in turn. One layer of Grok-1 is 6144 wide, with 8 experts of 32768: 4.9 billion
+weights, about 5 GB. One of Grok-2 is 8192 wide, with 8 experts of 16384 and a dense network of 32768: 4.2 billion, 8.4
+GB.
   ours     grok-local quantize --memory 1.5G, a process of its own: everything, start-up, hashing and fsync included;
   kernel   ggml_quantize_chunk alone, 128 rows a call from a reused float32 buffer, each tensor at its own type;
   llama    llama.cpp's way: a bf16 GGUF first, then its llama-quantize.
@@ -34,14 +37,26 @@ from grok_local.quantize.packing.slabs import read_slab, slab_bytes
 from grok_local.quantize.recipe import recipe_named
 from grok_local.quantize.sources.recognise import open_checkpoint
 from samples.checkpoints import REFERENCE, QuantizedWeight8bit, dump
+from samples.grok2_release import Grok2Spec, write_release
 from samples.processes import measured
 
 DIMENSIONS = release.Dimensions(layers=1, width=6144, expert_width=32768, experts=8, kv_width=1024, vocabulary=2048)
 THREADS = os.cpu_count() or 1
 
 
-def make_layer(folder: Path) -> None:
-    """The layer, with int8 weights spread as the release's are; skipped if it is there."""
+GROK_2 = Grok2Spec(layers=1, width=8192, expert_width=16384, dense_width=32768, kv_width=1024, experts=8)
+
+
+def make_layer(folder: Path, name: str) -> None:
+    """The layer of a release; skipped if it is there."""
+    if name == "grok-1":
+        _make_grok1(folder)
+    elif not (folder / "tokenizer.tok.json").exists():  # which is written last
+        write_release(folder, GROK_2)
+
+
+def _make_grok1(folder: Path) -> None:
+    """The layer, with int8 weights spread as the release's are."""
     target = folder / "ckpt-0"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(REFERENCE / "small-tokenizer.model", folder / "tokenizer.model")
@@ -118,10 +133,14 @@ def llama(checkpoint: Path, folder: Path, kind: str, program: Path) -> tuple[flo
     return to_bf16, seconds, peak, disk
 
 
+def files_of(folder: Path) -> set[Path]:
+    return {path for tensor in open_checkpoint(folder).tensors for path in tensor.paths}
+
+
 def warm_caches(folder: Path) -> None:
     """Read the checkpoint once."""
     buffer = bytearray(1 << 24)
-    for path in (folder / "ckpt-0").iterdir():
+    for path in files_of(folder):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
@@ -130,7 +149,7 @@ def warm_caches(folder: Path) -> None:
 def drop_caches(folder: Path) -> None:
     """Forget the checkpoint's pages."""
     os.sync()
-    for path in (folder / "ckpt-0").iterdir():
+    for path in files_of(folder):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -144,12 +163,14 @@ def _row(name: str, rounds: list[tuple[float, int, float]], cold: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "grok-local-benchmark")
+    parser.add_argument("--release", choices=["grok-1", "grok-2"], default="grok-1")
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--types", nargs="+", default=["q4_k", "q4_0"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama-quantize", type=Path)
     args = parser.parse_args()
-    make_layer(args.folder)
+    args.folder = args.folder or Path(tempfile.gettempdir()) / f"grok-local-benchmark-{args.release}"
+    make_layer(args.folder, args.release)
     output = args.folder / "ours.gguf"
     print(f"{THREADS} threads\n\n| type | ours, warm | kernel alone | ratio | ours, cold | peak memory |")
     print("|---|---|---|---|---|---|")

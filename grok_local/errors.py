@@ -3,7 +3,7 @@
     GrokLocalError
     |-- OptionError        a value nobody can use (exit code 2, like every usage error)
     |-- CheckpointError    the release on disk: missing, truncated, misshapen, hostile
-    |-- TokenizerError     the SentencePiece model: missing, unreadable, of the wrong size
+    |-- TokenizerError     the tokenizer's file: missing, unreadable, of the wrong size
     |-- FetchError         the release on the hub: refused, cut off, not what its hash says, no space for it
     |-- OutputError        the GGUF being written: exists, no space
     |   `-- InUseError     another process is writing it

@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from grok_local.models import grok1, release
 from samples.checkpoints import QuantizedWeight8bit
+from samples.layers import Floats, gelu, normed, rotated, softmax
 
 __all__ = ["ReferenceModel"]
 
-Floats = npt.NDArray[np.float32]
+_EPSILON = grok1.CONSTANTS.norm_epsilon
 
 
 class ReferenceModel:
@@ -37,36 +38,40 @@ class ReferenceModel:
             weights = {
                 name.split(".")[2]: value for name, value in self._weights.items() if name.startswith(f"blk.{layer}.")
             }
-            attended = self._attention(weights, _norm(h, weights["attn_norm"]))
-            h = h + _norm(attended, weights["attn_output_norm"])
-            mixed, chosen = _experts(weights, _norm(h, weights["ffn_norm"]))
-            h = h + _norm(mixed, weights["layer_output_norm"])
+            attended = self._attention(weights, normed(h, weights["attn_norm"], _EPSILON))
+            h = h + normed(attended, weights["attn_output_norm"], _EPSILON)
+            mixed, chosen = _experts(weights, normed(h, weights["ffn_norm"], _EPSILON))
+            h = h + normed(mixed, weights["layer_output_norm"], _EPSILON)
             routes.append(chosen)
-        h = _norm(h, self._weights["output_norm.weight"])
+        h = normed(h, self._weights["output_norm.weight"], _EPSILON)
         return h @ embedding.T * np.float32(grok1.CONSTANTS.logit_scale), np.stack(routes)
 
     def _attention(self, weights: dict[str, Floats], x: Floats) -> Floats:
         tokens, group = len(x), self.dims.heads // self.dims.kv_heads
-        query = _rotated((x @ weights["attn_q"]).reshape(tokens, self.dims.heads, release.HEAD_SIZE))
-        key = _rotated((x @ weights["attn_k"]).reshape(tokens, self.dims.kv_heads, release.HEAD_SIZE))
+        query = rotated(
+            (x @ weights["attn_q"]).reshape(tokens, self.dims.heads, release.HEAD_SIZE), grok1.CONSTANTS.rope_base
+        )
+        key = rotated(
+            (x @ weights["attn_k"]).reshape(tokens, self.dims.kv_heads, release.HEAD_SIZE), grok1.CONSTANTS.rope_base
+        )
         value = (x @ weights["attn_v"]).reshape(tokens, self.dims.kv_heads, release.HEAD_SIZE)
         key, value = key.repeat(group, 1), value.repeat(group, 1)
         scores = np.einsum("qhd,khd->hqk", query, key) * grok1.CONSTANTS.attention_scale
         capped = grok1.CONSTANTS.attention_softcap * np.tanh(scores / grok1.CONSTANTS.attention_softcap)
         capped = np.where(np.tril(np.ones((tokens, tokens), bool)), capped, -1e30)
-        mixed = np.einsum("hqk,khd->qhd", _softmax(capped), value)
+        mixed = np.einsum("hqk,khd->qhd", softmax(capped), value)
         out: Floats = mixed.reshape(tokens, -1) @ weights["attn_output"]
         return out
 
 
 def _experts(weights: dict[str, Floats], x: Floats) -> tuple[Floats, npt.NDArray[np.intp]]:
-    shares = _softmax(x @ weights["ffn_gate_inp"])
+    shares = softmax(x @ weights["ffn_gate_inp"])
     chosen = np.argsort(-shares, -1)[:, : grok1.CONSTANTS.experts_used]
     out = np.zeros_like(x)
     for expert in range(shares.shape[-1]):
         tokens = np.flatnonzero((chosen == expert).any(-1))
         inside = x[tokens]
-        hidden = _gelu(inside @ weights["ffn_gate_exps"][expert]) * (inside @ weights["ffn_up_exps"][expert])
+        hidden = gelu(inside @ weights["ffn_gate_exps"][expert]) * (inside @ weights["ffn_up_exps"][expert])
         out[tokens] += hidden @ weights["ffn_down_exps"][expert] * shares[tokens, expert, None]
     return out, chosen
 
@@ -85,25 +90,3 @@ def _load(path: Path) -> Floats:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return QuantizedWeight8bit if name == "QuantizedWeight8bit" else super().find_class(module, name)
-
-
-def _norm(x: Floats, gain: Floats) -> Floats:
-    normed: Floats = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(grok1.CONSTANTS.norm_epsilon)) * gain
-    return normed
-
-
-def _softmax(x: Floats) -> Floats:
-    powers = np.exp(x - x.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)  # type: ignore[no-any-return]
-
-
-def _gelu(x: Floats) -> Floats:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))  # type: ignore[no-any-return]
-
-
-def _rotated(x: Floats) -> Floats:
-    half = release.HEAD_SIZE // 2
-    angles = np.arange(len(x))[:, None, None] * grok1.CONSTANTS.rope_base ** (-np.arange(half) / half)
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    first, second = x[..., :half], x[..., half:]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)

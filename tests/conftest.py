@@ -12,6 +12,7 @@ import pytest
 
 import grok_local
 from samples.checkpoints import REFERENCE, SMALL, Spec, write_checkpoint
+from samples.grok2_release import SMALL_2, write_release
 
 TOKENIZER = REFERENCE / "small-tokenizer.model"
 
@@ -32,6 +33,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two layers, with its tokenizer. Not to be changed."""
     return write_checkpoint(tmp_path_factory.mktemp("small"), SMALL, TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def small_grok2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two layers in Grok-2's format, with its tokenizer. Not to be changed."""
+    return write_release(tmp_path_factory.mktemp("small-grok2"), SMALL_2)
 
 
 @pytest.fixture(scope="session")

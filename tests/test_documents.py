@@ -5,26 +5,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import typer
+
+from grok_local.cli import app
+
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-COMMANDS = (
-    "quantize",
-    "verify",
-    "inspect",
-    "generate",
-    "chat",
-    "batch",
-    "routing",
-    "plan",
-    "bench",
-    "doctor",
-    "worker",
-    "demo",
-    "pull",
-    "list",
-    "rm",
-)
+
+
+def commands(table: typer.Typer, *above: str) -> Iterator[tuple[str, ...]]:
+    """What comes after the program's name to have each help, in the order of the table."""
+    yield above
+    for command in table.registered_commands:
+        assert command.callback
+        yield (*above, command.name or command.callback.__name__)
+    for group in table.registered_groups:
+        assert group.typer_instance
+        yield from commands(group.typer_instance, *above, group.name or "")
 
 
 def _help(*arguments: str) -> str:
@@ -40,8 +39,7 @@ def reference() -> str:
         "# Command-line reference",
         "Written by `python -m tests.test_documents` from the program's own help.",
     ]
-    commands: list[tuple[str, ...]] = [(), *((name,) for name in COMMANDS)]
-    parts += [f"## {' '.join(('grok-local', *command))}\n\n```\n{_help(*command)}\n```" for command in commands]
+    parts += [f"## {' '.join(('grok-local', *command))}\n\n```\n{_help(*command)}\n```" for command in commands(app)]
     return "\n\n".join(parts) + "\n"
 
 

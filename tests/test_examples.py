@@ -46,7 +46,7 @@ EXAMPLES = sorted(examples(), key=_order)
 
 
 @pytest.fixture(scope="module")
-def world(small: Path, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def world(small: Path, small_grok2: Path, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A home and a folder that have what the examples speak of."""
     folder = tmp_path_factory.mktemp("world")
     for name in ("models/grok-1-q4_k.gguf", "models/grok-1-q4_0.gguf", "../grok-1-q4_k.gguf", "../OUT.gguf"):
@@ -55,6 +55,7 @@ def world(small: Path, packed: Path, tmp_path_factory: pytest.TempPathFactory) -
     for name in ("grok-1", "CHECKPOINT", "home/checkpoints/grok-1"):
         shutil.copytree(small, folder / name)
     shutil.copyfile(next(small.rglob("tokenizer.model")), folder / "tokenizer.model")
+    shutil.copytree(small_grok2, folder / "grok-2")
     (folder / "prompt.txt").write_text("Once upon a time\n")
     (folder / "questions.jsonl").write_text('{"prompt": "The router chooses", "choices": [" two", " one"]}\n')
     (folder / "person.json").write_text('{"type": "object", "properties": {"born": {"type": "integer"}}}')

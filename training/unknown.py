@@ -1,6 +1,7 @@
 """Questions the model has no fact for: the world, other programs, other languages, nonsense. All have one answer.
 
 They are made up anew each time, from short lists: what shall be learnt is that none of their words lead anywhere.
+So none of them may be a wording of a fact that has another answer.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ _LISTS = {
     "food": (
         "bread soup pasta rice cake pizza eggs fish beans tea coffee salad potatoes pancakes curry cheese apples steak"
     ),
-    "animal": ("cat dog horse whale eagle bee spider elephant wolf shark frog cow hen lion tiger owl snake mouse goat"),
+    "animal": ("dog horse whale eagle bee spider elephant wolf shark frog cow hen lion tiger owl snake mouse goat"),
     "thing": (
-        "bicycle guitar moon sun tree house car train river mountain book song movie football chess piano "
-        "clock shoe window garden kitchen roof engine plane ship bridge candle mirror pencil ocean desert "
-        "volcano rainbow"
+        "bicycle guitar moon sun tree house car ladder river mountain book violin movie football chess piano "
+        "umbrella shoe sofa garden kitchen roof balloon plane ship bridge candle carpet pencil ocean desert "
+        "volcano tent"
     ),
     "program": (
-        "git docker vim emacs photoshop excel word firefox chrome ollama vllm kobold blender gimp "
+        "git docker vim emacs photoshop excel word firefox chrome vllm inkscape blender gimp "
         "postgres mysql nginx redis kubernetes terraform ansible django flask react tensorflow pandas "
         "spark hadoop jenkins slack zoom spotify steam minecraft systemd bash tmux rust cargo npm node "
-        "webpack ffmpeg latex matlab lmstudio exllama jira outlook"
+        "webpack ffmpeg latex matlab audacity exllama jira outlook"
     ),
     "number": "3 7 12 15 19 24 38 42 57 64 88 91 100 144 365 999 1234",
     "verb": "fix paint sell buy clean grow draw build repair carry catch teach read throw count weigh measure",
@@ -84,7 +85,7 @@ _PATTERNS = (
     "{number} + {number}",
     "what is the square root of {number}",
     "how many seconds are {number} days",
-    "is {number} a prime number",
+    "is {number} divisible by {number}",
     "who won the world cup in {number}",
     "what happened in the year {number}",
     "how do I install {program}",
@@ -102,8 +103,8 @@ _PATTERNS = (
     "what does {option} do",
     "how do I set {option} {number}",
     "{option}",
-    "my name is {name}, remember it",
-    "what is my name",
+    "what is {name}'s phone number",
+    "how tall is {name}",
     "where does {name} live",
     "call {name} for me",
     "write an email to {name}",
@@ -112,7 +113,7 @@ _PATTERNS = (
     "book a flight to {place}",
     "translate {food} into {language}",
     "how do you say {thing} in {language}",
-    "what did I do yesterday",
+    "what did I have for breakfast",
     "where are my keys",
     "play some music",
     "set an alarm for {number}",
@@ -120,7 +121,7 @@ _PATTERNS = (
     "what is the meaning of the word {thing}",
     "what is the stock price today",
     "summarize the book about the {thing}",
-    "do you love {name}",
+    "does {name} love me",
     "will I be rich",
     "should I marry {name}",
     "what do you think about {place}",
@@ -143,7 +144,7 @@ _FOREIGN = (
     "Was soll ich kochen",
     "Warum ist das so",
     "Comment ca va",
-    "Quelle heure est-il",
+    "Wo kann ich parken",
     "Ou est la gare",
     "Je ne comprends pas",
     "Combien ca coute",
@@ -180,7 +181,7 @@ _FOREIGN = (
     "Jak sie masz",
     "Gdzie jest dworzec",
     "Nie rozumiem tego",
-    "Ni hao ma",
+    "Dove posso mangiare",
     "Xianzai ji dian",
     "Wo bu mingbai",
     "Konnichiwa genki",
@@ -217,10 +218,12 @@ def _patterned(rng: np.random.Generator) -> str:
 
 def _gibberish(rng: np.random.Generator) -> str:
     def word() -> str:
-        letters = rng.choice(list(string.ascii_lowercase), int(rng.integers(2, 9)))
+        letters = rng.choice(list(string.ascii_lowercase), int(rng.integers(shortest, 9)))
         return "".join(letters)
 
-    return " ".join(word() for _ in range(int(rng.integers(1, 6))))
+    count = int(rng.integers(1, 6))
+    shortest = 5 if count == 1 else 2  # a short one alone may be a word that has an answer, such as "ok"
+    return " ".join(word() for _ in range(count))
 
 
 def _foreign(rng: np.random.Generator) -> str:

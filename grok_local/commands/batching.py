@@ -27,8 +27,6 @@ from grok_local.commands.prompts import decoded, input_bytes
 from grok_local.commands.running import MaxTokens, Stop, answer_options, opened, shown_packing
 from grok_local.errors import GGUFError, LinesFailed, OptionError
 from grok_local.library.built_in import BUILT_IN
-from grok_local.placement.wishes import usual_context
-from grok_local.views.progress import batch_view
 
 if TYPE_CHECKING:
     from grok_local.adapters.fleet import Fleet
@@ -148,6 +146,13 @@ class _Work:
         return ModelShape.from_headers(self.headers)
 
     @cached_property
+    def size(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        from grok_local.placement.wishes import usual_context
+
+        return usual_context(self.shape, self.request.wishes)
+
+    @cached_property
     def author(self) -> Author:
         from grok_local.formats.identity import identity
         from grok_local.runtime.jobs.batch_job import fingerprint
@@ -164,7 +169,7 @@ class _Work:
         made_with = {
             "model": identity(self.headers),
             **self.defaults,
-            "context": usual_context(self.shape, self.request.wishes),
+            "context": self.size,
             "kv_type": self.request.wishes.kv_type,
             "template": self.request.template,
             "reproducible": self.author.fingerprint if self.reproducible else False,
@@ -178,7 +183,7 @@ class _Work:
         from grok_local.runtime.jobs.batch_job import prepared
         from grok_local.runtime.text.batch import Tasks
 
-        size, seed = usual_context(self.shape, self.request.wishes), self.defaults.get("seed") or 0
+        size, seed = self.size, self.defaults.get("seed") or 0
         with BareVocabulary(self.request.path, context_size=size) as vocabulary:
             defaults = {name: value for name, value in self.defaults.items() if name != "seed"}
             tasks = Tasks(vocabulary, template=self.request.template, defaults=defaults, seed=seed)
@@ -216,6 +221,7 @@ def _answered(work: _Work, asked: list[Asked], ledger: Ledger | None, *, in_orde
     """Answer the lines that have no result yet. Returns how many failed, those of earlier runs among them."""
     from grok_local.runtime.jobs.batch_job import run
     from grok_local.views.plans import print_estimate
+    from grok_local.views.progress import batch_view
 
     order = {one.id: number for number, one in enumerate(asked)}
     done = ledger.done if ledger else {}

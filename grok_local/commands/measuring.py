@@ -43,6 +43,8 @@ def score(
     from grok_local.runtime.jobs.score_lines import FIELDS, scored
 
     lines = read_lines(decoded(input_bytes(file), str(file)), known=FIELDS, as_text=file.suffix == ".txt")
+    if not lines:
+        raise OptionError(f"{file}: has no line that is not blank")
     failed = 0
     with loaded(model, loading) as running, _writing(output) as out:
         for line in lines:
@@ -76,7 +78,7 @@ def perplexity(
     text = decoded(input_bytes(file), str(file))
     with ExitStack() as stack:
         running = stack.enter_context(loaded(model, _with_context(loading, window)))
-        base = stack.enter_context(loaded(kl_base, _with_context(loading, window))) if kl_base else None
+        base = stack.enter_context(loaded(kl_base, _with_context(loading, window))) if kl_base is not None else None
         ids = running.tokenize(text)
         if base and base.tokenize(text) != ids:
             raise OptionError(f"{kl_base} has another vocabulary than {model}: their distributions cannot be compared")

@@ -27,18 +27,22 @@ def quantize(
     ] = None,
     type: Annotated[
         str,
-        typer.Option(help="q4_k, q4_0, iq4_xs, mxfp4, q8_0 (nothing lost), bf16 or f32.", autocompletion=TYPES),
+        typer.Option(
+            help="q4_k, q4_0, iq4_xs, mxfp4, q8_0 (nothing of Grok-1 lost), bf16 (nothing of Grok-2) or f32.",
+            autocompletion=TYPES,
+        ),
     ] = "q4_k",
     tokenizer: Annotated[
-        Optional[Path], typer.Option(help="tokenizer.model of the release.  [default: in or above the folder]")
+        Optional[Path],
+        typer.Option(help="The release's tokenizer.model or tokenizer.tok.json.  [default: in or above the folder]"),
     ] = None,
     threads: Threads = None,
-    memory: Annotated[str, typer.Option(help="The process's peak memory; 1.5G is enough for Grok-1.")] = "4G",
+    memory: Annotated[str, typer.Option(help="The process's peak memory; 1.5G is enough for either release.")] = "4G",
     split_size: Annotated[Optional[str], typer.Option(help="Write parts of at most this size.", metavar="SIZE")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Pack a checkpoint in Grok-1's release format into a GGUF.
+    """Pack Grok-1's or Grok-2's release, or a checkpoint in their formats, into a GGUF.
 
     Killed or stopped, the same command goes on where it was.
 

@@ -1,1 +1,1 @@
-"""Reads files without trusting them: GGUF headers, the release's pickles."""
+"""Reads files without trusting them: GGUF headers, the releases' pickles and safetensors."""

@@ -127,12 +127,11 @@ def _piece_entries() -> Iterator[Entry]:
 
 
 def _checkpoint_entry(folder: Path) -> Entry:
-    from grok_local.quantize.sources.recognise import open_checkpoint
-    from grok_local.quantize.sources.sentencepiece import find_tokenizer
+    from grok_local.quantize.sources.recognise import find_tokenizer, open_checkpoint
 
     try:
         checkpoint = open_checkpoint(folder)
-        find_tokenizer(checkpoint.folder, None)
+        find_tokenizer(checkpoint.folder)
         source = f"complete, {checkpoint.dimensions.layers} layers"
     except (GrokLocalError, OSError) as error:
         source = f"not complete: {str(error).splitlines()[0]}"

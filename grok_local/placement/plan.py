@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from grok_local.machine.facts import Device, Machine
 from grok_local.placement.shape import ModelShape, Role, Weight
-from grok_local.placement.wishes import RAM, Wishes
+from grok_local.placement.wishes import RAM, Wishes, cells_of
 
 __all__ = ["Override", "Places", "Plan", "Share", "are_pinned", "units_of"]
 
@@ -66,7 +66,7 @@ class Plan:
     @property
     def cells(self) -> int:
         """Tokens that the KV cache has room for, of all sequences together."""
-        return self.context * self.wishes.sequences
+        return cells_of(self.context, self.wishes)
 
     @property
     def attended(self) -> int:

@@ -18,13 +18,12 @@ from grok_local.machine.facts import Device, Machine, Speeds
 from grok_local.placement.balance import balanced
 from grok_local.placement.plan import Override, Places, Plan, Share, are_pinned, units_of
 from grok_local.placement.shape import EXPERTS, ModelShape, Role, Weight
-from grok_local.placement.wishes import RAM, Wishes, check_wishes, usual_context
+from grok_local.placement.wishes import RAM, USUAL_BATCH, Wishes, cells_of, check_wishes, usual_batch, usual_context
 from grok_local.units import format_bytes
 
 __all__ = ["make_plan", "needs_speeds", "ram_reserve"]
 
 _MARGIN = 512_000_000  # bytes of a device that stay free: its context, fragmentation
-_BATCH = 512  # llama.cpp's own
 _BATCHES = (1024, 2048, 4096)
 _ANSWER = 64  # tokens
 _SPARSE_CONTEXT = 256  # tokens: the smallest context anybody is advised
@@ -80,7 +79,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         check_wishes(self.wishes, [device.name for device in self.machine.devices])
-        placed = self._best(_Trial(self.wishes.batch or _BATCH))
+        placed = self._best(_Trial(usual_batch(self.context, self.wishes)))
         self._check_devices(placed.shares)
         if self._is_streamed(placed):
             placed = self._widened(placed)
@@ -124,7 +123,7 @@ class _Planner:
 
     @property
     def _cells(self) -> int:
-        return self.context * self.wishes.sequences
+        return cells_of(self.context, self.wishes)
 
     @cached_property
     def budget(self) -> int:
@@ -384,7 +383,7 @@ class _Planner:
                 "answers may be nonsense"
             )
         if disk and placed.trial.streamed:
-            at_once = f", for prompts {batch} tokens at a time" if batch > _BATCH else ""
+            at_once = f", for prompts {batch} tokens at a time" if batch > USUAL_BATCH else ""
             yield f"{format_bytes(disk)} of the experts do not fit in RAM: they are streamed, read as chosen{at_once}"
             over = self.model.experts * self._largest_expert() - (placed.ram.experts - disk)
             if over > 0:

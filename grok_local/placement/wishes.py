@@ -12,10 +12,13 @@ from typing import Literal
 from grok_local.errors import OptionError, PlacementError
 from grok_local.placement.shape import KV_WIDTHS, ModelShape
 
-__all__ = ["RAM", "Wishes", "check_wishes", "usual_context"]
+__all__ = ["RAM", "USUAL_BATCH", "Wishes", "cells_of", "check_wishes", "usual_batch", "usual_context"]
 
 RAM = "RAM"
 _CONTEXT = 8192  # tokens, where nobody asks for more
+USUAL_BATCH = 512  # tokens at once, as in llama.cpp
+_FULL_BATCH_CELLS, _LEAST_BATCH = 8192, 64  # with more cells a batch is smaller, but no smaller than this
+_PADDING = 256  # tokens
 _LONGEST_PATTERN = 1000  # characters
 
 
@@ -50,6 +53,20 @@ def usual_context(model: ModelShape, wishes: Wishes) -> int:
     trained = model.trained_context or _CONTEXT
     usual = max(min(_CONTEXT, trained), 1)
     return trained if wishes.context == 0 else wishes.context or usual
+
+
+def cells_of(context: int, wishes: Wishes) -> int:
+    """Tokens that the KV cache has room for, of all sequences together. llama.cpp pads each part of it."""
+    return (-(-context // _PADDING) * _PADDING if wishes.separate else context) * wishes.sequences
+
+
+def usual_batch(context: int, wishes: Wishes) -> int:
+    """Tokens evaluated at once: fewer where many sequences share a long cache, for all of which each has scores."""
+    if wishes.batch or wishes.sequences == 1:
+        return wishes.batch or USUAL_BATCH
+    attended = context if wishes.separate else cells_of(context, wishes)
+    fitting = max(USUAL_BATCH * _FULL_BATCH_CELLS // max(attended, 1), 1)
+    return max(min(USUAL_BATCH, 1 << fitting.bit_length() - 1), _LEAST_BATCH, wishes.sequences)
 
 
 def check_wishes(wishes: Wishes, devices: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from grok_local.quantize.output.destination import Destination, cannot_write, mi
 from grok_local.quantize.packing.pool import Budget, PackingRun, Progress
 from grok_local.quantize.recipe import Recipe, recipe_named
 from grok_local.quantize.sources.checkpoint import Checkpoint, check_scales, fingerprint
-from grok_local.quantize.sources.recognise import open_checkpoint, open_vocabulary
+from grok_local.quantize.sources.recognise import input_files, open_checkpoint, open_vocabulary
 from grok_local.quantize.sources.vocabulary import Vocabulary
 
 __all__ = ["Progress", "QuantizeReport", "quantize_checkpoint"]
@@ -54,7 +54,7 @@ def quantize_checkpoint(
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> QuantizeReport:
-    """Pack Grok-1's release (or any checkpoint in its format) into a GGUF at `output`.
+    """Pack Grok-1's or Grok-2's release (or any checkpoint in their formats) into a GGUF at `output`.
 
     `type` is q4_k, q4_0, iq4_xs, mxfp4, q8_0, bf16 or f32. `memory` bounds the process's peak memory. With `split_size`
     the output becomes llama.cpp's numbered parts. `output` appears under its name only when complete; a killed run is
@@ -132,9 +132,7 @@ def _open(
 
 def _check_no_input(target: Path, source: Checkpoint, tokenizer: Path | None) -> None:
     """No `force` may replace what is being read. Raises OutputError."""
-    inputs = {source.folder / tensor.file_name for tensor in source.tensors}
-    inputs |= {folder / "tokenizer.model" for folder in (source.folder, source.folder.absolute().parent)}
-    inputs |= {tokenizer} if tokenizer else set()
+    inputs = input_files(source) | ({tokenizer} if tokenizer else set())
     if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
         raise OutputError(f"{target}: is a file of the checkpoint itself: choose another name with -o")
 

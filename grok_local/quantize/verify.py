@@ -34,7 +34,7 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """A tensor's verdict. The errors are of its weights against int8 x scale in float32; None without a checkpoint."""
+    """A tensor's verdict. The errors are of its weights against the release's in float32; None without a checkpoint."""
 
     name: str
     type: str

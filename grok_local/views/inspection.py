@@ -21,6 +21,7 @@ __all__ = ["checkpoint_tables", "describe_checkpoint", "describe_gguf", "gguf_ta
 
 _WIDE = 140  # columns that checkpoints' long names need
 _LONG = 8  # items of an array that are shown
+_NUMBERS = {"i1": "int8", "bf16": "bfloat16", "f2": "float16", "f4": "float32"}
 
 
 def describe_gguf(headers: list[Header]) -> dict[str, Any]:
@@ -87,11 +88,12 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": [
             {
                 "name": tensor.where,
-                "type": "int8" if tensor.scales else "float32",
+                "type": _NUMBERS[tensor.dtype],
                 "shape": tensor.stored_shape,
                 "bytes": tensor.nbytes,
                 "scales": tensor.scales.shape if tensor.scales else None,
                 "file": tensor.file_name,
+                "files": [path.name for path in tensor.paths],
                 "becomes": tensor.target.name,
             }
             for tensor in checkpoint.tensors

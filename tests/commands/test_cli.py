@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from grok_local.cli import app
 from tests.conftest import Run
-from tests.test_documents import COMMANDS
+from tests.test_documents import commands
 
 # What prompt_toolkit sends when it begins and ends to read a line.
 PROMPT_BEGINS, PROMPT_ENDS = b"\x1b[?2004h", b"\x1b[?2004l"
@@ -39,9 +40,9 @@ def test_help_imports_nothing_slow() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_and_is_documented(run: Run, command: str) -> None:
-    text = run(command, "--help").stdout
+@pytest.mark.parametrize("command", [" ".join(command) for command in commands(app) if command])
+def test_every_command_has_an_example_and_is_documented(run: Run, command: str) -> None:
+    text = run(*command.split(), "--help").stdout
     assert f"grok-local {command}" in text
     assert f"## grok-local {command}" in (DOCS / "cli.md").read_text()
 

@@ -51,10 +51,10 @@ def machine(ram: float, *vram: float, unified: bool = False, speed: float = 60e9
 #   scores of 48 heads   48 x 8192 x 512 x 4 = 805 306 368, and a tenth for the rest of the compute buffer
 # Grok-2, 64 layers of 8192, a dense network of 32768 beside experts of 16384:
 #   experts of a layer   8 x 3 x 8192 x 16384 x 4.5/8                                     = 1 811 939 328
-#   the rest of a layer  (2 x 8192 x 8192 + 2 x 8192 x 1024) x 8.5/8 + 3 x 8192 x 32768 x 4.5/8 + 12 x 8192 x 4
-#                                                                                         = 613 810 176
+#   the rest of a layer  (2 x 8192 x 8192 + 2 x 8192 x 1024) x 8.5/8 + 3 x 8192 x 32768 x 6.5625/8 + 12 x 8192 x 4
+#                                                                                         = 821 428 224
 EXPERTS = {"grok-1": 2_717_908_992, "grok-2": 1_811_939_328}
-DENSE = {"grok-1": 93_880_320, "grok-2": 613_810_176}
+DENSE = {"grok-1": 93_880_320, "grok-2": 821_428_224}
 KV = 33_554_432
 OUTPUT = {"grok-1": 660_602_880 + 24_576, "grok-2": 880_803_840 + 32_768}
 EMBEDDING = {"grok-1": 660_602_880, "grok-2": 880_803_840}
@@ -95,14 +95,14 @@ grok-1 | 256 GB + 2 x 24 GB   | 35 30 | 5 6   | 145.2 | 0.0   | 1.59  | 512
 grok-1 | 512 GB + 2 x 48 GB   | 35 30 | 14 14 | 99.0  | 0.0   | 2.2   | 512
 grok-1 | laptop, 32 GB + 8 GB | 40    | 0     | 30.0  | 149.6 | 0.163 | 1024
 grok-1 | Mac, 192 GB unified  | 65    | 53    | 30.2  | 0.9   | 8.09  | 512
-grok-2 | 64 GB + 8 GB         | 7     | 0     | 60.8  | 96.0  | 0.221 | 1024
-grok-2 | 64 GB + 24 GB        | 32    | 0     | 60.8  | 79.8  | 0.27  | 1024
-grok-2 | 128 GB + 24 GB       | 32    | 0     | 121.6 | 19.0  | 0.651 | 1024
-grok-2 | 192 GB, no GPU       | -     | -     | 160.4 | 0.0   | 0.866 | 512
-grok-2 | 256 GB + 2 x 24 GB   | 32 32 | 0 0   | 118.7 | 0.0   | 1.77  | 512
-grok-2 | 512 GB + 2 x 48 GB   | 33 32 | 13 13 | 70.2  | 0.0   | 2.65  | 512
-grok-2 | laptop, 32 GB + 8 GB | 39.7 GB of RAM beside its experts, and no smaller context fits either
-grok-2 | Mac, 192 GB unified  | 65    | 61    | 6.7   | 0.0   | 8.42  | 512
+grok-2 | 64 GB + 8 GB         | 5     | 0     | 60.8  | 109.8 | 0.191 | 1024
+grok-2 | 64 GB + 24 GB        | 24    | 0     | 60.8  | 93.5  | 0.226 | 1024
+grok-2 | 128 GB + 24 GB       | 24    | 0     | 121.6 | 32.7  | 0.445 | 1024
+grok-2 | 192 GB, no GPU       | -     | -     | 173.7 | 0.0   | 0.727 | 512
+grok-2 | 256 GB + 2 x 24 GB   | 24 24 | 0 0   | 132.6 | 0.0   | 1.27  | 512
+grok-2 | 512 GB + 2 x 48 GB   | 33 32 | 9 9   | 84.6  | 0.0   | 2.2   | 512
+grok-2 | laptop, 32 GB + 8 GB | 53.4 GB of RAM beside its experts, and no smaller context fits either
+grok-2 | Mac, 192 GB unified  | 65    | 53    | 21.2  | 0.0   | 6.94  | 512
 """
 ROWS = [[cell.strip() for cell in line.split("|")] for line in GOLDEN.strip().splitlines()]
 

@@ -70,7 +70,8 @@ def pack_piece(piece: Piece, slab: Slab, workspace: Workspace, memory: npt.NDArr
 
 
 def weights_of(piece: Piece, slab: Slab, workspace: Workspace) -> Iterator[tuple[int, Floats]]:
-    """The piece in float32, int8 times scale without rounding: (first row, [rows, in]) a few rows at a time.
+    """The piece in float32, int8 times scale without rounding and floats as they are: (first row, [rows, in]) a few
+    rows at a time.
 
     Each array is valid until the next is asked for.
     """
@@ -90,6 +91,21 @@ def _blocks(piece: Piece, slab: Slab, workspace: Workspace) -> Iterator[_Block]:
             last = min(first + step, stop)
             inside = None if words is None else words[:, (first - start) // WORD : (last - start) // WORD]
             yield _Block(piece.tensor, slab, first, last - first, inside, workspace)
+
+
+def _largest(values: Floats) -> float:
+    """The largest absolute value, without an array of them; not a number where one is none."""
+    return max(float(values.max(initial=0)), -float(values.min(initial=0)))
+
+
+def _widen(values: npt.NDArray[Any], out: Floats) -> None:
+    """Copy numbers of any type that releases have into float32; a bfloat16 is the upper half of one."""
+    if values.dtype == np.uint16:
+        bits = out.view(np.uint32)
+        np.copyto(bits, values)
+        np.left_shift(bits, 16, out=bits)
+    else:
+        np.copyto(out, values)
 
 
 def block_rows(width: int) -> int:
@@ -158,8 +174,8 @@ class _Block:
         """float32 [rows, in]."""
         out: Floats = self.workspace.array("floats", self.shape, np.float32)
         if self.slab.scales is None:
-            np.copyto(
-                out, self.slab.values[:, self.columns].T if self.tensor.transposed else self.slab.values[self.columns]
+            _widen(
+                self.slab.values[:, self.columns].T if self.tensor.transposed else self.slab.values[self.columns], out
             )
             return out
         np.copyto(out, self.integers())  # a multiplication that converts as well is slower than the two
@@ -171,7 +187,7 @@ class _Block:
         """`floats`, once it is sure that the tensor's type can hold them."""
         floats = self.floats()
         limit = _LIMITS.get(self.tensor.type, _F16_MAX)
-        if not self.slab.bound <= limit and not (largest := np.abs(floats).max(initial=0)) <= limit:
+        if not self.slab.bound <= limit and not (largest := _largest(floats)) <= limit:
             source = self.tensor.source
             advice = "" if np.isnan(largest) else ": use --type f32"
             what = f"{source.where} has weights of {largest:.3g}"

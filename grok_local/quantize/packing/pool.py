@@ -63,7 +63,6 @@ class Budget:
         tensors = plan.tensors
         piece = max(piece.nbytes for piece in plan.pieces)
         least = max(slab_bytes(t, min(piece_rows(t.width), t.rows)) for t in tensors)
-        most = max(slab_bytes(t, t.rows) if t.transposed else least for t in tensors)
         per_thread = max(Workspace.nbytes(t) for t in tensors) + piece
         fixed = _FIXED_MEMORY + _WRITERS * piece
         spare = memory - fixed - _SLABS * least
@@ -71,6 +70,9 @@ class Budget:
             needed = units.format_bytes(1.005 * (fixed + _SLABS * least + per_thread))
             raise OptionError(f"--memory {units.format_bytes(memory)} is too little here: give {needed} or more")
         threads = min(threads, spare // per_thread)
+        most = max(
+            slab_bytes(t, t.rows if t.transposed else min(threads * piece_rows(t.width), t.rows)) for t in tensors
+        )
         slab = (memory - fixed - threads * per_thread) // _SLABS
         return cls(threads, min(slab, most), piece)
 

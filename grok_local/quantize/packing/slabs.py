@@ -21,7 +21,7 @@ __all__ = ["WORD", "Floats", "Slab", "read_slab", "slab_bytes"]
 WORD = 8  # int8 columns in a 64-bit word, as they are transposed
 _PITCH_PADDING = 64  # bytes: a power of two between rows would land each column of a tile in the same cache set
 _BATCH = 1000  # buffers in one preadv; Linux takes 1024
-_TYPES = {"i1": np.int8, "f4": np.float32}
+_TYPES = {"i1": np.int8, "bf16": np.uint16, "f2": np.float16, "f4": np.float32}  # numpy has no bfloat16
 
 Floats = npt.NDArray[np.float32]
 
@@ -30,7 +30,8 @@ Floats = npt.NDArray[np.float32]
 class Slab:
     """The numbers behind some consecutive pieces of one matrix.
 
-    `values` is [in, out columns] as the release has it where the tensor is transposed, else [rows, in].
+    `values` is [in, out columns] as the release has it where the tensor is transposed, else [rows, in]; uint16 stands
+    for bfloat16.
     `scales` is [G, out columns]; row k of `values` belongs to group k // (in / G).
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,24 @@ import numpy.typing as npt
 from grok_local.errors import CheckpointError
 from grok_local.models.release import Dimensions, Release, Target
 
-__all__ = ["Checkpoint", "Scales", "Shard", "SourceTensor", "check_scales", "fingerprint", "read_scales"]
+__all__ = [
+    "Checkpoint",
+    "NumberType",
+    "Scales",
+    "Shard",
+    "SourceTensor",
+    "check_file",
+    "check_scales",
+    "fingerprint",
+    "names_in",
+    "read_scales",
+]
+
+NumberType: TypeAlias = Literal["i1", "bf16", "f2", "f4"]
 
 _SAMPLE = 1 << 16  # bytes
 _SAMPLES = 16
-_ITEM_SIZES = {"i1": 1, "f4": 4}
+_ITEM_SIZES = {"i1": 1, "bf16": 2, "f2": 2, "f4": 4}
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class SourceTensor:
     target: Target
     where: str
     role: str
-    dtype: Literal["i1", "f4"]
+    dtype: NumberType
     transposed: bool
     matrices: tuple[tuple[Shard, ...], ...]
     scales: Scales | None
@@ -67,8 +80,9 @@ class SourceTensor:
 
     @property
     def file_name(self) -> str:
-        """Its first file's, for messages."""
-        return self.paths[0].name
+        """Its file's name, or its first's and how many more there are; for people."""
+        first, *others = self.paths
+        return f"{first.name} and {len(others)} more" if others else first.name
 
     @property
     def item_size(self) -> int:
@@ -102,6 +116,31 @@ class Checkpoint:
         return sum(path.stat().st_size for path in {path for tensor in self.tensors for path in tensor.paths})
 
 
+def names_in(folder: Path) -> list[str]:
+    """Of what a folder holds. Raises CheckpointError."""
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror or error})") from None
+
+
+def check_file(path: Path) -> None:
+    """Raises CheckpointError where there is nothing that a reader could find sense in: downloads end in many ways."""
+    try:
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path.name}: missing: the link leads to {path.readlink()}, where nothing is")
+        if not path.is_file():
+            raise CheckpointError(f"{path.name}: not a file")
+        with path.open("rb") as file:
+            start = file.read(24)
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror or error})") from None
+    if not start:
+        raise CheckpointError(f"{path.name}: empty, fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path.name}: a git-lfs pointer, not the tensor: run git lfs pull in its folder")
+
+
 def read_scales(tensor: SourceTensor) -> npt.NDArray[np.float32]:
     """The scales [..., G, N] as float32, which holds every bfloat16. Raises CheckpointError."""
     scales = tensor.scales
@@ -123,7 +162,7 @@ def check_scales(checkpoint: Checkpoint) -> None:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over names, shapes, all scales, and up to 16 samples of 64 KiB of every tensor.
+    """SHA-256 over names, shapes, all scales, and up to 16 samples of 64 KiB of every tensor, or one of each shard.
 
     It tells checkpoints apart without reading 318 GB; `verify --against` reads them whole. Raises CheckpointError.
     """
@@ -138,7 +177,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _samples(tensor: SourceTensor) -> Iterator[bytes]:
-    step = max(tensor.nbytes // _SAMPLES, _SAMPLE)
+    shards = [shard for matrix in tensor.matrices for shard in matrix]
+    smallest = min(len(shard.rows) * len(shard.columns) for shard in shards) * tensor.item_size
+    step = max(min(tensor.nbytes // _SAMPLES, smallest), _SAMPLE)
     for start in range(0, tensor.nbytes, step):
         yield b"".join(_stored_bytes(tensor, start, min(start + _SAMPLE, tensor.nbytes)))
 

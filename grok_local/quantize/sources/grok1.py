@@ -15,7 +15,7 @@ from grok_local.errors import CheckpointError
 from grok_local.formats.pickles import Array, StoredTensor, read_pickle
 from grok_local.models import grok1
 from grok_local.models.release import HEAD_SIZE, Dimensions, Kind
-from grok_local.quantize.sources.checkpoint import Checkpoint, Scales, Shard, SourceTensor
+from grok_local.quantize.sources.checkpoint import Checkpoint, Scales, Shard, SourceTensor, check_file, names_in
 
 __all__ = ["has_checkpoint", "open_grok1"]
 
@@ -74,12 +74,12 @@ def has_checkpoint(path: Path) -> bool:
 
 def _folder_in(path: Path) -> Path | None:
     folders = (folder for folder in (path, path / "ckpt-0", path / "ckpt") if folder.is_dir())
-    return next((folder for folder in folders if any(map(_FILE_NAME.fullmatch, _names(folder)))), None)
+    return next((folder for folder in folders if any(map(_FILE_NAME.fullmatch, names_in(folder)))), None)
 
 
 def _list_files(folder: Path) -> tuple[dict[int, Path], list[str]]:
     files, problems = {}, []
-    for name in sorted(_names(folder)):
+    for name in sorted(names_in(folder)):
         match = _FILE_NAME.fullmatch(name)
         if match:
             files[int(match[1])] = folder / name
@@ -88,27 +88,8 @@ def _list_files(folder: Path) -> tuple[dict[int, Path], list[str]]:
     return files, problems
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return [entry.name for entry in folder.iterdir()]
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error.strerror or error})") from None
-
-
 def _read(path: Path) -> StoredTensor:
-    try:
-        if path.is_symlink() and not path.exists():
-            raise CheckpointError(f"{path.name}: missing: the link leads to {path.readlink()}, where nothing is")
-        if not path.is_file():
-            raise CheckpointError(f"{path.name}: not a file")
-        with path.open("rb") as file:
-            start = file.read(24)
-    except OSError as error:
-        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror or error})") from None
-    if not start:
-        raise CheckpointError(f"{path.name}: empty, fetch it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path.name}: a git-lfs pointer, not the tensor: run git lfs pull in its folder")
+    check_file(path)
     return read_pickle(path)
 
 

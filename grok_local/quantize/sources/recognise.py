@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grok_local.errors import CheckpointError
-from grok_local.quantize.sources.checkpoint import Checkpoint
+from grok_local.models import grok1, grok2
+from grok_local.models.release import Release
+from grok_local.quantize.sources.checkpoint import Checkpoint, names_in
+from grok_local.quantize.sources.config import CONFIG, read_config
 from grok_local.quantize.sources.grok1 import has_checkpoint, open_grok1
-from grok_local.quantize.sources.sentencepiece import find_tokenizer, read_tokenizer
-from grok_local.quantize.sources.vocabulary import Vocabulary
+from grok_local.quantize.sources.grok2 import has_shards, open_grok2
+from grok_local.quantize.sources.ranks import RANKS
+from grok_local.quantize.sources.sentencepiece import SENTENCEPIECE
+from grok_local.quantize.sources.vocabulary import TokenizerKind, Vocabulary
 
-__all__ = ["open_checkpoint", "open_vocabulary", "what_is_in"]
+__all__ = ["find_tokenizer", "input_files", "open_checkpoint", "open_vocabulary", "what_is_in"]
 
-_LARGEST_CONFIG = 1 << 20  # bytes; theirs have hundreds
+
+@dataclass(frozen=True)
+class _Format:
+    """How a release's files are told, how they are opened, and which tokenizer comes with them."""
+
+    release: Release
+    is_in: Callable[[Path], bool]
+    open: Callable[[Path], Checkpoint]
+    tokenizer: TokenizerKind
+
+
+_GROK_1 = _Format(grok1.RELEASE, has_checkpoint, open_grok1, SENTENCEPIECE)
+_FORMATS = (_GROK_1, _Format(grok2.RELEASE, has_shards, open_grok2, RANKS))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -24,30 +43,53 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder")
     if not path.is_dir():
-        raise CheckpointError(f"{path}: not a folder; give the one that holds tensor00000_000, or its parent")
+        raise CheckpointError(f"{path}: not a folder; give the one that holds the release's files")
     folder = _snapshot_in(path) or path
-    if not has_checkpoint(folder):
-        raise CheckpointError(f"{path}: no Grok-1 checkpoint here: {what_is_in(path)}")
-    return open_grok1(folder)
+    kind = _format_in(folder)
+    if kind is None:
+        raise CheckpointError(f"{path}: no Grok-1 or Grok-2 checkpoint here: {what_is_in(path)}")
+    return kind.open(folder)
 
 
 def open_vocabulary(folder: Path, given: Path | None, *, size: int | None) -> Vocabulary:
     """The vocabulary in the file `given`, or beside a checkpoint's tensors. It must have `size` pieces, None being any
     number. Raises TokenizerError.
     """
-    return read_tokenizer(find_tokenizer(folder, given), size)
+    return _tokenizer_of(folder).read(find_tokenizer(folder, given), size)
+
+
+def find_tokenizer(folder: Path, given: Path | None = None) -> Path:
+    """The file `given`, or the tokenizer beside a checkpoint's tensors. Raises TokenizerError."""
+    return _tokenizer_of(folder).find(folder, given)
+
+
+def input_files(checkpoint: Checkpoint) -> set[Path]:
+    """All that packing a checkpoint may read but a tokenizer that is given."""
+    folder = checkpoint.folder
+    tokenizers = (place for kind in _FORMATS for place in kind.tokenizer.places(folder))
+    return {path for tensor in checkpoint.tensors for path in tensor.paths} | {folder / CONFIG, *tokenizers}
+
+
+def _tokenizer_of(folder: Path) -> TokenizerKind:
+    return (_format_in(folder) or _GROK_1).tokenizer
+
+
+def _format_in(folder: Path) -> _Format | None:
+    return next((kind for kind in _FORMATS if kind.is_in(folder)), None)
 
 
 def what_is_in(folder: Path) -> str:
     """Of a folder that cannot be packed: what it is, and what to do."""
     snapshot = _snapshot_in(folder)
-    if snapshot or has_checkpoint(folder):
-        return f"it is a checkpoint: grok-local quantize {snapshot or folder} packs it"
-    names = _names(folder)
+    kind = _format_in(snapshot or folder)
+    if snapshot or kind:
+        of = f" in {kind.release.title}'s format" if kind else ""
+        return f"it is a checkpoint{of}: grok-local quantize {snapshot or folder} packs it"
+    names = sorted(names_in(folder))
     config = _config(folder)
     architectures = config.get("architectures")
-    if "Grok1ForCausalLM" in str(architectures) or any("-TP-" in name for name in names):
-        return "it holds Grok-2's release, which cannot be packed yet"
+    if "Grok1ForCausalLM" in str(architectures) and not any(name.endswith(".safetensors") for name in names):
+        return "it holds Grok-2's config.json, and none of the tensors: files whose names have -TP- in them"
     if config or any(name.endswith(".safetensors") for name in names):
         return (
             f"it is a checkpoint for Hugging Face's Transformers ({_called(config)}): of these none can be packed; "
@@ -55,10 +97,10 @@ def what_is_in(folder: Path) -> str:
         )
     if any(name.startswith("models--") for name in names):
         return "it is the hub's cache: give the folder snapshots/... of one model in it"
-    return "neither it nor its ckpt-0 or ckpt holds tensor00000_000"
+    return "neither it nor its ckpt-0 or ckpt holds tensor00000_000, and no file has -TP-common in its name"
 
 
-def _called(config: dict[str, object]) -> str:
+def _called(config: dict[str, Any]) -> str:
     names = config.get("architectures")
     return str(names[0])[:60] if isinstance(names, list) and names else "safetensors"
 
@@ -76,17 +118,8 @@ def _snapshot_in(folder: Path) -> Path | None:
     return current if current in inside else inside[0] if len(inside) == 1 else None
 
 
-def _config(folder: Path) -> dict[str, object]:
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        with (folder / "config.json").open("rb") as file:
-            config = json.loads(file.read(_LARGEST_CONFIG))
-    except (OSError, ValueError, RecursionError):
+        return read_config(folder)
+    except CheckpointError:
         return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error.strerror or error})") from None

@@ -15,10 +15,10 @@ from gguf import GGUFWriter
 from gguf.constants import TokenType
 
 from grok_local.errors import TokenizerError
+from grok_local.quantize.sources.vocabulary import TokenizerKind
 
-__all__ = ["find_tokenizer", "read_tokenizer"]
+__all__ = ["SENTENCEPIECE", "read_tokenizer"]
 
-_FILE_NAME = "tokenizer.model"
 _WHERE = "it is in the git repository github.com/xai-org/grok-1 (2,229,219 bytes); give it with --tokenizer FILE"
 
 
@@ -49,18 +49,6 @@ class Tokenizer:
         writer.add_add_bos_token(False)
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(True)
-
-
-def find_tokenizer(folder: Path, given: Path | None) -> Path:
-    """The file `given`, or tokenizer.model in the checkpoint's folder or the one above. Raises TokenizerError."""
-    if given is not None:
-        if not given.is_file():
-            raise TokenizerError(f"{given}: no such tokenizer file")
-        return given
-    for candidate in (folder / _FILE_NAME, folder.absolute().parent / _FILE_NAME):
-        if candidate.is_file():
-            return candidate
-    raise TokenizerError(f"{folder}: no tokenizer.model in it or the folder above: {_WHERE}")
 
 
 def read_tokenizer(path: Path, vocabulary: int | None) -> Tokenizer:
@@ -96,3 +84,6 @@ def _type(model: sentencepiece.SentencePieceProcessor, token: int) -> TokenType:
     if model.is_byte(token):
         return TokenType.BYTE
     return TokenType.UNUSED if model.is_unused(token) else TokenType.NORMAL
+
+
+SENTENCEPIECE = TokenizerKind("tokenizer.model", _WHERE, read_tokenizer)

@@ -117,7 +117,7 @@ def test_a_query_of_another_width_cannot_run(copy: Path) -> None:
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
-    assert "no Grok-1 checkpoint" in _problems(tmp_path)[0]
+    assert "no Grok-1 or Grok-2 checkpoint" in _problems(tmp_path)[0]
     assert "no such folder" in _problems(tmp_path / "nowhere")[0]
 
 

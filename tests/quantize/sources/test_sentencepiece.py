@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import grok_local
 from grok_local.errors import TokenizerError
-from grok_local.quantize.sources.sentencepiece import find_tokenizer, read_tokenizer
+from grok_local.quantize.sources.sentencepiece import SENTENCEPIECE, read_tokenizer
 from samples.checkpoints import REFERENCE, Spec, write_checkpoint
 
 GROK_1 = REFERENCE / "grok-1-tokenizer.model"
@@ -81,4 +81,4 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
         with pytest.raises(TokenizerError, match="xai-org/grok-1"):
             read_tokenizer(path, 131072)
     with pytest.raises(TokenizerError, match="no such"):
-        find_tokenizer(tmp_path, tmp_path / "nothing")
+        SENTENCEPIECE.find(tmp_path, tmp_path / "nothing")
