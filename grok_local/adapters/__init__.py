@@ -1,1 +1,1 @@
-"""What other programs use models by: EleutherAI's lm-evaluation-harness, and llm. None of them is a dependency."""
+"""Where other programs meet ours: lm-evaluation-harness and llm use models, Ray runs them. None is a dependency."""

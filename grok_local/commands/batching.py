@@ -29,6 +29,7 @@ from grok_local.errors import GGUFError, LinesFailed, OptionError
 from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
+    from grok_local.adapters.fleet import Fleet
     from grok_local.formats.gguf_file import Header
     from grok_local.placement.forecast import Width
     from grok_local.placement.load_options import LoadOptions, LoadRequest
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["batch"]
 
-_LARGE = 1_000_000_000  # bytes: for smaller models nothing is measured, they should start at once
 _MAX_TOKENS = 128  # of an answer, where neither line nor option says
 
 
@@ -75,6 +75,10 @@ def batch(
         Optional[str],
         typer.Option(help="What lays conversations out.  [default: the model's own]", metavar="none|FILE"),
     ] = None,
+    ray: Annotated[
+        Optional[str],
+        typer.Option(help="Use all nodes of this Ray cluster, each with its own copy of MODEL.", metavar="ADDRESS"),
+    ] = None,
     sampling: Bundle = None,
     structure: Bundle = None,
     loading: Bundle = None,
@@ -89,7 +93,7 @@ def batch(
     if not asked:
         raise OptionError(f"{file}: has no line that is not blank")
     defaults = answer_options(sampling, structure, model, max_tokens=max_tokens, stop=stop) | {"logprobs": logprobs}
-    work = _Work(model, {**(loading or {}), "template": template}, defaults, parallel, reproducible)
+    work = _Work(model, {**(loading or {}), "template": template}, defaults, parallel, reproducible, ray)
     with ExitStack() as stack:
         ledger = None
         if output is not None and not dry_run:
@@ -109,6 +113,12 @@ class _Work:
     defaults: dict[str, Any]
     parallel: int | None
     reproducible: bool
+    ray: str | None
+
+    def __post_init__(self) -> None:
+        for option, name in {"--worker": "workers", "--trace-experts": "trace_experts"}.items():
+            if self.ray is not None and self.loading.get(name):
+                raise OptionError(f"{option}: not with --ray, where every node has a model of its own")
 
     @cached_property
     def request(self) -> LoadRequest:
@@ -180,25 +190,31 @@ class _Work:
             return prepared(asked, tasks, size=size)
 
     def width(self, job: Job) -> Width:
-        """How many sequences go together: as many as was said, or as are fastest."""
-        from grok_local.machine.this_machine import this_machine
-        from grok_local.placement.forecast import Width, forecast, widest
-        from grok_local.placement.planner import make_plan
-        from grok_local.runtime.remote.probing import probe_workers
+        """How many sequences go together on this machine: as many as was said, or as are fastest."""
+        from grok_local.runtime.jobs.batch_job import chosen_width
 
-        request, large = self.request, self.shape.nbytes >= _LARGE
-        machine = this_machine(
-            self.shape.types if large else (),
-            threads=request.threads,
-            disk=request.path if large else None,
-            workers=probe_workers(request.workers),
-            say=say,
+        return chosen_width(
+            self.request, self.shape, context=job.context, most=job.tasks, parallel=self.parallel, say=say
         )
-        alone = make_plan(self.shape, machine, replace(request.wishes, context=job.context))
-        if self.parallel is None:
-            return widest(alone, most=max(job.tasks, 1))
-        plan = make_plan(self.shape, machine, replace(alone.wishes, sequences=self.parallel))
-        return Width(self.parallel, plan, forecast(plan, together=self.parallel), forecast(alone))
+
+    def fitted(self, job: Job) -> LoadRequest:
+        """How the model is loaded for the job on this machine."""
+        loading = replace(self.request, wishes=replace(self.request.wishes, context=job.context))
+        return loading.reshaped(parallel=self.width(job).sequences, reproducible=self.reproducible)
+
+    def fleet(self, job: Job) -> Fleet:
+        """The nodes that answer the job. Raises OptionError, WorkerError."""
+        from grok_local.adapters.fleet import Fleet
+        from grok_local.adapters.replica import Order
+        from grok_local.formats.identity import identity
+
+        # Conversations are laid out here, by this machine's template.
+        options = self.loading | {"template": None, "context": job.context, "reproducible": self.reproducible}
+        here = Path(self.model)
+        name = str(here.absolute()) if self.model != BUILT_IN and here.exists() else self.model
+        order = Order(name, cast("LoadOptions", options), identity(self.headers), self.parallel, job.tasks)
+        fingerprint = self.author.fingerprint if self.reproducible else None
+        return Fleet(self.ray or "auto", order, fingerprint=fingerprint, say=say)
 
 
 def _answered(work: _Work, asked: list[Asked], ledger: Ledger | None, *, in_order: bool, dry_run: bool) -> int:
@@ -214,13 +230,11 @@ def _answered(work: _Work, asked: list[Asked], ledger: Ledger | None, *, in_orde
     job = work.job([one for one in asked if one.id not in done])
     failed = sum(done.values())
     if job.lines or job.refused:
-        width = work.width(job)
         if dry_run:
-            print_estimate(job, width, chosen=work.parallel is None)
+            print_estimate(job, work.width(job), chosen=work.parallel is None)
             return 0
-        loading = replace(work.request, wishes=replace(work.request.wishes, context=job.context))
-        loading = loading.reshaped(parallel=width.sequences, reproducible=work.reproducible)
-        with opened(loading) as running, batch_view() as watch, _writing(ledger, order if in_order else None) as write:
+        runner = work.fleet(job) if work.ray is not None else opened(work.fitted(job))
+        with runner as running, batch_view() as watch, _writing(ledger, order if in_order else None) as write:
             failed += run(running, job, work.author, write=write, watch=watch)
     if ledger and in_order:
         ledger.sort(order)

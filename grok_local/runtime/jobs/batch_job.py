@@ -5,21 +5,35 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import llama_cpp
 
 from grok_local.errors import GrokLocalError
-from grok_local.placement.forecast import Width, forecast
+from grok_local.machine.this_machine import this_machine
+from grok_local.placement.forecast import Width, forecast, widest
+from grok_local.placement.planner import make_plan
 from grok_local.runtime.jobs.batch_lines import Asked, Author
+from grok_local.runtime.remote.probing import probe_workers
 from grok_local.runtime.scheduling.generation import Generation
 from grok_local.runtime.text.batch import Prepared, Result, Tasks
 
 if TYPE_CHECKING:
+    from grok_local.machine.facts import Say
     from grok_local.placement.load_options import LoadRequest
-    from grok_local.runtime.text.model import Model
+    from grok_local.placement.shape import ModelShape
+    from grok_local.runtime.scheduling.generation import Stats
+    from grok_local.runtime.text.batch import Watch
 
-__all__ = ["Job", "estimate", "fingerprint", "prepared", "run"]
+__all__ = ["Job", "chosen_width", "estimate", "fingerprint", "prepared", "run"]
+
+_LARGE = 1_000_000_000  # bytes: for smaller models nothing is measured, they should start at once
+
+
+class Runner(Protocol):
+    """What answers tasks: a model, or several of them. Results come as they are finished."""
+
+    def run(self, tasks: Iterable[Prepared | Result], *, size: int, watch: Watch = ...) -> Iterator[Result]: ...
 
 
 @dataclass(frozen=True)
@@ -107,8 +121,31 @@ def estimate(job: Job, width: Width) -> Cost:
     )
 
 
+def chosen_width(
+    request: LoadRequest, shape: ModelShape, *, context: int, most: int, parallel: int | None, say: Say
+) -> Width:
+    """How many sequences of `context` tokens go together here: `parallel`, or as many as are fastest, at most `most`.
+
+    A large model's kernels and disk are measured for it, the first time. Raises OptionError, PlacementError,
+    WorkerError.
+    """
+    large = shape.nbytes >= _LARGE
+    machine = this_machine(
+        shape.types if large else (),
+        threads=request.threads,
+        disk=request.path if large else None,
+        workers=probe_workers(request.workers),
+        say=say,
+    )
+    alone = make_plan(shape, machine, replace(request.wishes, context=context))
+    if parallel is None:
+        return widest(alone, most=max(most, 1))
+    plan = make_plan(shape, machine, replace(alone.wishes, sequences=parallel))
+    return Width(parallel, plan, forecast(plan, together=parallel), forecast(alone))
+
+
 def run(
-    model: Model,
+    runner: Runner,
     job: Job,
     author: Author,
     *,
@@ -119,19 +156,19 @@ def run(
 
     Raises what ends the model; what is written stays.
     """
-    return _Run(model, job, author, write, watch).run()
+    return _Run(runner, job, author, write, watch).run()
 
 
 class _Run:
     def __init__(
         self,
-        model: Model,
+        runner: Runner,
         job: Job,
         author: Author,
         write: Callable[[Mapping[str, Any]], None],
         watch: Callable[[BatchProgress], None],
     ) -> None:
-        self._model, self._job, self._author, self._write, self._watch = model, job, author, write, watch
+        self._runner, self._job, self._author, self._write, self._watch = runner, job, author, write, watch
         self._line_of = [line for line in job.lines for _ in line.tasks]
         self._results: dict[str | int, list[Result]] = {}
         self._failed = self._done = self._generated = 0
@@ -142,7 +179,7 @@ class _Run:
             self._write_line(self._author.refused(asked, error), failed=True)
         tasks = [task for line in self._job.lines for task in line.tasks]
         numbered = (replace(task, index=index) for index, task in enumerate(tasks))
-        for result in self._model.run(numbered, size=self._job.size, watch=self._look):
+        for result in self._runner.run(numbered, size=self._job.size, watch=self._look):
             if result.finish_reason == "interrupted":
                 raise KeyboardInterrupt
             self._collect(result)
@@ -167,8 +204,8 @@ class _Run:
         self._failed += failed
         self._look(())
 
-    def _look(self, flying: Iterable[Generation]) -> None:
-        now = sum(one.stats.generated_tokens for one in flying)
+    def _look(self, flying: Iterable[Stats]) -> None:
+        now = sum(stats.generated_tokens for stats in flying)
         total = len(self._job.lines) + len(self._job.refused)
         self._watch(BatchProgress(self._done, total, self._failed, self._generated + now, max(self._rest - now, 0)))
 

@@ -26,7 +26,7 @@ _ANSWERING = ("max_tokens", "stop", "logprobs", "schema", "regex", "choice", "gr
 TASK_FIELDS = ("id", "prompt", "messages", "special", *_ANSWERING, *_SAMPLING)
 _SEEDS = 1 << 31
 
-Watch = Callable[[Collection[Generation]], None]
+Watch = Callable[[Collection[Stats]], None]
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def check_room(ids: Sequence[int], size: int) -> None:
 def run_batch(
     turns: Turns, tasks: Iterable[Prepared | Result], *, size: int, ahead: int, watch: Watch
 ) -> Generator[Result]:
-    """Results as they come; at most `ahead` tasks are taken before the first of them is finished. `watch` sees what is
-    under way.
+    """Results as they come; at most `ahead` tasks are taken before the first of them is finished. `watch` sees what
+    those under way took so far.
 
     One that fails costs the others nothing; an error of the model ends all, and is raised.
     """
@@ -155,7 +155,7 @@ def run_batch(
 
 
 def _some_ended(flying: Collection[Generation], watch: Watch) -> bool:
-    watch(flying)
+    watch([one.stats for one in flying])
     return any(one.has_ended for one in flying)
 
 

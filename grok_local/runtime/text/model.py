@@ -219,7 +219,7 @@ class Model:
         self, tasks: Iterable[Prepared | Result], *, size: int | None = None, watch: Watch = lambda _: None
     ) -> Generator[Result]:
         """Likewise, of tasks that were prepared, with as many places as there are. `size` is how many tokens prompt and
-        answer may have together; `watch` is shown after every step what is under way.
+        answer may have together; `watch` is shown after every step what each answer under way took so far.
         """
         ahead = 2 * self._loading.parallel
         return run_batch(self._turns, tasks, size=size or self.context_size, ahead=ahead, watch=watch)
