@@ -58,6 +58,7 @@ def world(small: Path, small_grok2: Path, packed: Path, tmp_path_factory: pytest
     shutil.copytree(small_grok2, folder / "grok-2")
     (folder / "prompt.txt").write_text("Once upon a time\n")
     (folder / "questions.jsonl").write_text('{"prompt": "The router chooses", "choices": [" two", " one"]}\n')
+    (folder / "prompts.jsonl").write_text('{"prompt": "The router chooses", "max_tokens": 4}\n')
     (folder / "person.json").write_text('{"type": "object", "properties": {"born": {"type": "integer"}}}')
     (folder / "wiki.txt").write_text("A layer has eight experts. " * 200)
     command = folder / "bin" / "grok-local"

@@ -85,7 +85,7 @@ def batch(
 ) -> None:
     """Answer many prompts together, a result a line as each is finished. Stopped, the same command goes on.
 
-    grok-local batch -m grok-1-q4_k questions.jsonl -o answers.jsonl
+    grok-local batch -m grok-1-q4_k prompts.jsonl -o answers.jsonl
     """
     from grok_local.runtime.jobs.batch_lines import read_batch
 

@@ -66,25 +66,28 @@ class Repl:
 
     def run(self) -> None:
         """Until /exit or the end of the input. Raises GrokLocalError if questions of a script were not answered."""
+        with self._keeping():
+            for number, line in enumerate(self._source, 1):
+                text = line.strip()
+                if text in ("/exit", "/quit"):
+                    break
+                if self._is_command(text):
+                    self._command(text)
+                elif text:
+                    with interruptible(self.model):
+                        self._answer(text, number)
+        if self._failed and not self._interactive:
+            raise GrokLocalError(f"{self._failed} of {self._asked} questions were not answered")
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """The session, if there is one, has in the end what was said and what the model has read of it."""
         try:
-            self._converse()
+            yield
         finally:
             if self._session and self.turns:
                 self._session.keep(self.turns, self.system)
                 self._session.keep_state()
-        if self._failed and not self._interactive:
-            raise GrokLocalError(f"{self._failed} of {self._asked} questions were not answered")
-
-    def _converse(self) -> None:
-        for number, line in enumerate(self._source, 1):
-            text = line.strip()
-            if text in ("/exit", "/quit"):
-                break
-            if self._is_command(text):
-                self._command(text)
-            elif text:
-                with interruptible(self.model):
-                    self._answer(text, number)
 
     def _is_command(self, text: str) -> bool:
         """At a terminal a mistyped command is no question; in a script a path may begin with a slash too."""

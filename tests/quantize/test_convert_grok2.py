@@ -333,7 +333,8 @@ def test_it_answers_in_its_template(packed_grok2: Path) -> None:
         reply = model.chat([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}], max_tokens=4)
         assert len(list(reply)) <= 4
         begun = "System: Be kind.<|separator|>\n\nHuman: Hi<|separator|>\n\nAssistant:"
-        assert model.engine.cached[: len(model.tokenize(begun, special=True))] == model.tokenize(begun, special=True)
+        ids = model.tokenize(begun, special=True)
+        assert model.engine.cached[0][: len(ids)] == ids
 
 
 def test_from_the_command_line(run: Run, small_grok2: Path, tmp_path: Path) -> None:

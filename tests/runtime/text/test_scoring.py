@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def test_an_estimate_of_one_value_knows_nothing() -> None:
 @given(st.text(), st.booleans())
 def test_any_text_is_lines(text: str, as_text: bool) -> None:
     lines = read_lines(text, known=("id", "text"), as_text=as_text)
-    assert len(lines) == sum(bool(line.strip()) for line in text.split("\n"))
+    assert len(lines) == sum(bool(line.strip()) for line in re.split("\r\n|\n|\r", text))
     assert len({line.id for line in lines}) == len(lines)
     assert all(line.error or line.fields is not None for line in lines)
 
