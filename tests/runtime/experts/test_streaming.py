@@ -132,7 +132,7 @@ def test_sequences_together_are_what_they_are_together_in_memory(path: Path) -> 
 
     def run(**wishes: Any) -> list[npt.NDArray[np.float32]]:
         with closing(
-            LlamaEngine(LoadRequest(path, Wishes(CONTEXT, sequences=16, repack="off", **wishes), threads=2))
+            LlamaEngine(LoadRequest(path, Wishes(CONTEXT // 16, sequences=16, repack="off", **wishes), threads=2))
         ) as engine:
             return [engine.evaluate_together(step) for step in steps]
 
@@ -342,7 +342,7 @@ def test_a_file_that_changes_is_noticed(streamed: grok_local.Model) -> None:
     with streamed.path.open("rb+") as file:
         file.seek(20_000_000)
         file.write(b"something else")
-    with pytest.raises(ModelError, match="has changed while it was in use"):
+    with pytest.raises(ModelError, match="has changed"):
         list(reply)
     with pytest.raises(ModelError, match="has changed"):
         list(streamed.generate("Hello", max_tokens=4))
