@@ -59,6 +59,9 @@ def world(small: Path, small_grok2: Path, packed: Path, tmp_path_factory: pytest
     (folder / "prompt.txt").write_text("Once upon a time\n")
     (folder / "questions.jsonl").write_text('{"prompt": "The router chooses", "choices": [" two", " one"]}\n')
     (folder / "prompts.jsonl").write_text('{"prompt": "The router chooses", "max_tokens": 4}\n')
+    session = folder / "home" / "sessions" / "holiday"
+    session.mkdir(parents=True)
+    (session / "conversation.json").write_text('{"format": 1, "messages": [{"role": "user", "content": "Hi"}]}')
     (folder / "person.json").write_text('{"type": "object", "properties": {"born": {"type": "integer"}}}')
     (folder / "wiki.txt").write_text("A layer has eight experts. " * 200)
     command = folder / "bin" / "grok-local"

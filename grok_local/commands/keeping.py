@@ -16,6 +16,7 @@ from grok_local.units import printable
 
 __all__ = ["demo", "export_session", "list_", "list_sessions", "pull", "rm", "rm_sessions"]
 
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Session = Annotated[str, typer.Argument(help="A session, as list shows them.", autocompletion=complete_session)]
 
 
@@ -84,7 +85,7 @@ def rm(
     names: Annotated[
         list[str], typer.Argument(help="Models or checkpoints, as list shows them.", autocompletion=complete_entry)
     ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Delete models or checkpoints from grok-local's folders.
 
@@ -118,16 +119,20 @@ def list_sessions(as_json: Json = False) -> None:
 
 def rm_sessions(
     names: Annotated[list[str], typer.Argument(help="Sessions, as list shows them.", autocompletion=complete_session)],
+    yes: Yes = False,
 ) -> None:
     """Delete conversations that were kept.
 
     grok-local sessions rm holiday
     """
-    from grok_local.library.sessions import remove_session
+    from grok_local.library.sessions import kept_session, remove_session
 
-    for name in names:
-        remove_session(name)
-        print(f"{printable(name)}: deleted", file=sys.stderr)
+    for folder in [kept_session(name) for name in names]:
+        if not yes and not _agreed(f"delete session {folder.name}?"):
+            print(f"{folder.name}: kept", file=sys.stderr)
+            continue
+        remove_session(folder)
+        print(f"{folder.name}: deleted", file=sys.stderr)
 
 
 def export_session(name: Session) -> None:
@@ -135,14 +140,12 @@ def export_session(name: Session) -> None:
 
     grok-local sessions export holiday
     """
-    from grok_local.library.sessions import session_folder
+    from grok_local.library.sessions import kept_session
     from grok_local.runtime.text.session import read_conversation
 
-    found = read_conversation(session_folder(name))
-    if not found:
-        raise OptionError(f"no session {name!r}: grok-local sessions list")
+    found = read_conversation(kept_session(name))
     system = [{"role": "system", "content": found["system"]}] if found.get("system") else []
-    print_json({"model": found.get("model"), "messages": [*system, *found["messages"]]})
+    print_json({"model": found.get("model"), "messages": [*system, *found.get("messages", [])]})
 
 
 def _agreed(question: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from grok_local.errors import OptionError, OutputError
 from grok_local.folders import sessions_folder
 
-__all__ = ["Kept", "kept_sessions", "remove_session", "session_folder", "session_names"]
+__all__ = ["Kept", "kept_session", "kept_sessions", "remove_session", "session_folder", "session_names"]
 
 _NAME = re.compile(r"\w[\w .-]{0,99}")
 
@@ -53,11 +53,16 @@ def kept_sessions() -> Iterator[Kept]:
         yield Kept(name, len(found.get("messages", [])), str(found.get("model", "")), size)
 
 
-def remove_session(name: str) -> None:
-    """Delete it. Raises OptionError where there is none, OutputError."""
+def kept_session(name: str) -> Path:
+    """The folder of a session that there is. Raises OptionError."""
     folder = session_folder(name)
     if not folder.is_dir():
         raise OptionError(f"no session {name!r}: grok-local sessions list")
+    return folder
+
+
+def remove_session(folder: Path) -> None:
+    """Delete it. Raises OutputError."""
     try:
         shutil.rmtree(folder)
     except OSError as error:

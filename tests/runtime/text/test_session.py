@@ -93,6 +93,6 @@ def test_sessions_on_the_command_line(run: Run, packed: Path) -> None:
     assert json.loads(run("sessions", "list", "--json").stdout)[0]["messages"] == 4
     exported = json.loads(run("sessions", "export", "a b").stdout)
     assert [message["role"] for message in exported["messages"]] == ["user", "assistant"] * 2
-    assert run("sessions", "rm", "a b").returncode == 0
+    assert run("sessions", "rm", "--yes", "a b").returncode == 0
     assert run("sessions", "rm", "a b").returncode == 2
     assert run(*options, "../x", stdin="Hello\n").returncode == 2
