@@ -6,7 +6,7 @@ follow. The shares of the chosen are then divided by their sum, which is first c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from grok_local.ggml.tensors import read_floats, set_clamp, write_floats
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Ending
 
-__all__ = ["ReleaseGates", "layer_of_choice", "not_in_the_graph"]
+__all__ = ["ReleaseGates", "choices_of", "layer_of_choice", "not_in_the_graph"]
 
 _CHOICE = b"ffn_moe_topk-"
 
@@ -23,6 +23,11 @@ _CHOICE = b"ffn_moe_topk-"
 def layer_of_choice(name: bytes) -> int | None:
     """The layer whose experts a node of that name chooses; None for any other node."""
     return int(name[len(_CHOICE) :]) if name.startswith(_CHOICE) else None
+
+
+def choices_of(layers: Iterable[int]) -> frozenset[bytes]:
+    """The names of the nodes in which these layers choose experts."""
+    return frozenset(_CHOICE + b"%d" % layer for layer in layers)
 
 
 def not_in_the_graph(names: set[bytes]) -> ModelError:
@@ -45,11 +50,16 @@ class ReleaseGates:
         self._cap = np.float32(cap)
         self._logits = frozenset(b"ffn_moe_logits-%d" % layer for layer in range(layers))
         self._sums = frozenset(b"ffn_moe_weights_sum_clamped-%d" % layer for layer in range(layers))
+        self._all = self._logits | self._sums
         self._missing: set[bytes] = set()
+
+    def names(self) -> frozenset[bytes]:
+        """Those that are to be corrected."""
+        return self._all
 
     def begin(self, rows: Sequence[Row]) -> None:
         """All is to be corrected."""
-        self._missing = set(self._logits | self._sums)
+        self._missing = set(self._all)
 
     def wants(self, node: int, name: bytes) -> bool:
         """The logits. A sum is dealt with before it is computed."""

@@ -34,6 +34,7 @@ class AttentionTemperature:
     def __init__(self, *, layers: int, length: int) -> None:
         self._length = length
         self._scores = frozenset(b"kq_scaled-%d" % layer for layer in range(layers))
+        self._names = self._scores | {_POSITIONED}
         self._missing: set[bytes] = set()
         self._factors: npt.NDArray[np.float32] | None = None
         self._is_needed = False
@@ -42,6 +43,10 @@ class AttentionTemperature:
     def begin(self, rows: Sequence[Row]) -> None:
         """Nothing is known of the graph."""
         self._missing, self._factors = set(self._scores), None
+
+    def names(self) -> frozenset[bytes]:
+        """The scores, and where the positions come from."""
+        return self._names
 
     def wants(self, node: int, name: bytes) -> bool:
         """Nothing; but scores are dealt with."""
