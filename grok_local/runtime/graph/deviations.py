@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from grok_local.formats.gguf_file import Header
 
@@ -56,8 +57,8 @@ def deviations_of(headers: Sequence[Header]) -> Deviations | None:
     length = metadata.get("grok.attention.temperature_length")
     # Other converters have the file ask for YaRN, whose factor for long texts stands in for a temperature.
     is_plain = metadata.get("grok.rope.scaling.type", "none") == "none"
-    return Deviations(layers, float(cap), length if isinstance(length, int) and length > 1 and is_plain else 0)
+    return Deviations(layers, cap, length if isinstance(length, int) and length > 1 and is_plain else 0)
 
 
-def _is_cap(value: object) -> bool:
+def _is_cap(value: object) -> TypeGuard[float]:
     return isinstance(value, float) and math.isfinite(value) and value > 0
