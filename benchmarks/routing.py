@@ -4,7 +4,8 @@
 
 `cost`: a model of Grok-2's proportions with random weights (every width a quarter, four layers) is written to FOLDER,
 and decodes and reads prompts by llama.cpp's own graph and by the corrected one, in turns, at the beginning of a text
-and beyond 1024 tokens; the difference is also told for each layer. `divergence`: a small random Grok-2 is packed to
+and beyond 1024 tokens; the difference is also told for each layer. Times are the process's own, of one thread, so that
+other programs count little. `divergence`: a small random Grok-2 is packed to
 f32, and the distribution of the next token by llama.cpp's graph compared with the corrected one's.
 """
 
@@ -29,7 +30,7 @@ from grok_local.runtime.graph.rows import Row
 from samples.grok2_release import SMALL_2, Grok2Spec, write_release
 from samples.random_models import random_model
 
-_LAYERS, _NARROWER, _THREADS = 4, 4, 2
+_LAYERS, _NARROWER = 4, 4
 _CONTEXT = 2048
 _BOTH: tuple[Any, Any] = ("llama.cpp", "release")
 
@@ -44,17 +45,18 @@ def cost(folder: Path, rounds: int) -> None:
         engines = {}
         for routing in _BOTH:
             wishes = Wishes(context=_CONTEXT, routing=routing, repack="off", stream="off", gpu_layers=0)
-            engine = LlamaEngine(LoadRequest(path, wishes, threads=_THREADS))
+            engine = LlamaEngine(LoadRequest(path, wishes, threads=1))
             engines[routing] = stack.enter_context(closing(engine))
-        print("| tokens | from position | llama.cpp, ms | release, ms | ratio | a layer, microseconds |")
+        print("| tokens | from position | llama.cpp, ms | release, ms | ratio (quartiles) | a layer, microseconds |")
         print("|---|---|---|---|---|---|")
-        for width, start in ((1, 0), (1, 1500), (256, 0), (256, 1500)):
-            print(_line(engines, width, start=start, rounds=rounds if width == 1 else max(rounds // 20, 3)))
+        for width, start in ((1, 0), (64, 0), (1, 1100), (64, 1100)):
+            print(_line(engines, width, start=start, rounds=rounds if width == 1 else max(rounds // 20, 5)))
 
 
 def _line(engines: dict[Any, LlamaEngine], width: int, *, start: int, rounds: int) -> str:
     """Medians; the two engines take turns, so that what else goes on here hits both."""
-    ids = np.random.default_rng(5).integers(1000, 130000, start + width).tolist()
+    vocabulary = engines["release"].vocabulary
+    ids = np.random.default_rng(5).integers(1000, vocabulary, start + width).tolist()
     for engine in engines.values():
         engine.evaluate(ids)
     seconds: dict[Any, list[float]] = {routing: [] for routing in _BOTH}
@@ -62,16 +64,17 @@ def _line(engines: dict[Any, LlamaEngine], width: int, *, start: int, rounds: in
         for routing in _BOTH if turn % 2 else reversed(_BOTH):
             seconds[routing].append(_seconds(engines[routing], ids[start:], start=start))
     old, new = (1e3 * statistics.median(seconds[routing]) for routing in _BOTH)
-    ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
-    return f"| {width} | {start} | {old:.1f} | {new:.1f} | {ratio:.3f} | {1e3 * (new - old) / _LAYERS:.0f} |"
+    low, ratio, high = statistics.quantiles([b / a for a, b in zip(*seconds.values(), strict=True)])
+    each = 1e3 * (new - old) / _LAYERS
+    return f"| {width} | {start} | {old:.1f} | {new:.1f} | {ratio:.3f} ({low:.3f} to {high:.3f}) | {each:.0f} |"
 
 
 def _seconds(engine: LlamaEngine, ids: Sequence[int], *, start: int) -> float:
     engine.forget(0, start=start)
     rows = [Row(token, start + at, 0, at == len(ids) - 1) for at, token in enumerate(ids)]
-    began = time.perf_counter()
+    began = time.process_time()
     engine.step(rows)
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 # -- divergence --------------------------------------------------------------------------------------------------------
@@ -93,7 +96,7 @@ def _divergence(folder: Path, spec: Grok2Spec) -> str:
     ids = np.random.default_rng(3).integers(128, spec.vocabulary, 400).tolist()
     logits = []
     for routing in _BOTH:
-        with grok_local.load(path, context=512, threads=_THREADS, kv_type="f32", routing=routing) as model:
+        with grok_local.load(path, context=512, threads=2, kv_type="f32", routing=routing) as model:
             logits.append(model.logits(ids).astype(np.float64))
     own, right = logits
     logs = [values - np.logaddexp.reduce(values, axis=1, keepdims=True) for values in (own, right)]

@@ -2,8 +2,8 @@
 what it computes.
 
 `struct ggml_tensor` is public (ggml.h) but not part of an interface that stays: `layout_is_known` must be true before
-`sources`, `compute_buffer`, `move_data`, `set_clamp`, a StandIn and RowFactors may be used. The other functions use
-ggml's own.
+`sources`, `compute_buffer`, `move_data`, `set_clamp`, `set_scale`, a StandIn and RowFactors may be used. The other
+functions use ggml's own.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "read_floats",
     "read_ints",
     "set_clamp",
+    "set_scale",
     "size_of",
     "sources",
     "tensor_name",
@@ -220,6 +221,11 @@ def set_clamp(node: int, *, low: float, high: float) -> None:
     _set_parameters(TensorStruct.from_address(node), low, high)
 
 
+def set_scale(node: int, factor: float) -> None:
+    """Have a node that multiplies with one number take this one, once it is computed (ggml_compute_forward_scale)."""
+    _set_parameters(TensorStruct.from_address(node), factor)
+
+
 def _set_parameters(struct: TensorStruct, *values: float) -> None:
     ctypes.memmove(struct.op_params, (ctypes.c_float * len(values))(*values), 4 * len(values))
 
@@ -235,7 +241,7 @@ class RowFactors:
         self._tensors: dict[int, _DeviceRow] = {}  # by type of buffer
 
     def put(self, scaling: int, factors: npt.NDArray[np.float32]) -> bool:
-        """Before it is computed, have a node scale row r of each of its matrices by its number times `factors[r]`.
+        """Before it is computed, have a node scale row r of each of its matrices by `factors[r]`.
 
         `factors` has one for each row of a matrix, of all matrices along the last axis. Returns whether they fit.
         """
@@ -245,7 +251,7 @@ class RowFactors:
             return False
         kind = int(_base().ggml_backend_buffer_get_type(node.buffer))
         row = self._tensors.setdefault(kind, _DeviceRow(kind))
-        row.hold(factors * ctypes.c_float.from_buffer(node.op_params).value, rows=rows, last=last)
+        row.hold(factors, rows=rows, last=last)
         node.op, node.src[1] = _ops()["multiply"], ctypes.addressof(row.struct)
         return True
 

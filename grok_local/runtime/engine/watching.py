@@ -82,7 +82,8 @@ def _corrections(headers: Sequence[Header], wishes: Wishes) -> Iterator[Observer
     if deviations is not None and _is_corrected(wishes):
         yield ReleaseGates(layers=deviations.layers, cap=deviations.router_cap)
         if deviations.temperature_length:
-            yield AttentionTemperature(layers=deviations.layers, length=deviations.temperature_length)
+            length, cap = deviations.temperature_length, deviations.score_cap
+            yield AttentionTemperature(layers=deviations.layers, length=length, cap=cap)
 
 
 def _expert_observer(

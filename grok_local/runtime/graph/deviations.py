@@ -23,12 +23,13 @@ _DENSE = "blk.0.ffn_up.weight"
 @dataclass(frozen=True)
 class Deviations:
     """`router_cap` softens the logits of the routers in all `layers`; queries at positions beyond `temperature_length`
-    attend more sharply, or none do where that is 0.
+    attend more sharply, or none do where that is 0, with scores that `score_cap` softens first.
     """
 
     layers: int
     router_cap: float
     temperature_length: int
+    score_cap: float = 30.0
 
     @property
     def corrected(self) -> str:
@@ -55,9 +56,12 @@ def deviations_of(headers: Sequence[Header]) -> Deviations | None:
     if not any(tensor.name == _DENSE for header in headers for tensor in header.tensors):
         return None
     length = metadata.get("grok.attention.temperature_length")
+    score_cap = metadata.get("grok.attn_logit_softcapping", 30.0)  # llama.cpp's default
     # Other converters have the file ask for YaRN, whose factor for long texts stands in for a temperature.
     is_plain = metadata.get("grok.rope.scaling.type", "none") == "none"
-    return Deviations(layers, cap, length if isinstance(length, int) and length > 1 and is_plain else 0)
+    if not (isinstance(length, int) and length > 1 and _is_cap(score_cap) and is_plain):
+        return Deviations(layers, cap, temperature_length=0)
+    return Deviations(layers, cap, length, score_cap)
 
 
 def _is_cap(value: object) -> TypeGuard[float]:

@@ -196,6 +196,9 @@ def test_the_keys_say_what_is_to_be_corrected(path: Path, packed: Path) -> None:
     for length in (None, 0, 1, -3, "1024", 7.5):
         found = deviations_of(with_keys(path, attention__temperature_length=length))
         assert found == Deviations(layers=3, router_cap=2.0, temperature_length=0)
+    for score_cap in (0.0, float("nan"), 30):
+        found = deviations_of(with_keys(path, attn_logit_softcapping=score_cap))
+        assert found == Deviations(layers=3, router_cap=2.0, temperature_length=0)
     yarn = deviations_of(with_keys(path, rope__scaling__type="yarn"))
     assert yarn is not None
     assert yarn.temperature_length == 0
@@ -206,7 +209,7 @@ def test_the_keys_say_what_is_to_be_corrected(path: Path, packed: Path) -> None:
 
 
 def test_a_graph_without_what_was_to_be_corrected_is_an_error() -> None:
-    for observer in (ReleaseGates(layers=2, cap=30), AttentionTemperature(layers=2, length=16)):
+    for observer in (ReleaseGates(layers=2, cap=30), AttentionTemperature(layers=2, length=16, cap=30)):
         observer.begin([Row(5, 0, 0, True)])
         observer.finish(Ending.INTERRUPTED)
         with pytest.raises(ModelError, match=r"cannot be corrected.*--routing llama\.cpp"):
