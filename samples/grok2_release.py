@@ -46,6 +46,8 @@ class Grok2Spec:
     vocabulary: int = 640
     experts: int = 4
     ranks: int = 8
+    router_cap: float = 30.0
+    temperature_length: int = 1024
 
     def dimensions(self) -> Dimensions:
         return Dimensions(
@@ -96,9 +98,9 @@ def config(spec: Grok2Spec) -> dict[str, Any]:
         "embedding_multiplier_scale": 90.50966799187809,
         "output_multiplier_scale": 0.5,
         "attn_logit_softcapping": 30.0,
-        "router_logit_softcapping": 30.0,
+        "router_logit_softcapping": spec.router_cap,
         "final_logit_softcapping": 50,
-        "attn_temperature_len": 1024,
+        "attn_temperature_len": spec.temperature_length,
         "sliding_window_size": -1,
         "global_attn_every_n": 1,
         "max_position_embeddings": 131072,

@@ -168,6 +168,14 @@ def load_options(
         Optional[str],
         typer.Option(help="Record there which experts each token goes to.", metavar="FILE"),
     ] = None,
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="Whose gates and attention Grok-2 has; Grok-1's are the same.",
+            metavar="release|llama.cpp",
+            autocompletion=one_of("release", "llama.cpp"),
+        ),
+    ] = "release",
     workers: Annotated[
         Optional[list[str]],
         typer.Option("--worker", help="A machine that runs grok-local worker; may be repeated.", metavar="HOST:PORT"),

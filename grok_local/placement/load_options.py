@@ -38,9 +38,11 @@ class LoadOptions(TypedDict, total=False):
     "PATTERN=PLACE", a regular expression for tensor names, and RAM or a device. `repack`: "auto", "on" or "off":
     weights rearranged in RAM for llama.cpp's faster products. `stream`: "auto", "on" or "off": experts read as they are
     chosen, into at most what `memory` leaves them; "auto" does so where they do not fit.
-    `trace_experts`: a file that shall record which experts each token is routed to. `workers`: "HOST:PORT" each. `say`
-    is told what takes long: measuring this machine, the first time. `template`: what lays conversations out, "none" for
-    a plain transcript or a file with a Jinja template; by default the model's own.
+    `trace_experts`: a file that shall record which experts each token is routed to. `routing`: "release" computes gates
+    and attention as the model's release does also where llama.cpp does not, which is so with Grok-2; "llama.cpp" leaves
+    it at that. `workers`: "HOST:PORT" each. `say` is told what takes long: measuring this machine, the first time.
+    `template`: what lays conversations out, "none" for a plain transcript or a file with a Jinja template; by default
+    the model's own.
     """
 
     context: int | None
@@ -56,6 +58,7 @@ class LoadOptions(TypedDict, total=False):
     repack: Literal["auto", "on", "off"]
     stream: Literal["auto", "on", "off"]
     trace_experts: str | os.PathLike[str] | None
+    routing: Literal["release", "llama.cpp"]
     workers: Sequence[str] | None
     template: str | os.PathLike[str] | None
     say: Callable[[str], None] | None
@@ -151,6 +154,7 @@ def _wishes(options: LoadOptions) -> Wishes:
         repack=_one_of(options, "repack", ("auto", "on", "off")),
         stream=_one_of(options, "stream", ("auto", "on", "off")),
         trace_experts=Path(trace) if trace else None,
+        routing=_one_of(options, "routing", ("release", "llama.cpp")),
         memory=None if memory is None else parse_size(memory),
     )
     for name, value in (("gpu_layers", wishes.gpu_layers), ("experts_on", wishes.experts_on)):

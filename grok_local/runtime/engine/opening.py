@@ -39,7 +39,7 @@ from grok_local.placement.shape import ModelShape, Role
 from grok_local.placement.wishes import RAM
 from grok_local.runtime.engine import log
 from grok_local.runtime.engine.protocol import Held, Placement
-from grok_local.runtime.engine.watching import Watch, watch_for
+from grok_local.runtime.engine.watching import Watch, notes_on_routing, watch_for
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Tap
 from grok_local.units import format_bytes
@@ -107,7 +107,8 @@ def open_planned(
     types = shape.types if needs_speeds(shape, wishes) else ()
     plan = make_plan(shape, this_machine(types, threads=request.threads, workers=workers, say=say), wishes)
     threads, busy = _threads_now(request)
-    target, notes = _Target(first_part(request.path), threads, abort), [*plan.notes, *remarks(headers), *busy]
+    notes = [*plan.notes, *remarks(headers), *notes_on_routing(headers, wishes), *busy]
+    target = _Target(first_part(request.path), threads, abort)
     for step in range(_MOST_STEPS):
         try:
             watch = watch_for(plan, headers, interrupted=interrupted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from grok_local.errors import ModelError
@@ -10,14 +10,17 @@ from grok_local.formats.gguf_file import Header
 from grok_local.ggml.tensors import layout_is_known
 from grok_local.pages import can_reserve
 from grok_local.placement.plan import Plan
-from grok_local.placement.wishes import RAM
+from grok_local.placement.wishes import RAM, Wishes
 from grok_local.runtime.experts.ahead import ReadAhead
 from grok_local.runtime.experts.streamer import ExpertStreamer
 from grok_local.runtime.experts.waiting import ExpertStats
+from grok_local.runtime.graph.deviations import deviations_of
 from grok_local.runtime.graph.record import Recorder
+from grok_local.runtime.graph.router import ReleaseGates
 from grok_local.runtime.graph.tap import Observer, Tap
+from grok_local.runtime.graph.temperature import AttentionTemperature
 
-__all__ = ["Watch", "watch_for"]
+__all__ = ["Watch", "notes_on_routing", "watch_for"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Watch:
     tap: Tap
     experts: ExpertStreamer | ReadAhead | None
     recorder: Recorder | None
+    corrections: tuple[Observer, ...] = ()
     notes: tuple[str, ...] = ()
 
     def attach(self) -> None:
@@ -37,7 +41,7 @@ class Watch:
     @property
     def only_once(self) -> bool:
         """Whether nobody needs to look on after one evaluation."""
-        return self.recorder is None and self.experts is not None and self.experts.is_whole
+        return not (self.recorder or self.corrections) and self.experts is not None and self.experts.is_whole
 
     def expert_stats(self) -> ExpertStats | None:
         """What was read and waited for so far; None where no experts are streamed."""
@@ -46,8 +50,8 @@ class Watch:
 
 def watch_for(plan: Plan, headers: Sequence[Header], *, interrupted: Callable[[], bool]) -> Watch | None:
     """What has to look on while the plan is computed, None where nobody has to. Raises ModelError, OutputError."""
-    trace = plan.wishes.trace_experts
-    if not (plan.streamed or trace):
+    trace, corrections = plan.wishes.trace_experts, tuple(_corrections(headers, plan.wishes))
+    if not (plan.streamed or trace or corrections):
         return None
     recorder = Recorder(trace, plan.model) if trace else None
     try:
@@ -56,8 +60,30 @@ def watch_for(plan: Plan, headers: Sequence[Header], *, interrupted: Callable[[]
         if recorder:
             recorder.close()
         raise
-    observers: list[Observer] = [observer for observer in (experts, recorder) if observer is not None]
-    return Watch(Tap(observers), experts, recorder, experts.notes if experts else ())
+    observers = [observer for observer in (*corrections, experts, recorder) if observer is not None]
+    return Watch(Tap(observers), experts, recorder, corrections, experts.notes if experts else ())
+
+
+def notes_on_routing(headers: Sequence[Header], wishes: Wishes) -> list[str]:
+    """What is to be known of a model that llama.cpp alone computes otherwise than its release does."""
+    deviations = deviations_of(headers)
+    if deviations is None:
+        return []
+    return [deviations.corrected if _is_corrected(wishes) else deviations.left]
+
+
+def _is_corrected(wishes: Wishes) -> bool:
+    return wishes.routing == "release" and layout_is_known()
+
+
+def _corrections(headers: Sequence[Header], wishes: Wishes) -> Iterator[Observer]:
+    """What has a model computed as its release does."""
+    deviations = deviations_of(headers)
+    if deviations is not None and _is_corrected(wishes):
+        yield ReleaseGates(layers=deviations.layers, cap=deviations.router_cap)
+        if deviations.temperature_length:
+            length, cap = deviations.temperature_length, deviations.score_cap
+            yield AttentionTemperature(layers=deviations.layers, length=length, cap=cap)
 
 
 def _expert_observer(

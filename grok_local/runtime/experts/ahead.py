@@ -11,7 +11,7 @@ from grok_local.ggml.tensors import read_ints
 from grok_local.runtime.experts.reader import Reader
 from grok_local.runtime.experts.waiting import ExpertStats, Waiting
 from grok_local.runtime.experts.weights import dense_tensors, expert_tensors
-from grok_local.runtime.graph.router import layer_of_choice
+from grok_local.runtime.graph.router import choices_of, layer_of_choice
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Ending
 
@@ -32,6 +32,7 @@ class ReadAhead:
 
     def __init__(self, headers: Sequence[Header], names: Sequence[str], *, interrupted: Callable[[], bool]) -> None:
         self._experts = expert_tensors(headers, names)
+        self._names = choices_of(self._experts)
         self._dense = dense_tensors(headers, names)
         self._reader = Reader([header.path for header in headers])
         self._waiting = Waiting(interrupted)
@@ -54,6 +55,10 @@ class ReadAhead:
         """Raises ModelError if the file is no longer what it was."""
         self._reader.check()
         self._waiting.begin()
+
+    def names(self) -> frozenset[bytes]:
+        """The choices of the layers that are in RAM."""
+        return self._names
 
     def wants(self, node: int, name: bytes) -> bool:
         """The choices of the layers that are in RAM."""

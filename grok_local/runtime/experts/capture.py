@@ -73,6 +73,11 @@ class Products:
             if source in self._weights:
                 self._found[name] = self._weights[source], ggml_tensors.StandIn()
 
+    @property
+    def names(self) -> frozenset[bytes]:
+        """Of those that were found."""
+        return frozenset(self._found)
+
     def weight_of(self, name: bytes) -> ExpertTensor | None:
         """What the node of that name multiplies with."""
         return self._found[name][0] if name in self._found else None

@@ -23,7 +23,7 @@ from grok_local.runtime.experts.reader import Reader
 from grok_local.runtime.experts.residency import Expert, Residency
 from grok_local.runtime.experts.waiting import ExpertStats, Fetches, Waiting
 from grok_local.runtime.experts.weights import ExpertTensor, bytes_of_experts, expert_tensors, residents
-from grok_local.runtime.graph.router import layer_of_choice
+from grok_local.runtime.graph.router import choices_of, layer_of_choice
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Ending
 
@@ -74,6 +74,7 @@ class ExpertStreamer:
         self._capture = Capture(self._residents)
         self._products = Products(weight for parts in self._layers.parts.values() for weight in parts)
         self._evaluation = _Evaluation()
+        self._names: frozenset[bytes] | None = None  # once all that is ever used has been seen
 
     @property
     def stats(self) -> ExpertStats:
@@ -109,6 +110,12 @@ class ExpertStreamer:
             self._reader.check()
             self._make_room(len(rows))
         self._waiting.begin()
+
+    def names(self) -> frozenset[bytes] | None:
+        """All nodes while some weights may not have been seen, then choices and products."""
+        if self._names is None and not self._capture.is_looking:
+            self._names = choices_of(self._layers.parts) | self._products.names
+        return self._names
 
     def wants(self, node: int, name: bytes) -> bool:
         """The choices of routers; and products, which wait here for their weights.

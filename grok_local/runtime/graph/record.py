@@ -19,7 +19,7 @@ import numpy.typing as npt
 from grok_local.errors import OutputError
 from grok_local.ggml.tensors import read_ints
 from grok_local.placement.shape import ModelShape
-from grok_local.runtime.graph.router import layer_of_choice
+from grok_local.runtime.graph.router import choices_of, layer_of_choice
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Ending
 
@@ -32,6 +32,7 @@ class Recorder:
     def __init__(self, path: Path, model: ModelShape) -> None:
         self._path = path
         self._layers = model.layers
+        self._names = choices_of(range(model.layers))
         self._empty = True
         self._rows: Sequence[Row] = ()
         self._chosen: dict[int, npt.NDArray[np.int32]] = {}
@@ -48,6 +49,10 @@ class Recorder:
         """An evaluation of these tokens."""
         self._rows = rows
         self._chosen.clear()
+
+    def names(self) -> frozenset[bytes]:
+        """Every router's choice."""
+        return self._names
 
     def wants(self, node: int, name: bytes) -> bool:
         """Every router's choice."""

@@ -7,13 +7,14 @@ the tap knows that C loses exceptions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from enum import Enum
 from typing import Any, Protocol
 
 import llama_cpp
 
 from grok_local.errors import ModelError
-from grok_local.ggml import tensors as ggml_tensors
+from grok_local.ggml.tensors import Names
 from grok_local.runtime.graph.rows import Row
 
 __all__ = ["Ending", "Interrupted", "Observer", "Tap"]
@@ -41,8 +42,11 @@ class Observer(Protocol):
     def begin(self, rows: Sequence[Row]) -> None:
         """An evaluation of these tokens is about to start."""
 
+    def names(self) -> AbstractSet[bytes] | None:
+        """The nodes to be asked about in the evaluation that begins; None for all. A set that stays costs nothing."""
+
     def wants(self, node: int, name: bytes) -> bool:
-        """Whether to be shown this node, a ggml_tensor about to be computed; called for each node of the graph."""
+        """Whether to be shown this node, a ggml_tensor about to be computed; called for each that it is asked about."""
 
     def see(self, node: int, name: bytes) -> None:
         """A node that was wanted is computed."""
@@ -63,6 +67,8 @@ class Tap:
     def __init__(self, observers: Sequence[Observer]) -> None:
         self.error: BaseException | None = None
         self._observers = tuple(observers)
+        self._asked = _Asked(self._observers)
+        self._names = Names()
         self._shown_to: list[Observer] = []  # the node that is being computed
         self._is_open = False
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
@@ -79,6 +85,7 @@ class Tap:
         self._shown_to = []
         for observer in self._observers:
             observer.begin(rows)
+        self._asked.update()
         self._is_open = True
 
     def finish(self, *, complete: bool) -> None:
@@ -117,16 +124,42 @@ class Tap:
         # A signal's exception at the very start of a callback nobody can catch; but it is noticed.
         if self._shown_to:
             raise ModelError(_LOST)
-        name = ggml_tensors.tensor_name(node)
-        self._shown_to = [observer for observer in self._observers if observer.wants(node, name)]
+        name = self._names.of(node)
+        asked = self._asked.by_name.get(name, self._asked.always)
+        if not asked:
+            return False
+        self._shown_to = [observer for observer in asked if observer.wants(node, name)]
         return bool(self._shown_to)
 
     def _show(self, node: int) -> bool:
-        name = ggml_tensors.tensor_name(node)
+        name = self._names.of(node)
         for observer in self._shown_to:
             observer.see(node, name)
         self._shown_to = []
         return True  # interrupts are left to llama.cpp's own callback: it takes what ends here for complete
+
+
+class _Asked:
+    """Which observers are asked about which nodes. Most nodes nobody is asked about, and each costs a token time."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.by_name: dict[bytes, tuple[Observer, ...]] = {}
+        self.always: tuple[Observer, ...] = ()  # about every node
+        self._observers = observers
+        self._sets: list[AbstractSet[bytes] | None] = []
+
+    def update(self) -> None:
+        """An evaluation begins."""
+        sets = [observer.names() for observer in self._observers]
+        if len(sets) == len(self._sets) and all(now is before for now, before in zip(sets, self._sets, strict=True)):
+            return
+        pairs = list(zip(self._observers, sets, strict=True))
+        self.always = tuple(observer for observer, names in pairs if names is None)
+        self.by_name = {
+            name: tuple(observer for observer, names in pairs if names is None or name in names)
+            for name in set().union(*(names for names in sets if names is not None))
+        }
+        self._sets = sets
 
 
 def _ending_of(error: BaseException | None, *, complete: bool) -> Ending:

@@ -227,6 +227,7 @@ def fingerprint(model: str, request: LoadRequest) -> str:
             request.wishes.kv_type,
             request.wishes.repack,
             request.reproducible,
+            *([] if request.wishes.routing == "release" else [request.wishes.routing]),
         )
     )
     return "fp_" + hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]

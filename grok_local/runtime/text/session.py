@@ -19,6 +19,7 @@ import llama_cpp
 from grok_local.errors import InUseError, ModelError, OutputError
 from grok_local.files import locked, partial_of, write_whole
 from grok_local.formats.identity import identity
+from grok_local.runtime.graph.deviations import deviations_of
 
 if TYPE_CHECKING:
     from grok_local.runtime.text.forms import Message
@@ -108,8 +109,9 @@ class Session:
 
     def _fits(self) -> list[str]:
         """What a state belongs to."""
-        wishes = self._model.placement.plan.wishes
-        return [identity(self._model.engine.headers), llama_cpp.__version__, wishes.kv_type]
+        wishes, headers = self._model.placement.plan.wishes, self._model.engine.headers
+        arithmetic = [wishes.routing] if deviations_of(headers) else []
+        return [identity(headers), llama_cpp.__version__, wishes.kv_type, *arithmetic]
 
     def _trouble(self, error: OSError) -> OutputError:
         return OutputError(f"{self.folder}: the session cannot be kept ({error.strerror or error})")

@@ -26,8 +26,16 @@ IDS = [5, 6, 7, 8, 9]
 class Watcher:
     """Wants the nodes whose names begin in some way; raises where it is told to."""
 
-    def __init__(self, prefix: bytes, *, raises: str = "", error: BaseException | None = None) -> None:
+    def __init__(
+        self,
+        prefix: bytes,
+        *,
+        raises: str = "",
+        error: BaseException | None = None,
+        names: frozenset[bytes] | None = None,
+    ) -> None:
         self.prefix, self.raises, self.error = prefix, raises, error or ValueError("told to")
+        self.asked_about = names
         self.rows: list[Row] = []
         self.seen: list[bytes] = []
         self.endings: list[Ending] = []
@@ -40,8 +48,12 @@ class Watcher:
         self._fail_in("begin")
         self.rows += rows
 
+    def names(self) -> frozenset[bytes] | None:
+        return self.asked_about
+
     def wants(self, node: int, name: bytes) -> bool:
         assert tensor_name(node) == name
+        assert self.asked_about is None or name in self.asked_about
         wanted = name.startswith(self.prefix)
         if wanted:
             self._fail_in("wants")
@@ -103,15 +115,16 @@ def expected(evaluator: Evaluator) -> Any:
 
 
 PREFIXES = (b"ffn_moe_topk-", b"ffn_moe_topk-1", b"attn_out", b"l_out", b"nothing", b"")
+NAMES = [None, frozenset({b"attn_out-0"}), frozenset({b"ffn_moe_topk-0", b"ffn_moe_topk-1", b"l_out-0"})]
 COMMON = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @COMMON
-@given(prefixes=st.lists(st.sampled_from(PREFIXES), max_size=4))
+@given(wishes=st.lists(st.tuples(st.sampled_from(PREFIXES), st.sampled_from(NAMES)), max_size=4))
 def test_each_sees_what_it_wants_whoever_else_looks_on(
-    evaluator: Evaluator, expected: Any, prefixes: list[bytes]
+    evaluator: Evaluator, expected: Any, wishes: list[tuple[bytes, frozenset[bytes] | None]]
 ) -> None:
-    watchers = [Watcher(prefix) for prefix in prefixes]
+    watchers = [Watcher(prefix, names=names) for prefix, names in wishes]
     tap, everything = Tap(watchers), Watcher(b"")
     with evaluator.context(tap) as context:
         assert np.array_equal(evaluator.logits(tap, context), expected)
@@ -119,7 +132,8 @@ def test_each_sees_what_it_wants_whoever_else_looks_on(
     with evaluator.context(whole) as context:
         evaluator.logits(whole, context)
     for watcher in watchers:
-        assert watcher.seen == [name for name in everything.seen if name.startswith(watcher.prefix)]
+        asked = everything.seen if watcher.asked_about is None else watcher.asked_about
+        assert watcher.seen == [name for name in everything.seen if name.startswith(watcher.prefix) and name in asked]
         assert [row.token for row in watcher.rows] == IDS
         assert watcher.endings == [Ending.COMPLETE]
 

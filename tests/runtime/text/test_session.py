@@ -54,6 +54,18 @@ def test_what_does_not_fit_says_why(
         assert (problem is None) if reason is None else (problem is not None and reason in problem)
 
 
+def test_other_arithmetic_reads_it_anew(packed: Path, small_grok2: Path, tmp_path: Path) -> None:
+    """What the KV cache holds of Grok-2 depends on whose gates computed it; Grok-1's does not."""
+    grok2 = grok_local.quantize_checkpoint(small_grok2, tmp_path / "grok2.gguf").path
+    for path, problem in ((packed, False), (grok2, True)):
+        begun(tmp_path / path.stem, path)
+        with (
+            grok_local.load(path, context=512, routing="llama.cpp") as model,
+            Session(tmp_path / path.stem, model) as session,
+        ):
+            assert bool(session.resume()) == problem
+
+
 def test_another_model_reads_it_anew(packed: Path, tmp_path: Path) -> None:
     begun(tmp_path, packed)
     other = rewritten(packed, tmp_path / "other.gguf", keys={"general.name": "another"})
