@@ -22,9 +22,11 @@ __all__ = [
     "Scales",
     "Shard",
     "SourceTensor",
+    "Span",
     "check_file",
     "check_scales",
     "fingerprint",
+    "looked_at",
     "names_in",
     "read_scales",
 ]
@@ -44,6 +46,15 @@ class Shard:
     offset: int
     rows: range
     columns: range
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some bytes of a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ def read_scales(tensor: SourceTensor) -> npt.NDArray[np.float32]:
     scales = tensor.scales
     if scales is None:
         raise AssertionError(f"{tensor.where} has no scales")
-    raw = np.frombuffer(_read(scales.path, scales.offset, 2 * math.prod(scales.shape)), np.uint16)
+    raw = np.frombuffer(_read(_span_of(scales)), np.uint16)
     return (raw.astype(np.uint32) << 16).view(np.float32).reshape(scales.shape)
 
 
@@ -171,37 +182,49 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         digest.update(f"{tensor.where} {tensor.stored_shape} {tensor.dtype}\n".encode())
         if tensor.scales:
             digest.update(read_scales(tensor))
-        for sample in _samples(tensor):
-            digest.update(sample)
+        for span in _samples(tensor):
+            digest.update(_read(span))
     return digest.hexdigest()
 
 
-def _samples(tensor: SourceTensor) -> Iterator[bytes]:
+def looked_at(checkpoint: Checkpoint) -> Iterator[Span]:
+    """What `fingerprint` reads: files that have nothing else any more still tell it."""
+    for tensor in checkpoint.tensors:
+        if tensor.scales:
+            yield _span_of(tensor.scales)
+        yield from _samples(tensor)
+
+
+def _span_of(scales: Scales) -> Span:
+    return Span(scales.path, scales.offset, 2 * math.prod(scales.shape))
+
+
+def _samples(tensor: SourceTensor) -> Iterator[Span]:
     shards = [shard for matrix in tensor.matrices for shard in matrix]
     smallest = min(len(shard.rows) * len(shard.columns) for shard in shards) * tensor.item_size
     step = max(min(tensor.nbytes // _SAMPLES, smallest), _SAMPLE)
     for start in range(0, tensor.nbytes, step):
-        yield b"".join(_stored_bytes(tensor, start, min(start + _SAMPLE, tensor.nbytes)))
+        yield from _stored(tensor, start, min(start + _SAMPLE, tensor.nbytes))
 
 
-def _stored_bytes(tensor: SourceTensor, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes from `start` to `stop` of all shards, one after the other."""
+def _stored(tensor: SourceTensor, start: int, stop: int) -> Iterator[Span]:
+    """Where the bytes from `start` to `stop` of all shards lie, one after the other."""
     at = 0
     for shard in (shard for matrix in tensor.matrices for shard in matrix):
         size = len(shard.rows) * len(shard.columns) * tensor.item_size
         first, last = max(start, at), min(stop, at + size)
         if first < last:
-            yield _read(shard.path, shard.offset + first - at, last - first)
+            yield Span(shard.path, shard.offset + first - at, last - first)
         at += size
 
 
-def _read(path: Path, offset: int, nbytes: int) -> bytes:
+def _read(span: Span) -> bytes:
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(nbytes)
+        with span.path.open("rb") as file:
+            file.seek(span.offset)
+            data = file.read(span.nbytes)
     except OSError as error:
-        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror or error})") from None
-    if len(data) < nbytes:
-        raise CheckpointError(f"{path.name}: became shorter while it was read")
+        raise CheckpointError(f"{span.path.name}: cannot be read ({error.strerror or error})") from None
+    if len(data) < span.nbytes:
+        raise CheckpointError(f"{span.path.name}: became shorter while it was read")
     return data
