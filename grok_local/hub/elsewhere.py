@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grok_local.errors import FetchError, GrokLocalError, OptionError, TokenizerError
-from grok_local.files import partial_of
+from grok_local.files import PULL, partial_of
 from grok_local.hub.download import digest_is_right, download
 from grok_local.hub.listing import is_offline
 from grok_local.hub.reasons import reason
@@ -43,7 +43,7 @@ def place_tokenizer(repository: Repository, folder: Path, *, given: Path | None,
 
 
 def _copy(given: Path, target: Path) -> None:
-    partial = partial_of(target.parent / ".pull" / target.name)
+    partial = partial_of(target.parent / PULL / target.name)
     with given.open("rb") as source, partial.open("wb") as copy:
         shutil.copyfileobj(source, copy)
         copy.flush()
@@ -54,7 +54,7 @@ def _copy(given: Path, target: Path) -> None:
 def _fetch(repository: Repository, target: Path, count: Count) -> None:
     url, file = repository.tokenizer_url, repository.tokenizer
     assert file is not None
-    partial = target.parent / ".pull" / file.partial_name
+    partial = target.parent / PULL / file.partial_name
     try:
         if is_offline():
             raise FetchError("HF_HUB_OFFLINE is set")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grok_local.errors import FetchError
-from grok_local.files import locked
+from grok_local.files import PULL, locked
 from grok_local.hub.elsewhere import check_tokenizer, place_tokenizer
-from grok_local.hub.fetcher import CONNECTIONS, PULL, Fetcher, FetchProgress
+from grok_local.hub.fetcher import CONNECTIONS, Fetcher, FetchProgress
 from grok_local.hub.listing import Listing, list_release
 from grok_local.hub.reasons import reason
 from grok_local.hub.repositories import Repository, repository_of

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from grok_local.errors import FetchError
-from grok_local.files import JsonLines
+from grok_local.files import PULL, JsonLines
 from grok_local.hub.download import StopError, digest_is_right, download
 from grok_local.hub.listing import Listing, is_offline
 from grok_local.hub.reasons import is_disk_full, reason
 from grok_local.hub.repositories import RemoteFile
 from grok_local.units import format_bytes
 
-__all__ = ["CONNECTIONS", "PULL", "SPARE", "FetchProgress", "Fetcher", "access"]
+__all__ = ["CONNECTIONS", "SPARE", "FetchProgress", "Fetcher", "access"]
 
-PULL = ".pull"  # the folder, in a release's own, of what is half-fetched and what is known
 SPARE = 1 << 30  # bytes of the disk that stay free
 CONNECTIONS = 8
 
@@ -70,7 +69,11 @@ class Fetcher:
 
     def missing(self) -> list[RemoteFile]:
         """Those of the files that are not there, or not known to be right."""
-        return [file for file in self._wanted if not self._verified.has(self.path_of(file), file)]
+        return [file for file in self._wanted if not self.has(file)]
+
+    def has(self, file: RemoteFile) -> bool:
+        """Whether it is there, and known to be right."""
+        return self._verified.has(self.path_of(file), file)
 
     def path_of(self, file: RemoteFile) -> Path:
         """Where a file is when it is right."""
@@ -108,7 +111,7 @@ class Fetcher:
         final, partial = self.folder / file.path, self._keep / file.partial_name
         if self.stopped.is_set():
             raise StopError
-        if self._verified.has(final, file):
+        if self.has(file):
             return
         if final.exists() and not final.is_file():
             raise FetchError(f"{final} is there, and is no file: move it away")

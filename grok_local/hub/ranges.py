@@ -1,37 +1,28 @@
-"""A file that is still on the hub, opened: what is read of it is fetched then, and nothing else."""
+"""A file of which parts can be had, opened: what is read of it is asked for then, and nothing else."""
 
 from __future__ import annotations
 
 import io
 import os
-import threading
 from collections.abc import Callable
 from typing import BinaryIO, cast
 
-from grok_local.hub.download import read_span
-
-__all__ = ["open_remote"]
+__all__ = ["open_ranges"]
 
 _BLOCK = 1 << 14  # bytes asked for at least
 
-Seen = Callable[[int, bytes], None]
 
-
-def open_remote(url: str, size: int, *, headers: dict[str, str], seen: Seen, stopped: threading.Event) -> BinaryIO:
-    """A file of `size` bytes at `url`; `seen` gets what is fetched, with its offset.
-
-    Its methods raise FetchError, StopError, and what the server answers.
-    """
-    return cast("BinaryIO", io.BufferedReader(_Ranges(url, size, headers, seen, stopped), _BLOCK))
+def open_ranges(part: Callable[[range], bytes], size: int) -> BinaryIO:
+    """A file of `size` bytes, whose methods raise what `part` raises."""
+    return cast("BinaryIO", io.BufferedReader(_Ranges(part, size), _BLOCK))
 
 
 class _Ranges(io.RawIOBase):
-    """Each read is a request."""
+    """Each read asks for a part."""
 
-    def __init__(self, url: str, size: int, headers: dict[str, str], seen: Seen, stopped: threading.Event) -> None:
+    def __init__(self, part: Callable[[range], bytes], size: int) -> None:
         super().__init__()
-        self._url, self._size, self._headers, self._seen, self._stopped = url, size, headers, seen, stopped
-        self._at = 0
+        self._part, self._size, self._at = part, size, 0
 
     def readable(self) -> bool:
         return True
@@ -49,10 +40,7 @@ class _Ranges(io.RawIOBase):
 
     def readinto(self, memory: bytearray) -> int:  # type: ignore[override]  # any buffer, in truth
         span = range(self._at, min(self._at + len(memory), self._size))
-        if not span:
-            return 0
-        data = read_span(self._url, span, headers=self._headers, stopped=self._stopped)
-        self._seen(span.start, data)
+        data = self._part(span) if span else b""
         memory[: len(data)] = data
         self._at += len(data)
         return len(data)

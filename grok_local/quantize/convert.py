@@ -24,10 +24,10 @@ from grok_local.quantize.sources.checkpoint import Checkpoint, check_scales, fin
 from grok_local.quantize.sources.recognise import input_files, open_checkpoint, open_vocabulary
 from grok_local.quantize.sources.vocabulary import Vocabulary
 
-__all__ = ["Limits", "Progress", "QuantizeReport", "Supply", "pack_into", "quantize_checkpoint"]
+__all__ = ["Limits", "Progress", "QuantizeReport", "pack_into", "quantize_checkpoint"]
 
-# Takes the pieces that are to be packed, and what waits until those that are packed are on the disk; says of which
-# pieces the files are there. It is asked for more when what it said last is packed and journalled.
+# Takes the pieces that are to be packed, and a function that waits until those that are packed are on the disk. Says of
+# which pieces the files are there, and is asked for more when those it said last are packed and journalled.
 Supply: TypeAlias = Callable[[Sequence[Piece], Callable[[], None]], Iterable[Sequence[Piece]]]
 
 _MAX_THREADS = 512

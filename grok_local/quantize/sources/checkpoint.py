@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -19,6 +19,7 @@ from grok_local.models.release import Dimensions, Release, Target
 __all__ = [
     "Checkpoint",
     "NumberType",
+    "Place",
     "Scales",
     "Shard",
     "SourceTensor",
@@ -124,7 +125,35 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Of all its files."""
-        return sum(path.stat().st_size for path in {path for tensor in self.tensors for path in tensor.paths})
+        return sum(path.stat().st_size for path in self.paths)
+
+    @property
+    def paths(self) -> set[Path]:
+        """All its files."""
+        return {path for tensor in self.tensors for path in tensor.paths}
+
+    def moved(self, places: Mapping[Path, Place]) -> Checkpoint:
+        """The same, with its files in other places, which need not be there yet."""
+        return replace(self, tensors=tuple(_moved(tensor, places) for tensor in self.tensors))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file will be, and its version, as a listing has it."""
+
+    path: Path
+    stamp: tuple[int, ...]
+
+
+def _moved(tensor: SourceTensor, places: Mapping[Path, Place]) -> SourceTensor:
+    return replace(
+        tensor,
+        matrices=tuple(
+            tuple(replace(shard, path=places[shard.path].path) for shard in matrix) for matrix in tensor.matrices
+        ),
+        scales=tensor.scales and replace(tensor.scales, path=places[tensor.scales.path].path),
+        stamp=tuple(number for path in tensor.paths for number in places[path].stamp),
+    )
 
 
 def names_in(folder: Path) -> list[str]:

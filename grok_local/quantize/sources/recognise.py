@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from grok_local.errors import CheckpointError
+from grok_local.files import gone_mark
 from grok_local.formats.pickles import parse_pickle
 from grok_local.formats.safetensors import parse_safetensors
 from grok_local.models import grok1, grok2
@@ -20,7 +21,15 @@ from grok_local.quantize.sources.ranks import RANKS
 from grok_local.quantize.sources.sentencepiece import SENTENCEPIECE
 from grok_local.quantize.sources.vocabulary import TokenizerKind, Vocabulary
 
-__all__ = ["find_tokenizer", "header_reader", "input_files", "open_checkpoint", "open_vocabulary", "what_is_in"]
+__all__ = [
+    "HeaderReader",
+    "find_tokenizer",
+    "header_reader",
+    "input_files",
+    "open_checkpoint",
+    "open_vocabulary",
+    "what_is_in",
+]
 
 HeaderReader = Callable[[BinaryIO, str], object]
 
@@ -83,7 +92,7 @@ def input_files(checkpoint: Checkpoint) -> set[Path]:
     """All that packing a checkpoint may read but a tokenizer that is given."""
     folder = checkpoint.folder
     tokenizers = (place for kind in _FORMATS for place in kind.tokenizer.places(folder))
-    return {path for tensor in checkpoint.tensors for path in tensor.paths} | {folder / CONFIG, *tokenizers}
+    return checkpoint.paths | {folder / CONFIG, *tokenizers}
 
 
 def _tokenizer_of(folder: Path) -> TokenizerKind:
@@ -101,6 +110,8 @@ def what_is_in(folder: Path) -> str:
     if snapshot or kind:
         of = f" in {kind.release.title}'s format" if kind else ""
         return f"it is a checkpoint{of}: grok-local quantize {snapshot or folder} packs it"
+    if gone_mark(folder).exists():
+        return "its files were deleted as they were packed; grok-local pull fetches them again"
     names = sorted(names_in(folder))
     config = _config(folder)
     architectures = config.get("architectures")
