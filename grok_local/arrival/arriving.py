@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +21,10 @@ from grok_local.hub.fetcher import Fetcher
 from grok_local.hub.listing import Listing
 from grok_local.hub.repositories import RemoteFile, Repository, repository_of
 from grok_local.quantize.convert import Limits, QuantizeReport, pack_into
-from grok_local.quantize.layout.output_plan import plan_output
+from grok_local.quantize.layout.output_plan import OutputPlan, plan_output
 from grok_local.quantize.output.destination import Destination
-from grok_local.quantize.recipe import recipe_named
-from grok_local.quantize.sources.checkpoint import Checkpoint, Place, looked_at
+from grok_local.quantize.recipe import Recipe, recipe_named
+from grok_local.quantize.sources.checkpoint import Checkpoint, looked_at
 from grok_local.quantize.sources.recognise import header_reader, open_checkpoint, open_vocabulary
 
 __all__ = ["Order", "arrival"]
@@ -68,7 +68,7 @@ class Arrival:
             supply, progress = landing.ready, self.passage.packed
             report = pack_into(self.destination, self.limits, force=force, progress=progress, supply=supply)
         self.skeleton.remove()
-        if self.room.discard:
+        if self.room.discard and not report.unchanged:
             gone_mark(self.skeleton.source).touch()
         return report
 
@@ -79,37 +79,38 @@ def arrival(order: Order, progress: Shown | None = None) -> Iterator[Arrival]:
 
     Raises OptionError, FetchError, CheckpointError or TokenizerError.
     """
-    repository, recipe, folder, output = (
-        repository_of(order.release),
-        recipe_named(order.type),
-        order.folder,
-        order.output,
-    )
+    repository, recipe = repository_of(order.release), recipe_named(order.type)
     check_tokenizer(repository, order.tokenizer)
-    with pulling(repository, folder) as listing:
-        _check_output(listing, folder, output)
+    with pulling(repository, order.folder) as listing:
+        _check_output(order, listing)
         passage = Passage(listing.nbytes, progress)
-        fetcher = Fetcher(listing, folder)
-        notes = tuple(fetch_tokenizer(repository, folder, given=order.tokenizer))
-        tensors = {folder / file.path: file for file in listing.files if file.path not in repository.others}
-        skeleton = Skeleton(fetcher, tensors, header_reader(order.release))
-        skeleton.add(_small_files(repository, fetcher))
-        skeleton.read_headers(passage.header)
+        notes = tuple(fetch_tokenizer(repository, order.folder, given=order.tokenizer))
+        skeleton = _skeleton(order, repository, listing, passage)
         outlined = open_checkpoint(skeleton.folder)
-        coming = outlined.moved({skeleton.path_of(path): Place(path, file.stamp) for path, file in tensors.items()})
-        vocabulary = open_vocabulary(outlined.folder, None, size=coming.dimensions.vocabulary)
-        plan = plan_output(coming, recipe, vocabulary=vocabulary, name=output.name, split_size=order.limits.split_size)
-        destination = Destination(output, plan, partial(skeleton.fingerprint, outlined))
-        lots = _lots(destination, tensors, folder)
-        room = _room(destination, lots, skeleton, coming=coming, discard=order.discard)
-        ordered = Ordered(coming, tensors, lots, room, partial(_fetcher, listing, folder, passage))
+        coming = outlined.moved(skeleton.places())
+        plan = _plan(order, recipe, coming, vocabulary_of=outlined.folder)
+        destination = Destination(order.output, plan, partial(skeleton.fingerprint, outlined))
+        lots = _lots(order, plan, skeleton)
+        room = _room(order, destination, lots, beside=skeleton.full_size(looked_at(coming)))
+        fetcher = partial(_fetcher, listing, order.folder, passage)
+        ordered = Ordered(coming, skeleton.tensors, lots, room, fetcher)
         yield Arrival(destination, ordered, skeleton, passage, notes, order.limits)
 
 
-def _check_output(listing: Listing, folder: Path, output: Path) -> None:
+def _check_output(order: Order, listing: Listing) -> None:
     """No option may have the release's files replaced by what is made of them. Raises OptionError."""
-    if output.resolve() in {(folder / file.path).resolve() for file in listing.files}:
-        raise OptionError(f"-o {output}: is the name of one of the release's files: choose another")
+    if order.output.resolve() in {(order.folder / file.path).resolve() for file in listing.files}:
+        raise OptionError(f"-o {order.output}: is the name of one of the release's files: choose another")
+
+
+def _skeleton(order: Order, repository: Repository, listing: Listing, passage: Passage) -> Skeleton:
+    """All that is needed of the files before they come. Raises FetchError."""
+    fetcher = Fetcher(listing, order.folder)
+    tensors = {fetcher.path_of(file): file for file in listing.files if file.path not in repository.others}
+    skeleton = Skeleton(fetcher, tensors, header_reader(order.release))
+    skeleton.add(_small_files(repository, fetcher))
+    skeleton.read_headers(passage.header)
+    return skeleton
 
 
 def _small_files(repository: Repository, fetcher: Fetcher) -> list[Path]:
@@ -122,27 +123,33 @@ def _small_files(repository: Repository, fetcher: Fetcher) -> list[Path]:
     return [*map(fetcher.path_of, beside), *elsewhere]
 
 
+def _plan(order: Order, recipe: Recipe, coming: Checkpoint, *, vocabulary_of: Path) -> OutputPlan:
+    vocabulary = open_vocabulary(vocabulary_of, None, size=coming.dimensions.vocabulary)
+    name, split_size = order.output.name, order.limits.split_size
+    return plan_output(coming, recipe, vocabulary=vocabulary, name=name, split_size=split_size)
+
+
 def _fetcher(listing: Listing, folder: Path, passage: Passage, done: Collection[RemoteFile]) -> Fetcher:
     return Fetcher(listing, folder, passage.fetched, done=done)
 
 
-def _lots(destination: Destination, tensors: Mapping[Path, RemoteFile], folder: Path) -> list[Lot]:
-    sizes = {path: file.size for path, file in tensors.items()}
-    return lots_of(destination.plan.pieces, sizes, same_disk=on_same_disk(folder, destination.target))
+def _lots(order: Order, plan: OutputPlan, skeleton: Skeleton) -> list[Lot]:
+    sizes = {path: file.size for path, file in skeleton.tensors.items()}
+    return lots_of(plan.pieces, sizes, same_disk=on_same_disk(order.folder, order.output))
 
 
-def _room(destination: Destination, lots: list[Lot], skeleton: Skeleton, *, coming: Checkpoint, discard: bool) -> Room:
-    folder, plan, pieces = skeleton.source, destination.plan, sum(len(lot.pieces) for lot in lots)
-    same = on_same_disk(folder, destination.target)
-    own = [*destination.partials, *destination.finals, journal_of(destination.target)] if same else []
-    padding = plan.nbytes - sum(lot.packed for lot in lots) + _LINE * pieces if same else 0
+def _room(order: Order, destination: Destination, lots: list[Lot], *, beside: int) -> Room:
+    """Where the output goes to another disk, that one's room is the destination's to check."""
+    plan, same = destination.plan, on_same_disk(order.folder, order.output)
+    own = [*destination.partials, *destination.finals, journal_of(order.output)] if same else []
+    rest = plan.nbytes - sum(lot.packed for lot in lots) + _LINE * len(plan.pieces) if same else 0
     files = [path for lot in lots for path in lot.files]
     return Room(
-        folder,
-        together=least_room(lots, discard=discard),
-        beside=skeleton.full_size(looked_at(coming)) + padding + _LISTS,
-        there=disk_used([*files, *(folder / PULL).rglob("*"), *own]),
+        order.folder,
+        together=least_room(lots, discard=order.discard),
+        beside=beside + rest + _LISTS,
+        there=disk_used([*files, *(order.folder / PULL).rglob("*"), *own]),
         output=plan.nbytes if same else 0,
         release=sum(lot.nbytes for lot in lots),
-        discard=discard,
+        discard=order.discard,
     )

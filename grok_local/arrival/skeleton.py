@@ -23,7 +23,7 @@ from grok_local.hub.listing import is_offline
 from grok_local.hub.ranges import open_ranges
 from grok_local.hub.reasons import reason
 from grok_local.hub.repositories import RemoteFile
-from grok_local.quantize.sources.checkpoint import Checkpoint, Span, fingerprint
+from grok_local.quantize.sources.checkpoint import Checkpoint, Place, Span, fingerprint
 from grok_local.quantize.sources.recognise import HeaderReader
 
 __all__ = ["Skeleton"]
@@ -35,20 +35,20 @@ class Skeleton:
     def __init__(self, fetcher: Fetcher, tensors: Mapping[Path, RemoteFile], read_header: HeaderReader) -> None:
         keep, listing = fetcher.folder / PULL, fetcher.listing
         self.source, self.folder = fetcher.folder, keep / f"skeleton-{listing.digest}"
-        self._tensors = tensors
+        self.tensors = tensors
         self._fetcher, self._read_header = fetcher, read_header
         self._known = keep / f"fingerprint-{listing.digest}"
         self._kept_list = self.folder / "kept.jsonl"
         for other in set(keep.glob("skeleton-*")) - {self.folder}:  # of what the hub had before
             shutil.rmtree(other)
         self.folder.mkdir(exist_ok=True)
-        self._kept = self._read_kept()
+        self._kept, self._small = self._read_kept(), 0
 
     def _read_kept(self) -> set[Path]:
         """The files of which all is here that is needed when they are gone; those whose part is gone come again."""
         with JsonLines(self._kept_list) as lines:
             listed = [self.source / line for line in lines.read() if isinstance(line, str)]
-            kept = {path for path in listed if path in self._tensors and self.path_of(path).exists()}
+            kept = {path for path in listed if path in self.tensors and self.path_of(path).exists()}
             if len(kept) < len(listed):
                 lines.clear()
                 lines.append(*(str(path.relative_to(self.source)) for path in kept))
@@ -65,9 +65,9 @@ class Skeleton:
         problems: list[str] = []
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             try:
-                for number, (path, problem) in enumerate(pool.map(self._outline, self._tensors), 1):
+                for number, (path, problem) in enumerate(pool.map(self._outline, self.tensors), 1):
                     problems += [problem] if problem else []
-                    seen(number, len(self._tensors), path.name)
+                    seen(number, len(self.tensors), path.name)
             finally:
                 self._fetcher.stopped.set()
                 pool.shutdown(cancel_futures=True)
@@ -79,13 +79,21 @@ class Skeleton:
         """Have small files there whole, which are beside the tensors."""
         for path in paths:
             write_whole(self.path_of(path), path.read_bytes())
+            self._small += 2 * (path.stat().st_size + BLOCK)  # here and there
+
+    def places(self) -> dict[Path, Place]:
+        """Where each of the skeleton's files of tensors will be whole."""
+        return {self.path_of(path): Place(path, file.stamp) for path, file in self.tensors.items()}
 
     def _outline(self, path: Path) -> tuple[Path, str | None]:
         """Returns what went wrong, for the user."""
-        file, outline = self._tensors[path], self.path_of(path)
+        file, outline = self.tensors[path], self.path_of(path)
+        if outline.exists():
+            return path, None
+        if is_offline() and (problem := self._fetcher.bring(file)):
+            return path, problem
         try:
-            if not outline.exists():
-                self._read(file, outline)
+            self._read(file, outline)
         except CheckpointError as error:
             return path, str(error)
         except StopError:
@@ -96,8 +104,6 @@ class Skeleton:
 
     def _read(self, file: RemoteFile, outline: Path) -> None:
         outline.parent.mkdir(parents=True, exist_ok=True)
-        if is_offline() and (problem := self._fetcher.bring(file)):
-            raise CheckpointError(problem)
         with partial_of(outline).open("wb") as target, self._opened(file, target) as source:
             target.truncate(file.size)
             self._read_header(source, file.path)
@@ -161,14 +167,14 @@ class Skeleton:
         return path in self._kept
 
     def full_size(self, spans: Iterable[Span]) -> int:
-        """Bytes of the disk that the skeleton takes at most, once it has these parts."""
-        samples = dict.fromkeys(self._tensors, 0)
+        """Bytes of the disk that the skeleton and the small files take at most, once it has these parts."""
+        samples = dict.fromkeys(self.tensors, 0)
         for span in spans:
             samples[span.path] += span.nbytes + 2 * BLOCK
-        return sum(self._full_size(path, nbytes) for path, nbytes in samples.items())
+        return self._small + sum(self._full_size(path, nbytes) for path, nbytes in samples.items())
 
     def _full_size(self, path: Path, samples: int) -> int:
-        whole = -(-self._tensors[path].size // BLOCK) * BLOCK
+        whole = -(-self.tensors[path].size // BLOCK) * BLOCK
         return min(whole, self.path_of(path).stat().st_blocks * 512 + samples)
 
     # -- at the end ----------------------------------------------------------------------------------------------------
@@ -177,7 +183,7 @@ class Skeleton:
         """Of the checkpoint as the skeleton has it; nobody's while some of it has not been there."""
         if self._known.exists():
             return self._known.read_text("ascii")
-        if len(self._kept) < len(self._tensors):
+        if len(self._kept) < len(self.tensors):
             return ""
         found = fingerprint(checkpoint)
         write_whole(self._known, found.encode())

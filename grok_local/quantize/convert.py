@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from grok_local import units
 from grok_local.errors import CheckpointError, GrokLocalError, OptionError, OutputError, TokenizerError
-from grok_local.files import is_part
+from grok_local.files import is_part, sync_folder
 from grok_local.quantize.layout.output_plan import OutputPlan, plan_output
 from grok_local.quantize.layout.pieces import Piece, plan_tensors
 from grok_local.quantize.output.destination import Destination, cannot_write, missing_room
@@ -98,7 +98,7 @@ def pack_into(
             with destination.unfinished(force=force) as (files, journal):
                 run = PackingRun(destination.plan, files, journal, progress)
                 resumed = run.check(budget.threads)
-                for pieces in supply(run.pending, partial(_sync, files, journal)):
+                for pieces in supply(run.pending, partial(_sync, destination, files, journal)):
                     run.pack(budget, pieces)
                 destination.publish(files, journal, run.digests)
     except BrokenPipeError:
@@ -108,11 +108,12 @@ def pack_into(
     return _report(destination, started=started, unchanged=unchanged, resumed=resumed)
 
 
-def _sync(files: Sequence[PartFile], journal: Journal) -> None:
-    """First the bytes, then the journal that says they are there."""
+def _sync(destination: Destination, files: Sequence[PartFile], journal: Journal) -> None:
+    """First the bytes, then the journal that says they are there, then the names of both."""
     for file in files:
         file.sync()
     journal.sync()
+    sync_folder(destination.target.parent)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import select
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -111,3 +115,58 @@ class DiskWatch:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
+
+
+# Starts grok-local many times without importing everything each time; it says a process's number, then how it ended.
+_STARTER = """
+import json, os, sys
+import huggingface_hub.hf_api, httpx2
+from grok_local import cli
+from grok_local.arrival import arriving
+from grok_local.views import progress
+for line in sys.stdin:
+    process = os.fork()
+    if not process:
+        os.dup2(2, 1)
+        sys.stdin = open(os.devnull)
+        sys.argv = json.loads(line)
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            os._exit(leaving.code or 0)
+        finally:
+            os._exit(99)
+    print(process, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+class Starter:
+    """Runs one command after the other, and kills it when it is told to. A context manager."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _STARTER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+        )
+
+    def run(self, order: Order, *, until: Callable[[], bool]) -> int:
+        """Returns how it ended: -9 where it was killed, which it is when `until` says so."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(command(order)[2:]).encode() + b"\n")
+        number = int(self._process.stdout.readline())
+        while not (ended := select.select([self._process.stdout], [], [], 0.002)[0]) and not until():
+            pass
+        if not ended:
+            os.kill(number, signal.SIGKILL)
+        return int(self._process.stdout.readline())
+
+    def __enter__(self) -> Starter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()

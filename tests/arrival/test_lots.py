@@ -15,7 +15,7 @@ from grok_local.models import grok1, grok2
 from grok_local.models.release import Kind
 from grok_local.quantize.layout.pieces import pieces_of, plan_tensors
 from grok_local.quantize.recipe import recipe_named
-from grok_local.quantize.sources.checkpoint import Checkpoint, Shard, SourceTensor, looked_at
+from grok_local.quantize.sources.checkpoint import Checkpoint, NumberType, Shard, SourceTensor, looked_at
 
 GB = 1e9
 
@@ -31,7 +31,7 @@ def published_grok_1() -> Checkpoint:
             (Shard(Path(leaf.file_name), expert * rows * columns * item, range(rows), range(columns)),)
             for expert in range(outer[0])
         )
-        dtype = "i1" if item == 1 else "f4"
+        dtype: NumberType = "i1" if item == 1 else "f4"
         tensors.append(SourceTensor(leaf.target, leaf.path, "", dtype, leaf.transposed, matrices, None, ()))
     return Checkpoint(Path(), grok1.RELEASE, dims, tuple(tensors))
 
@@ -114,7 +114,13 @@ def test_the_gate_lets_in_what_fits() -> None:
     lots = [_lot(10, 5), _lot(8, 4), _lot(6, 3), _lot(4, 2)]
     room, inside, most = least_room(lots, discard=True), 0, 0
     gate, entered = Gate(room), queue.SimpleQueue[Lot]()
-    feeder = threading.Thread(target=lambda: [entered.put(lot) for lot in lots if gate.enter(lot)])
+
+    def feed() -> None:
+        for lot in lots:
+            assert gate.enter(lot)
+            entered.put(lot)
+
+    feeder = threading.Thread(target=feed)
     feeder.start()
     for _ in lots:
         lot = entered.get(timeout=10)
