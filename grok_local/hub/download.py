@@ -102,7 +102,7 @@ def _receive_span(url: str, span: range, *, headers: dict[str, str]) -> bytes:
         data = bytearray()
         for block in response.iter_bytes():
             data += block
-            if len(data) >= len(span):
+            if len(data) > len(span):  # read to its end otherwise, so that the connection can be used again
                 break
     if len(data) < len(span):
         raise ConnectionError("the answer ended too early")

@@ -104,7 +104,7 @@ class DiskWatch:
         self._thread = threading.Thread(target=self._watch)
 
     def _watch(self) -> None:
-        while not self._done.wait(0.002):
+        while not self._done.wait(0.01):
             with suppress(FileNotFoundError):  # a folder went while it was looked through
                 self.peak = max(self.peak, disk_used(path for path in self._folder.rglob("*") if path.is_file()))
 

