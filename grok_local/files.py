@@ -19,10 +19,12 @@ from typing import Any, TextIO
 
 __all__ = [
     "BLOCK",
+    "PULL",
     "DirectFile",
     "JsonLines",
     "NoLocks",
     "first_part",
+    "gone_mark",
     "is_part",
     "journal_of",
     "linked_part",
@@ -261,6 +263,14 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
+
+
+PULL = ".pull"  # the folder, in a release's own, of what is half-fetched and what is known of it
+
+
+def gone_mark(folder: Path) -> Path:
+    """What is there where a release was let go file by file, as it was packed."""
+    return folder / PULL / "packed-and-gone"
 
 
 def partial_of(path: Path) -> Path:

@@ -6,13 +6,26 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from grok_local.commands.options import Json, complete_entry, complete_session, print_json, resumable
+from grok_local.commands.options import (
+    TYPES,
+    Json,
+    Threads,
+    complete_entry,
+    complete_session,
+    one_of,
+    print_json,
+    resumable,
+    say,
+)
 from grok_local.errors import OptionError
 from grok_local.units import printable
+
+if TYPE_CHECKING:
+    from grok_local.arrival.arriving import Order
 
 __all__ = ["demo", "export_session", "list_", "list_sessions", "pull", "rm", "rm_sessions"]
 
@@ -35,33 +48,88 @@ def demo(
 
 
 def pull(
-    release: Annotated[str, typer.Argument(help="grok-1.")],
+    release: Annotated[str, typer.Argument(help="grok-1 or grok-2.", autocompletion=one_of("grok-1", "grok-2"))],
     to: Annotated[
         Optional[Path], typer.Option(help="The folder for it.  [default: its name in the checkpoints folder]")
     ] = None,
     tokenizer: Annotated[
-        Optional[Path], typer.Option(help="tokenizer.model.  [default: fetched from the release's git repository]")
+        Optional[Path],
+        typer.Option(help="Grok-1's tokenizer.model.  [default: fetched from the release's git repository]"),
     ] = None,
+    quantize: Annotated[
+        Optional[str],
+        typer.Option(help="Pack each file as it arrives, to q4_k for example.", metavar="TYPE", autocompletion=TYPES),
+    ] = None,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Delete each file once all that is in it is packed and on the disk.")
+    ] = False,
+    output: Annotated[
+        Optional[Path],
+        typer.Option("-o", "--output", help="The GGUF.  [default: named after folder and type, in the models folder]"),
+    ] = None,
+    threads: Threads = None,
+    memory: Annotated[str, typer.Option(help="The process's peak memory while packing.")] = "4G",
+    split_size: Annotated[Optional[str], typer.Option(help="Write parts of at most this size.", metavar="SIZE")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how much of the disk it takes, and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Download the release and check every file. Stopped, the same command goes on where it was.
+    """Download a release and check every file. Stopped, the same command goes on where it was.
 
-    grok-local pull grok-1 --to /data/grok-1
+    With --quantize it is packed while it comes, and with --discard it never lies on the disk as a whole.
+
+    grok-local pull grok-2 --quantize q4_k --discard
     """
     from grok_local import folders
-    from grok_local.hub.fetch import fetch_release
-    from grok_local.views import progress
 
     if to == Path():
         raise OptionError("--to names no folder")
     folder = to or folders.checkpoints_folder() / release
+    if quantize is None:
+        if discard or dry_run or output or force or split_size:
+            raise OptionError("--discard, --dry-run, --output, --force and --split-size belong to --quantize TYPE")
+        _fetch(release, folder, tokenizer=tokenizer, as_json=as_json)
+        return
+    from grok_local.arrival.arriving import Order
+    from grok_local.library.names import named_output
+    from grok_local.quantize.convert import Limits
+
+    target = named_output(output, quantize, folder)
+    limits = Limits.parsed(target, threads=threads, memory=memory, split_size=split_size)
+    order = Order(release, folder, target, limits, type=quantize, discard=discard, tokenizer=tokenizer)
+    _fetch_and_pack(order, force=force, dry_run=dry_run, as_json=as_json)
+
+
+def _fetch(release: str, folder: Path, *, tokenizer: Path | None, as_json: bool) -> None:
+    from grok_local.folders import checkpoints_folder
+    from grok_local.hub.fetch import fetch_release
+    from grok_local.views import progress
+
     with resumable(), progress.progress_view("pull", as_json=as_json) as show:
         report = fetch_release(release, folder, tokenizer=tokenizer, progress=show)
     if as_json:
         print_json({"event": "done", **asdict(report)})
+        return
+    print("\n".join(progress.fetch_summary(report)), file=sys.stderr)
+    named = release if folder == checkpoints_folder() / release else shlex.quote(str(folder))
+    print(f"next: grok-local quantize {named}", file=sys.stderr)
+
+
+def _fetch_and_pack(order: Order, *, force: bool, dry_run: bool, as_json: bool) -> None:
+    from grok_local.arrival.arriving import arrival
+    from grok_local.views import progress
+
+    with resumable(), progress.progress_view("pull", as_json=as_json) as show, arrival(order, show) as coming:
+        for line in (*(f"note: {note}" for note in coming.notes), coming.room.described):
+            say(line)
+        if dry_run:
+            coming.room.check()
+            return
+        report = coming.pack(force=force)
+    if as_json:
+        print_json({"event": "done", **asdict(report), "fetched": coming.passage.received})
     else:
-        print("\n".join(progress.fetch_summary(report)), file=sys.stderr)
-        print(f"next: grok-local quantize {release if to is None else shlex.quote(str(folder))}", file=sys.stderr)
+        print("\n".join(progress.quantize_summary(report)), file=sys.stderr)
 
 
 def list_(as_json: Json = False) -> None:

@@ -53,9 +53,7 @@ def quantize(
     from grok_local.views import progress
 
     source = names.resolve_checkpoint(checkpoint)
-    target = names.default_output(type, source) if output is None else output
-    if target.is_dir():
-        target = target / names.default_output(type, source).name
+    target = names.named_output(output, type, source)
     with resumable(), progress.progress_view("quantize", as_json=as_json) as show:
         report = quantize_checkpoint(
             source,

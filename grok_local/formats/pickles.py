@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from grok_local.errors import CheckpointError
 
-__all__ = ["Array", "StoredTensor", "read_pickle"]
+__all__ = ["Array", "StoredTensor", "parse_pickle", "read_pickle"]
 
 _GLOBALS = {
     ("__main__", "QuantizedWeight8bit"): "quantized",
@@ -58,11 +58,19 @@ def read_pickle(path: Path) -> StoredTensor:
     """Where the tensor in `path` lies. Raises CheckpointError naming the file and what is wrong in it."""
     try:
         with path.open("rb") as file:
-            return _stored(_Machine(file).run(), os.fstat(file.fileno()).st_size)
-    except _RefusedError as error:
-        raise CheckpointError(f"{path.name}: {error}") from None
+            return parse_pickle(file, path.name)
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error.strerror or error})") from None
+
+
+def parse_pickle(file: BinaryIO, name: str) -> StoredTensor:
+    """The same of an open file, which may be anything that can be read and sought in. Raises CheckpointError."""
+    try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return _stored(_Machine(file, size).run(), size)
+    except _RefusedError as error:
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 class _RefusedError(Exception):
@@ -83,9 +91,8 @@ class _Payload:
 class _Skipping:
     """A file whose long reads are skipped and come back as `_Payload`."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._size = os.fstat(file.fileno()).st_size
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
 
     def read(self, size: int = -1) -> Any:
         if size <= _MAX_INLINE:
@@ -130,8 +137,8 @@ _MARK = object()
 class _Machine:
     """The pickle virtual machine, reduced to what the release's pickles do."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = _Skipping(file)
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = _Skipping(file, size)
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from grok_local.errors import CheckpointError
 
-__all__ = ["TensorInfo", "read_safetensors"]
+__all__ = ["TensorInfo", "parse_safetensors", "read_safetensors"]
 
 _ITEM_SIZES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -46,13 +46,21 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
     """Where the tensors of a file lie, by name. Raises CheckpointError naming the file and what is wrong in it."""
     try:
         with path.open("rb") as file:
-            header, start = _header(file)
-            tensors = {name: _tensor(name, entry, start) for name, entry in header.items() if name != "__metadata__"}
-            _check_layout(tensors, start, os.fstat(file.fileno()).st_size)
+            return parse_safetensors(file, path.name)
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error.strerror or error})") from None
+
+
+def parse_safetensors(file: BinaryIO, name: str) -> dict[str, TensorInfo]:
+    """The same of an open file, which may be anything that can be read and sought in. Raises CheckpointError."""
+    try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        header, start = _header(file, size)
+        tensors = {key: _tensor(key, entry, start) for key, entry in header.items() if key != "__metadata__"}
+        _check_layout(tensors, start, size)
     except _MalformedError as error:
-        raise CheckpointError(f"{path.name}: {error}") from None
+        raise CheckpointError(f"{name}: {error}") from None
     return tensors
 
 
@@ -60,9 +68,9 @@ class _MalformedError(Exception):
     """The file is not what the format allows."""
 
 
-def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """The header, and where the tensors begin."""
-    size, start = os.fstat(file.fileno()).st_size, file.read(_LENGTH)
+    start = file.read(_LENGTH)
     length = int.from_bytes(start, "little")
     if len(start) < _LENGTH or not 2 <= length <= _MAX_HEADER:
         raise _MalformedError(f"is no safetensors file: its header would have {length} bytes")

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grok_local.errors import FetchError
-from grok_local.hub.listing import RemoteFile
 from grok_local.hub.reasons import reason, status_of
+from grok_local.hub.repositories import RemoteFile
 
-__all__ = ["StopError", "digest_is_right", "download"]
+__all__ = ["StopError", "digest_is_right", "download", "read_span"]
 
 PAUSE = 1.0  # seconds after a first failure; doubled each time
 _LONGEST_PAUSE = 30.0
@@ -73,6 +73,40 @@ def _receive(
             os.fsync(target.fileno())
     if _size(partial) < file.size:
         raise ConnectionError("the answer ended too early")
+
+
+def read_span(url: str, span: range, *, headers: dict[str, str], stopped: threading.Event) -> bytes:
+    """These bytes of a file. Raises FetchError, StopError, and what the server answers."""
+    for failure in range(_FAILURES):
+        try:
+            return _receive_span(url, span, headers=headers)
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            why = reason(error)
+        if stopped.wait(min(PAUSE * 2**failure, _LONGEST_PAUSE)):
+            raise StopError
+    raise FetchError(f"the connection fails again and again ({why})")
+
+
+def _receive_span(url: str, span: range, *, headers: dict[str, str]) -> bytes:
+    """A server that knows no ranges sends everything: of that no more is read than was asked for."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    asked = {**headers, "Accept-Encoding": "identity", "Range": f"bytes={span.start}-{span.stop - 1}"}
+    with get_session().stream("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        hf_raise_for_status(response)
+        if response.status_code != 206 and span.start:
+            raise FetchError("the server does not send parts of files, which packing on arrival needs")
+        data = bytearray()
+        for block in response.iter_bytes():
+            data += block
+            if len(data) > len(span):  # read to its end otherwise, so that the connection can be used again
+                break
+    if len(data) < len(span):
+        raise ConnectionError("the answer ended too early")
+    return bytes(data[: len(span)])
 
 
 def _may_pass(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,26 +14,14 @@ from typing import Any
 from grok_local.errors import FetchError
 from grok_local.files import write_whole
 from grok_local.hub.reasons import reason
+from grok_local.hub.repositories import RemoteFile, Repository
 
-__all__ = ["Listing", "RemoteFile", "is_offline", "list_release"]
+__all__ = ["Listing", "is_offline", "list_release"]
 
-_NEEDED = re.compile(r"ckpt(-0)?/tensor\d{5}_\d{3}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _TIMEOUT = 30.0  # seconds
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file as the hub lists it. `digest` is its SHA-256, or git's SHA-1 for those small enough to be in git."""
-
-    path: str
-    size: int
-    digest: str
-
-    @property
-    def partial_name(self) -> str:
-        """What it is called while it grows: never the same for two files, or for two versions of one."""
-        return f"{self.path.replace('/', '_')}.{self.digest[:16]}.partial"
+_LARGEST = 1 << 40  # bytes of a file with tensors; the releases' largest have 34 GB
+_LARGEST_OTHER = 1 << 25  # bytes of any other; the tokenizer has 8 million
 
 
 @dataclass(frozen=True)
@@ -47,6 +36,12 @@ class Listing:
     def nbytes(self) -> int:
         return sum(file.size for file in self.files)
 
+    @property
+    def digest(self) -> str:
+        """Tells listings apart, whatever a mirror calls them."""
+        lines = "".join(f"{file.path} {file.size} {file.digest}\n" for file in self.files)
+        return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
 
 def is_offline() -> bool:
     """Whether HF_HUB_OFFLINE is set. Raises FetchError where huggingface-hub cannot read its environment."""
@@ -59,7 +54,7 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def list_release(repository: str, saved: Path) -> Listing:
+def list_release(repository: Repository, saved: Path) -> Listing:
     """From the hub, and written to `saved`; offline, what it said the last time. Raises FetchError."""
     if is_offline():
         return _saved(repository, saved)
@@ -69,19 +64,19 @@ def list_release(repository: str, saved: Path) -> Listing:
         raise
     except Exception as error:  # whatever huggingface-hub and the network raise
         where = os.environ.get("HF_ENDPOINT")
-        raise FetchError(f"{repository}{f' at HF_ENDPOINT={where}' if where else ''}: {reason(error)}") from None
+        raise FetchError(f"{repository.hub}{f' at HF_ENDPOINT={where}' if where else ''}: {reason(error)}") from None
     saved.parent.mkdir(parents=True, exist_ok=True)
     write_whole(saved, json.dumps(asdict(listing)).encode())
     return listing
 
 
-def _from_hub(repository: str) -> Listing:
+def _from_hub(repository: Repository) -> Listing:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    revision = _revision(api, repository)
-    tree = api.list_repo_tree(repository, recursive=True, revision=revision)
-    needed: list[Any] = [item for item in tree if _NEEDED.fullmatch(item.path)]
+    revision = _revision(api, repository.hub)
+    tree = api.list_repo_tree(repository.hub, recursive=True, revision=revision)
+    needed: list[Any] = [item for item in tree if repository.needs(item.path)]
     return _checked(repository, revision, [(item.path, item.size, _digest(item)) for item in needed])
 
 
@@ -101,11 +96,11 @@ def _revision(api: Any, repository: str) -> str:
         return "main"
 
 
-def _saved(repository: str, saved: Path) -> Listing:
+def _saved(repository: Repository, saved: Path) -> Listing:
     try:
         known = json.loads(saved.read_bytes())
-        if known["repository"] != repository:
-            raise FetchError(f"{saved.parent.parent}: holds {known['repository']}, not {repository}")
+        if known["repository"] != repository.hub:
+            raise FetchError(f"{saved.parent.parent}: holds {known['repository']}, not {repository.hub}")
         files = [(file["path"], file["size"], file["digest"]) for file in known["files"]]
         return _checked(repository, str(known["revision"]), files)
     except (OSError, ValueError, KeyError, TypeError):
@@ -114,13 +109,23 @@ def _saved(repository: str, saved: Path) -> Listing:
         ) from None
 
 
-def _checked(repository: str, revision: str, files: Iterable[tuple[Any, Any, Any]]) -> Listing:
+def _checked(repository: Repository, revision: str, files: Iterable[tuple[Any, Any, Any]]) -> Listing:
     """The listing, if its paths, sizes and digests can be meant. Raises FetchError."""
-    good = []
+    good: dict[str, RemoteFile] = {}
     for path, size, digest in files:
-        if not (isinstance(size, int) and size > 0 and _NEEDED.fullmatch(path) and _DIGEST.fullmatch(str(digest))):
-            raise FetchError(f"{repository}: the listing's entry for {path!r} makes no sense ({size!r}, {digest!r})")
-        good.append(RemoteFile(path, size, digest))
-    if not good:
-        raise FetchError(f"{repository}: the hub lists no ckpt-0/tensor00000_000 and so on there")
-    return Listing(repository, revision, tuple(good))
+        if path in good or not _makes_sense(repository, path, size, digest):
+            why = f"{size!r}, {digest!r}" if path not in good else "it is there twice"
+            raise FetchError(f"{repository.hub}: the listing's entry for {path!r} makes no sense ({why:.200})")
+        good[path] = RemoteFile(path, size, digest)
+    absent = sorted(repository.others - good.keys())
+    if not any(map(repository.tensors.fullmatch, good)) or absent:
+        missing = absent[0] if absent and good else f"{repository.example} and so on"
+        raise FetchError(f"{repository.hub}: the hub lists no {missing} there")
+    return Listing(repository.hub, revision, tuple(good.values()))
+
+
+def _makes_sense(repository: Repository, path: Any, size: Any, digest: Any) -> bool:
+    if not (isinstance(path, str) and repository.needs(path) and isinstance(digest, str)):
+        return False
+    largest = _LARGEST_OTHER if path in repository.others else _LARGEST
+    return type(size) is int and 0 < size <= largest and _DIGEST.fullmatch(digest) is not None

@@ -35,6 +35,7 @@ __all__ = [
     "model_names",
     "model_request",
     "models",
+    "named_output",
     "pulled",
     "resolve_checkpoint",
     "resolve_model",
@@ -165,6 +166,14 @@ def pulled() -> list[Path]:
 def shown_name(path: Path) -> str:
     """What a model is called: as `list` shows it."""
     return BUILT_IN if path in packed_files() else _NUMBER.sub("", path.stem)
+
+
+def named_output(given: Path | None, type: str, checkpoint: Path) -> Path:
+    """Where a packed checkpoint goes: where `given` says, which may be a folder, or into the models folder."""
+    default = default_output(type, checkpoint)
+    if given is None:
+        return default
+    return given / default.name if given.is_dir() else given
 
 
 def default_output(type: str, checkpoint: Path) -> Path:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import TypeAlias
 
 from grok_local import units
 from grok_local.errors import CheckpointError, GrokLocalError, OptionError, OutputError, TokenizerError
-from grok_local.files import is_part
+from grok_local.files import is_part, sync_folder
 from grok_local.quantize.layout.output_plan import OutputPlan, plan_output
-from grok_local.quantize.layout.pieces import plan_tensors
+from grok_local.quantize.layout.pieces import Piece, plan_tensors
 from grok_local.quantize.output.destination import Destination, cannot_write, missing_room
+from grok_local.quantize.output.journal import Journal
+from grok_local.quantize.output.part_file import PartFile
 from grok_local.quantize.packing.pool import Budget, PackingRun, Progress
 from grok_local.quantize.recipe import Recipe, recipe_named
 from grok_local.quantize.sources.checkpoint import Checkpoint, check_scales, fingerprint
 from grok_local.quantize.sources.recognise import input_files, open_checkpoint, open_vocabulary
 from grok_local.quantize.sources.vocabulary import Vocabulary
 
-__all__ = ["Progress", "QuantizeReport", "quantize_checkpoint"]
+__all__ = ["Limits", "Progress", "QuantizeReport", "pack_into", "quantize_checkpoint"]
 
+# Takes the pieces that are to be packed, and a function that waits until those that are packed are on the disk. Says of
+# which pieces the files are there, and is asked for more when those it said last are packed and journalled.
+Supply: TypeAlias = Callable[[Sequence[Piece], Callable[[], None]], Iterable[Sequence[Piece]]]
 
 _MAX_THREADS = 512
 
@@ -61,36 +67,65 @@ def quantize_checkpoint(
     continued by the same call. Raises CheckpointError, TokenizerError, OutputError or OptionError, listing all
     problems.
     """
-    started, target, recipe = time.monotonic(), Path(output), recipe_named(type)
-    limits = _Limits.parsed(target, threads=threads, memory=memory, split_size=split_size)
+    target, recipe = Path(output), recipe_named(type)
+    limits = Limits.parsed(target, threads=threads, memory=memory, split_size=split_size)
     source, vocabulary = _open(Path(checkpoint), tokenizer, recipe, target)
     _check_no_input(target, source, Path(tokenizer) if tokenizer else None)
     plan = plan_output(source, recipe, vocabulary=vocabulary, name=target.name, split_size=limits.split_size)
-    destination, resumed = Destination(target, plan, cache(partial(fingerprint, source))), 0
+    destination = Destination(target, plan, cache(partial(fingerprint, source)))
+    return pack_into(destination, limits, force=force, progress=progress)
+
+
+def _all_at_once(pending: Sequence[Piece], _: Callable[[], None]) -> Iterable[Sequence[Piece]]:
+    """The supply where all files are there."""
+    return [pending]
+
+
+def pack_into(
+    destination: Destination,
+    limits: Limits,
+    *,
+    force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    supply: Supply = _all_at_once,
+) -> QuantizeReport:
+    """Pack what is planned, as the `supply` has it. Raises OutputError, OptionError, CheckpointError."""
+    started, resumed = time.monotonic(), 0
     try:
         unchanged = destination.is_complete(force=force)
         if not unchanged:
-            budget = Budget.of(limits.memory, limits.threads, plan)
+            budget = Budget.of(limits.memory, limits.threads, destination.plan)
             with destination.unfinished(force=force) as (files, journal):
-                run = PackingRun(plan, files, journal, progress)
+                run = PackingRun(destination.plan, files, journal, progress)
                 resumed = run.check(budget.threads)
-                run.pack(budget)
+                for pieces in supply(run.pending, partial(_sync, destination, files, journal)):
+                    run.pack(budget, pieces)
                 destination.publish(files, journal, run.digests)
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(cannot_write(error, target)) from error
+        raise OutputError(cannot_write(error, destination.target)) from error
     return _report(destination, started=started, unchanged=unchanged, resumed=resumed)
 
 
+def _sync(destination: Destination, files: Sequence[PartFile], journal: Journal) -> None:
+    """First the bytes, then the journal that says they are there, then the names of both."""
+    for file in files:
+        file.sync()
+    journal.sync()
+    sync_folder(destination.target.parent)
+
+
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
+    """What packing may take, and how large a part may be."""
+
     threads: int
     memory: int  # bytes
     split_size: int | None  # bytes of a part's tensors
 
     @classmethod
-    def parsed(cls, target: Path, *, threads: int | None, memory: str | int, split_size: str | int | None) -> _Limits:
+    def parsed(cls, target: Path, *, threads: int | None, memory: str | int, split_size: str | int | None) -> Limits:
         """Raises OptionError."""
         size = None if split_size is None else units.parse_size(split_size)
         if threads is not None and not 1 <= threads <= _MAX_THREADS:

@@ -128,7 +128,10 @@ def verify_summary(report: VerifyReport) -> str:
         worst = max((check.relative_rms or 0.0 for check in tensors), default=0.0)
         return f"{start}, as packing the checkpoint gives them; {exact} exact, relative RMS error at most {worst:.3g}"
     if report.hashed:
-        return f"{start}, each with the hash it was packed with"
+        hashed = f"{start}, each with the hash it was packed with"
+        return (
+            f"{hashed}; whether that is what the release gives, --against CHECKPOINT tells where the release is there"
+        )
     return f"{start}, all finite; the file has no hashes, so nothing but its structure could be checked"
 
 

@@ -24,7 +24,13 @@ __all__ = ["Show", "batch_view", "fetch_summary", "progress_view", "quantize_sum
 
 _LINE_EVERY = 5.0  # seconds, where no bar can be drawn
 
-_PHASES = {"check": "checking", "pack": "packing", "fetch": "fetching"}
+_PHASES = {
+    "check": "checking",
+    "pack": "packing",
+    "fetch": "fetching",
+    "headers": "reading headers",
+    "arrive": "fetching and packing",
+}
 
 
 class Event(Protocol):

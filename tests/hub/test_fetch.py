@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
 
 from grok_local.errors import FetchError, OptionError, TokenizerError
-from grok_local.hub import download, fetch
-from grok_local.hub.fetch import FetchProgress, fetch_release
+from grok_local.hub.fetch import fetch_release
+from grok_local.hub.fetcher import FetchProgress
 from tests.conftest import TOKENIZER, Run
-from tests.hub.hub_server import Hub, files_of, serve
+from tests.hub.hub_server import Hub, files_of, serve, use
 
 LARGE = "ckpt-0/tensor00004_000"  # 525 kB
 
@@ -27,14 +26,7 @@ LARGE = "ckpt-0/tensor00004_000"  # 525 kB
 @pytest.fixture
 def hub(small: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serve(Hub(files_of(small))) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 5)
-        monkeypatch.setenv("HF_ENDPOINT", server.url)  # for processes of their own
-        monkeypatch.setenv("HF_HOME", "/nowhere")  # no token of whoever runs the tests
-        monkeypatch.setattr(fetch, "TOKENIZER_URL", f"{server.url}/tokenizer.model")
-        monkeypatch.setattr(download, "PAUSE", 0.001)
+        use(server, monkeypatch)
         yield server
 
 
@@ -324,13 +316,13 @@ def test_an_endpoint_that_is_none(run: Run, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_tokenizer_comes_from_the_git_repository(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"the tensors are complete.*404.*--tokenizer FILE"):
+    with pytest.raises(TokenizerError, match=r"the tokenizer is missing.*404.*--tokenizer FILE"):
         fetch_release("grok-1", tmp_path)
     assert not (tmp_path / "tokenizer.model").exists()
     with pytest.raises(TokenizerError, match="no such tokenizer file"):
         fetch_release("grok-1", tmp_path, tokenizer=tmp_path / "nowhere")
     report = fetch_release("grok-1", tmp_path, tokenizer=TOKENIZER)
-    assert "26 tensors" in report.notes[0]
+    assert "26 files of tensors" in report.notes[0]
     assert "not the release's own tokenizer" in report.notes[1]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
@@ -79,6 +80,21 @@ class Piece:
     @property
     def weights(self) -> int:
         return self.rows * self.tensor.width
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files that it is made from."""
+        source, rows = self.tensor.source, range(self.start, self.stop)
+        shards = source.matrices[self.expert]
+        if self.tensor.transposed:
+            inside = {shard.path for shard in shards if _meet(shard.columns, rows)}
+        else:
+            inside = {shard.path for shard in shards if _meet(shard.rows, rows)}
+        return inside | ({source.scales.path} if source.scales else set())
+
+
+def _meet(a: range, b: range) -> bool:
+    return max(a.start, b.start) < min(a.stop, b.stop)
 
 
 def piece_rows(width: int) -> int:

@@ -83,6 +83,10 @@ class Journal:
                 raise
             raise OutputError(f"{self.path}: the disk is full") from None
 
+    def sync(self) -> None:
+        """Wait until all lines are on the disk. Raises OSError."""
+        os.fsync(self._lines.fileno())
+
     def finish(self) -> None:
         """Remove the journal: the output is complete."""
         self.path.unlink(missing_ok=True)

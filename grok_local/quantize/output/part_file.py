@@ -39,11 +39,15 @@ class PartFile:
         """Fill `memory` from `offset`; what was never written is zero."""
         os.preadv(self._file.fileno(), [memory], offset)
 
+    def sync(self) -> None:
+        """Wait until all that is written is on the disk."""
+        os.fsync(self._file.fileno())
+
     def write_header(self, header: bytes) -> None:
         """Write what makes the file a GGUF, after everything else is on the disk; then wait until it is, too."""
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.write(memoryview(header), 0, aligned=False)
-        os.fsync(self._file.fileno())
+        self.sync()
 
     def __enter__(self) -> PartFile:
         return self

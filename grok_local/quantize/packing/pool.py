@@ -144,23 +144,32 @@ class PackingRun:
         digest = hashlib.sha256(memory).digest()
         return digest if digest.hex() == entry.get("sha256") else None
 
-    def pack(self, budget: Budget) -> None:
-        """Pack every piece that has no digest yet. Raises the first failure, after the threads have stopped."""
-        pending = [piece for piece in self._plan.pieces if piece.index not in self.digests]
+    @property
+    def pending(self) -> list[Piece]:
+        """Every piece that has no digest yet."""
+        return [piece for piece in self._plan.pieces if piece.index not in self.digests]
+
+    def _reserve(self, budget: Budget) -> None:
+        """The buffers, which come back at the end of each `pack`."""
         for _ in range(_SLABS):
             self._slabs.put(np.empty(budget.slab, np.uint8))
         for _ in range(budget.threads + _WRITERS):
             self._outputs.put(aligned_empty(budget.piece))
+
+    def pack(self, budget: Budget, pieces: Iterable[Piece]) -> None:
+        """Pack them, and have them journalled. Raises the first failure, after the threads have stopped."""
+        if self._slabs.empty():
+            self._reserve(budget)
         # The packers are left first, so that the writers get all they packed.
         with ThreadPoolExecutor(_WRITERS) as writers, ThreadPoolExecutor(budget.threads) as packers:
             try:
-                for pieces in slab_runs(pending, budget.slab):
+                for together in slab_runs(pieces, budget.slab):
                     memory = self._slabs.get()
                     if self._failure:
                         break
-                    load = _Load(read_slab(pieces, memory), memory, len(pieces))
+                    load = _Load(read_slab(together, memory), memory, len(together))
                     self._read += load.slab.values.nbytes
-                    for piece in pieces:
+                    for piece in together:
                         packers.submit(self._pack_piece, piece, load, writers)
             except BaseException as error:
                 self._failure = self._failure or error

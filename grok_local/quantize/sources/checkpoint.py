@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -19,12 +19,15 @@ from grok_local.models.release import Dimensions, Release, Target
 __all__ = [
     "Checkpoint",
     "NumberType",
+    "Place",
     "Scales",
     "Shard",
     "SourceTensor",
+    "Span",
     "check_file",
     "check_scales",
     "fingerprint",
+    "looked_at",
     "names_in",
     "read_scales",
 ]
@@ -44,6 +47,15 @@ class Shard:
     offset: int
     rows: range
     columns: range
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some bytes of a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,35 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Of all its files."""
-        return sum(path.stat().st_size for path in {path for tensor in self.tensors for path in tensor.paths})
+        return sum(path.stat().st_size for path in self.paths)
+
+    @property
+    def paths(self) -> set[Path]:
+        """All its files."""
+        return {path for tensor in self.tensors for path in tensor.paths}
+
+    def moved(self, places: Mapping[Path, Place]) -> Checkpoint:
+        """The same, with its files in other places, which need not be there yet."""
+        return replace(self, tensors=tuple(_moved(tensor, places) for tensor in self.tensors))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file will be, and its version, as a listing has it."""
+
+    path: Path
+    stamp: tuple[int, ...]
+
+
+def _moved(tensor: SourceTensor, places: Mapping[Path, Place]) -> SourceTensor:
+    return replace(
+        tensor,
+        matrices=tuple(
+            tuple(replace(shard, path=places[shard.path].path) for shard in matrix) for matrix in tensor.matrices
+        ),
+        scales=tensor.scales and replace(tensor.scales, path=places[tensor.scales.path].path),
+        stamp=tuple(number for path in tensor.paths for number in places[path].stamp),
+    )
 
 
 def names_in(folder: Path) -> list[str]:
@@ -146,7 +186,7 @@ def read_scales(tensor: SourceTensor) -> npt.NDArray[np.float32]:
     scales = tensor.scales
     if scales is None:
         raise AssertionError(f"{tensor.where} has no scales")
-    raw = np.frombuffer(_read(scales.path, scales.offset, 2 * math.prod(scales.shape)), np.uint16)
+    raw = np.frombuffer(_read(_span_of(scales)), np.uint16)
     return (raw.astype(np.uint32) << 16).view(np.float32).reshape(scales.shape)
 
 
@@ -171,37 +211,49 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         digest.update(f"{tensor.where} {tensor.stored_shape} {tensor.dtype}\n".encode())
         if tensor.scales:
             digest.update(read_scales(tensor))
-        for sample in _samples(tensor):
-            digest.update(sample)
+        for span in _samples(tensor):
+            digest.update(_read(span))
     return digest.hexdigest()
 
 
-def _samples(tensor: SourceTensor) -> Iterator[bytes]:
+def looked_at(checkpoint: Checkpoint) -> Iterator[Span]:
+    """What `fingerprint` reads: files that have nothing else any more still tell it."""
+    for tensor in checkpoint.tensors:
+        if tensor.scales:
+            yield _span_of(tensor.scales)
+        yield from _samples(tensor)
+
+
+def _span_of(scales: Scales) -> Span:
+    return Span(scales.path, scales.offset, 2 * math.prod(scales.shape))
+
+
+def _samples(tensor: SourceTensor) -> Iterator[Span]:
     shards = [shard for matrix in tensor.matrices for shard in matrix]
     smallest = min(len(shard.rows) * len(shard.columns) for shard in shards) * tensor.item_size
     step = max(min(tensor.nbytes // _SAMPLES, smallest), _SAMPLE)
     for start in range(0, tensor.nbytes, step):
-        yield b"".join(_stored_bytes(tensor, start, min(start + _SAMPLE, tensor.nbytes)))
+        yield from _stored(tensor, start, min(start + _SAMPLE, tensor.nbytes))
 
 
-def _stored_bytes(tensor: SourceTensor, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes from `start` to `stop` of all shards, one after the other."""
+def _stored(tensor: SourceTensor, start: int, stop: int) -> Iterator[Span]:
+    """Where the bytes from `start` to `stop` of all shards lie, one after the other."""
     at = 0
     for shard in (shard for matrix in tensor.matrices for shard in matrix):
         size = len(shard.rows) * len(shard.columns) * tensor.item_size
         first, last = max(start, at), min(stop, at + size)
         if first < last:
-            yield _read(shard.path, shard.offset + first - at, last - first)
+            yield Span(shard.path, shard.offset + first - at, last - first)
         at += size
 
 
-def _read(path: Path, offset: int, nbytes: int) -> bytes:
+def _read(span: Span) -> bytes:
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(nbytes)
+        with span.path.open("rb") as file:
+            file.seek(span.offset)
+            data = file.read(span.nbytes)
     except OSError as error:
-        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror or error})") from None
-    if len(data) < nbytes:
-        raise CheckpointError(f"{path.name}: became shorter while it was read")
+        raise CheckpointError(f"{span.path.name}: cannot be read ({error.strerror or error})") from None
+    if len(data) < span.nbytes:
+        raise CheckpointError(f"{span.path.name}: became shorter while it was read")
     return data

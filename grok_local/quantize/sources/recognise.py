@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from grok_local.errors import CheckpointError
+from grok_local.files import gone_mark
+from grok_local.formats.pickles import parse_pickle
+from grok_local.formats.safetensors import parse_safetensors
 from grok_local.models import grok1, grok2
 from grok_local.models.release import Release
 from grok_local.quantize.sources.checkpoint import Checkpoint, names_in
@@ -18,21 +21,35 @@ from grok_local.quantize.sources.ranks import RANKS
 from grok_local.quantize.sources.sentencepiece import SENTENCEPIECE
 from grok_local.quantize.sources.vocabulary import TokenizerKind, Vocabulary
 
-__all__ = ["find_tokenizer", "input_files", "open_checkpoint", "open_vocabulary", "what_is_in"]
+__all__ = [
+    "HeaderReader",
+    "find_tokenizer",
+    "header_reader",
+    "input_files",
+    "open_checkpoint",
+    "open_vocabulary",
+    "what_is_in",
+]
+
+HeaderReader = Callable[[BinaryIO, str], object]
 
 
 @dataclass(frozen=True)
 class _Format:
-    """How a release's files are told, how they are opened, and which tokenizer comes with them."""
+    """How a release's files are told, how they are opened, and which tokenizer comes with them.
+
+    `header` reads of an open file what `open` reads of each; it takes the file's name for its errors.
+    """
 
     release: Release
     is_in: Callable[[Path], bool]
     open: Callable[[Path], Checkpoint]
     tokenizer: TokenizerKind
+    header: HeaderReader
 
 
-_GROK_1 = _Format(grok1.RELEASE, has_checkpoint, open_grok1, SENTENCEPIECE)
-_FORMATS = (_GROK_1, _Format(grok2.RELEASE, has_shards, open_grok2, RANKS))
+_GROK_1 = _Format(grok1.RELEASE, has_checkpoint, open_grok1, SENTENCEPIECE, parse_pickle)
+_FORMATS = (_GROK_1, _Format(grok2.RELEASE, has_shards, open_grok2, RANKS, parse_safetensors))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -58,6 +75,14 @@ def open_vocabulary(folder: Path, given: Path | None, *, size: int | None) -> Vo
     return _tokenizer_of(folder).read(find_tokenizer(folder, given), size)
 
 
+def header_reader(release: str) -> HeaderReader:
+    """What reads the headers of a release's files: as much of them as `open_checkpoint` looks at.
+
+    Raises CheckpointError for what is none.
+    """
+    return next(kind.header for kind in _FORMATS if kind.release.name == release)
+
+
 def find_tokenizer(folder: Path, given: Path | None = None) -> Path:
     """The file `given`, or the tokenizer beside a checkpoint's tensors. Raises TokenizerError."""
     return _tokenizer_of(folder).find(folder, given)
@@ -67,7 +92,7 @@ def input_files(checkpoint: Checkpoint) -> set[Path]:
     """All that packing a checkpoint may read but a tokenizer that is given."""
     folder = checkpoint.folder
     tokenizers = (place for kind in _FORMATS for place in kind.tokenizer.places(folder))
-    return {path for tensor in checkpoint.tensors for path in tensor.paths} | {folder / CONFIG, *tokenizers}
+    return checkpoint.paths | {folder / CONFIG, *tokenizers}
 
 
 def _tokenizer_of(folder: Path) -> TokenizerKind:
@@ -85,6 +110,8 @@ def what_is_in(folder: Path) -> str:
     if snapshot or kind:
         of = f" in {kind.release.title}'s format" if kind else ""
         return f"it is a checkpoint{of}: grok-local quantize {snapshot or folder} packs it"
+    if gone_mark(folder).exists():
+        return "its files were deleted as they were packed; grok-local pull fetches them again"
     names = sorted(names_in(folder))
     config = _config(folder)
     architectures = config.get("architectures")
