@@ -27,14 +27,14 @@ from grok_local.quantize.recipe import Recipe, recipe_named
 from grok_local.quantize.sources.checkpoint import Checkpoint, looked_at
 from grok_local.quantize.sources.recognise import header_reader, open_checkpoint, open_vocabulary
 
-__all__ = ["Order", "arrival"]
+__all__ = ["Wanted", "arrival"]
 
 _LINE = 160  # bytes of the journal for a piece
 _LISTS = 1 << 16  # bytes of the listing, locks and lists
 
 
 @dataclass(frozen=True)
-class Order:
+class Wanted:
     """A release to be packed to `type`: its files come into `folder`, and with `discard` they go again."""
 
     release: str
@@ -74,7 +74,7 @@ class Arrival:
 
 
 @contextmanager
-def arrival(order: Order, progress: Shown | None = None) -> Iterator[Arrival]:
+def arrival(order: Wanted, progress: Shown | None = None) -> Iterator[Arrival]:
     """What is ordered, planned by what the hub says of its files, and by their headers.
 
     Raises OptionError, FetchError, CheckpointError or TokenizerError.
@@ -97,13 +97,13 @@ def arrival(order: Order, progress: Shown | None = None) -> Iterator[Arrival]:
         yield Arrival(destination, ordered, skeleton, passage, notes, order.limits)
 
 
-def _check_output(order: Order, listing: Listing) -> None:
+def _check_output(order: Wanted, listing: Listing) -> None:
     """No option may have the release's files replaced by what is made of them. Raises OptionError."""
     if order.output.resolve() in {(order.folder / file.path).resolve() for file in listing.files}:
         raise OptionError(f"-o {order.output}: is the name of one of the release's files: choose another")
 
 
-def _skeleton(order: Order, repository: Repository, listing: Listing, passage: Passage) -> Skeleton:
+def _skeleton(order: Wanted, repository: Repository, listing: Listing, passage: Passage) -> Skeleton:
     """All that is needed of the files before they come. Raises FetchError."""
     fetcher = Fetcher(listing, order.folder)
     tensors = {fetcher.path_of(file): file for file in listing.files if file.path not in repository.others}
@@ -123,7 +123,7 @@ def _small_files(repository: Repository, fetcher: Fetcher) -> list[Path]:
     return [*map(fetcher.path_of, beside), *elsewhere]
 
 
-def _plan(order: Order, recipe: Recipe, coming: Checkpoint, *, vocabulary_of: Path) -> OutputPlan:
+def _plan(order: Wanted, recipe: Recipe, coming: Checkpoint, *, vocabulary_of: Path) -> OutputPlan:
     vocabulary = open_vocabulary(vocabulary_of, None, size=coming.dimensions.vocabulary)
     name, split_size = order.output.name, order.limits.split_size
     return plan_output(coming, recipe, vocabulary=vocabulary, name=name, split_size=split_size)
@@ -133,12 +133,12 @@ def _fetcher(listing: Listing, folder: Path, passage: Passage, done: Collection[
     return Fetcher(listing, folder, passage.fetched, done=done)
 
 
-def _lots(order: Order, plan: OutputPlan, skeleton: Skeleton) -> list[Lot]:
+def _lots(order: Wanted, plan: OutputPlan, skeleton: Skeleton) -> list[Lot]:
     sizes = {path: file.size for path, file in skeleton.tensors.items()}
     return lots_of(plan.pieces, sizes, same_disk=on_same_disk(order.folder, order.output))
 
 
-def _room(order: Order, destination: Destination, lots: list[Lot], *, beside: int) -> Room:
+def _room(order: Wanted, destination: Destination, lots: list[Lot], *, beside: int) -> Room:
     """Where the output goes to another disk, that one's room is the destination's to check."""
     plan, same = destination.plan, on_same_disk(order.folder, order.output)
     own = [*destination.partials, *destination.finals, journal_of(order.output)] if same else []

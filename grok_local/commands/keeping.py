@@ -25,7 +25,7 @@ from grok_local.errors import OptionError
 from grok_local.units import printable
 
 if TYPE_CHECKING:
-    from grok_local.arrival.arriving import Order
+    from grok_local.arrival.arriving import Wanted
 
 __all__ = ["demo", "export_session", "list_", "list_sessions", "pull", "rm", "rm_sessions"]
 
@@ -90,13 +90,13 @@ def pull(
             raise OptionError("--discard, --dry-run, --output, --force and --split-size belong to --quantize TYPE")
         _fetch(release, folder, tokenizer=tokenizer, as_json=as_json)
         return
-    from grok_local.arrival.arriving import Order
+    from grok_local.arrival.arriving import Wanted
     from grok_local.library.names import named_output
     from grok_local.quantize.convert import Limits
 
     target = named_output(output, quantize, folder)
     limits = Limits.parsed(target, threads=threads, memory=memory, split_size=split_size)
-    order = Order(release, folder, target, limits, type=quantize, discard=discard, tokenizer=tokenizer)
+    order = Wanted(release, folder, target, limits, type=quantize, discard=discard, tokenizer=tokenizer)
     _fetch_and_pack(order, force=force, dry_run=dry_run, as_json=as_json)
 
 
@@ -115,7 +115,7 @@ def _fetch(release: str, folder: Path, *, tokenizer: Path | None, as_json: bool)
     print(f"next: grok-local quantize {named}", file=sys.stderr)
 
 
-def _fetch_and_pack(order: Order, *, force: bool, dry_run: bool, as_json: bool) -> None:
+def _fetch_and_pack(order: Wanted, *, force: bool, dry_run: bool, as_json: bool) -> None:
     from grok_local.arrival.arriving import arrival
     from grok_local.views import progress
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grok_local.arrival.arriving import Order, arrival
+from grok_local.arrival.arriving import Wanted, arrival
 from grok_local.arrival.lots import Lot
 from grok_local.arrival.room import disk_used
 from grok_local.files import journal_of, partial_of
@@ -31,21 +31,21 @@ def release_of(hub: Hub) -> str:
     return hub.repository.rpartition("/")[2]
 
 
-def ordered(hub: Hub, folder: Path, *, discard: bool = True, split_size: int | None = None, **options: Any) -> Order:
+def ordered(hub: Hub, folder: Path, *, discard: bool = True, split_size: int | None = None, **options: Any) -> Wanted:
     """The release into folder/release, packed to folder/x.gguf."""
     output = folder / "x.gguf"
     limits = Limits.parsed(output, threads=2, memory="4G", split_size=split_size)
     tokenizer = TOKENIZER if release_of(hub) == "grok-1" else None
     given = {"tokenizer": tokenizer, **options}
-    return Order(release_of(hub), folder / "release", output, limits, discard=discard, **given)
+    return Wanted(release_of(hub), folder / "release", output, limits, discard=discard, **given)
 
 
-def pack(order: Order, **options: Any) -> QuantizeReport:
+def pack(order: Wanted, **options: Any) -> QuantizeReport:
     with arrival(order) as coming:
         return coming.pack(**options)
 
 
-def command(order: Order, *more: object) -> list[str]:
+def command(order: Wanted, *more: object) -> list[str]:
     """The same as a process of its own."""
     where = ["--to", order.folder, "-o", order.output, "--threads", 2]
     tokenizer = ["--tokenizer", order.tokenizer] if order.tokenizer else []
@@ -73,7 +73,7 @@ def asked_for(hub: Hub, start: int = 0) -> set[str]:
     }
 
 
-def packed_and_safe(order: Order) -> set[str]:
+def packed_and_safe(order: Wanted) -> set[str]:
     """Which of the release's files an unfinished run needs no more: all that is made of them is there, by the journal
     and by the bytes themselves.
     """
@@ -153,7 +153,7 @@ class Starter:
             bufsize=0,
         )
 
-    def run(self, order: Order, *, until: Callable[[], bool]) -> int:
+    def run(self, order: Wanted, *, until: Callable[[], bool]) -> int:
         """Returns how it ended: -9 where it was killed, which it is when `until` says so."""
         assert self._process.stdin
         assert self._process.stdout
