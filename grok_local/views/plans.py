@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grok_local.placement.forecast import enough_ram
+from grok_local.placement.wishes import USUAL_BATCH
 from grok_local.units import format_bytes, format_figure, format_seconds, printable
 from grok_local.views.tables import new_table, output_width
 
@@ -27,7 +28,6 @@ _BAR = 48
 _SHOWN = 5  # of many alike
 _TOKENS_A_WORD = 1.3  # of English
 _EXPLAINED = {"between": "between: norms, attention, moving on"}
-_USUAL_BATCH = 512  # llama.cpp's
 _PARTS = (("dense", "cyan"), ("experts", "green"), ("kv", "yellow"), ("compute", "magenta"))
 
 
@@ -89,7 +89,7 @@ def llama_options(plan: Plan) -> list[str]:
         options += ["-ts", ",".join(map(str, plan.layers))]
     for pattern, place in plan.overrides:
         options += ["-ot", f"{pattern}={'CPU' if place == 'RAM' else place}"]
-    if plan.batch != _USUAL_BATCH:
+    if plan.batch != USUAL_BATCH:
         options += ["-b", str(plan.batch), "-ub", str(plan.batch)]
     return options
 

@@ -1,4 +1,4 @@
-"""Streamed models compute what resident ones do, whatever memory they have; and say so where they cannot."""
+"""Streamed models compute what resident ones do, whatever memory they have."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import ctypes
 import mmap
 import os
 import random
-import resource
 import shutil
-import signal
 import tempfile
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +20,7 @@ import numpy.typing as npt
 import pytest
 
 import grok_local
-from grok_local.errors import ModelError, OptionError, OutputError, PlacementError
+from grok_local.errors import OutputError, PlacementError
 from grok_local.formats import gguf_file
 from grok_local.ggml import mapping, tensors
 from grok_local.placement.load_options import LoadRequest
@@ -34,50 +30,14 @@ from grok_local.runtime.engine import watching
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.experts import streamer
 from samples.checkpoints import Spec, write_checkpoint
-from tests.conftest import TOKENIZER, Run
+from tests.conftest import TOKENIZER
+from tests.runtime.experts.streaming import ALL, CONTEXT, IDS, OPTIONS, check, memory_for, results
 from tests.workers import Worker
 
-CONTEXT = 1024
-IDS = random.Random(1).choices(range(5, 2000), k=700)
-ALL = 12 * 8  # experts of the golden checkpoint
-OPTIONS: dict[str, Any] = {"context": CONTEXT, "threads": 2, "repack": "off"}
-
 
 @pytest.fixture(scope="module")
-def path(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return grok_local.quantize_checkpoint(golden, tmp_path_factory.mktemp("q4") / "golden.gguf").path
-
-
-def memory_for(path: Path, held: float, context: int = CONTEXT, batch: int = 512) -> int:
-    """RAM in which so many experts fit beside everything else."""
-    shape = ModelShape.from_headers(gguf_file.read_model(path))
-    dense = sum(weight.nbytes for weight in shape.weights if weight.role is not Role.EXPERTS and not weight.tied)
-    kv = sum(shape.kv_bytes(layer, context=context, kv_type="f16") for layer in range(shape.layers))
-    compute = shape.compute_bytes(context=context, batch=batch, attention=True, experts=True, output=True)
-    return dense + kv + compute + int(held * shape.layer_bytes(0, Role.EXPERTS) / shape.experts)
-
-
-def results(model: grok_local.Model) -> tuple[npt.NDArray[np.float32], list[list[int]]]:
-    """Logits of every position, and what is generated: after a long prompt, and in a conversation."""
-    logits = model.logits(IDS[:300])
-    replies = [
-        model.generate(model.detokenize(IDS[:150]), max_tokens=30, temperature=0),
-        model.chat([{"role": "user", "content": "Why?"}], max_tokens=20, temperature=1.0, seed=3),
-    ]
-    return logits, [reply.tokens for reply in replies if "".join(reply)]
-
-
-@pytest.fixture(scope="module")
-def expected(path: Path) -> tuple[npt.NDArray[np.float32], list[list[int]]]:
-    with grok_local.load(path, stream="off", **OPTIONS) as model:
-        assert model.engine.expert_stats() is None
-        return results(model)
-
-
-def check(model: grok_local.Model, expected: tuple[npt.NDArray[np.float32], list[list[int]]]) -> None:
-    logits, tokens = results(model)
-    assert np.array_equal(logits, expected[0])
-    assert tokens == expected[1]
+def path(golden_q4: Path) -> Path:
+    return golden_q4
 
 
 @pytest.mark.parametrize("held", [2, 3.5, 9, 24, 40, 80, ALL])
@@ -326,166 +286,6 @@ def test_a_build_that_maps_otherwise_is_left_alone() -> None:
         assert not works
 
 
-# -- what can go wrong -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def streamed(path: Path, tmp_path: Path) -> Iterator[grok_local.Model]:
-    copy = Path(shutil.copy(path, tmp_path / "copy.gguf"))
-    with grok_local.load(copy, memory=memory_for(path, 9), **OPTIONS) as model:
-        yield model
-
-
-def test_a_file_that_changes_is_noticed(streamed: grok_local.Model) -> None:
-    reply = streamed.generate("Hello", max_tokens=400, temperature=0)
-    next(reply)
-    with streamed.path.open("rb+") as file:
-        file.seek(20_000_000)
-        file.write(b"something else")
-    with pytest.raises(ModelError, match="has changed"):
-        list(reply)
-    with pytest.raises(ModelError, match="has changed"):
-        list(streamed.generate("Hello", max_tokens=4))
-
-
-def test_a_file_whose_time_is_put_back_is_noticed(streamed: grok_local.Model) -> None:
-    status = streamed.path.stat()
-    with streamed.path.open("rb+") as file:
-        file.seek(20_000_000)
-        file.write(b"something else")
-    os.utime(streamed.path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(ModelError, match="has changed"):
-        streamed.logits(IDS[:5])
-
-
-def test_a_file_that_becomes_shorter_is_noticed(streamed: grok_local.Model) -> None:
-    reply = streamed.generate("Hello", max_tokens=400, temperature=0)
-    next(reply)
-    os.truncate(streamed.path, 1_000_000)
-    with pytest.raises(ModelError, match=r"changed|shorter"):
-        list(reply)
-
-
-def test_a_file_that_vanishes_is_noticed(streamed: grok_local.Model) -> None:
-    reply = streamed.generate("Hello", max_tokens=400, temperature=0)
-    next(reply)
-    streamed.path.unlink()
-    with pytest.raises(ModelError, match="was deleted while it was in use"):
-        list(reply)
-
-
-def test_a_read_that_fails_is_an_error_and_can_be_tried_again(
-    streamed: grok_local.Model, expected: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, left = os.preadv, [5]
-
-    def preadv(*arguments: Any) -> int:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(5, "Input/output error")
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", preadv)
-        with pytest.raises(ModelError, match=r"copy.gguf: cannot be read \(Input/output error\)"):
-            streamed.logits(IDS[:300])
-    assert np.array_equal(streamed.logits(IDS[:300]), expected[0])
-
-
-def test_an_interrupt_ends_waiting_for_a_slow_disk(
-    streamed: grok_local.Model, expected: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.preadv
-
-    def preadv(*arguments: Any) -> int:
-        time.sleep(0.3)
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", preadv)
-        reply = streamed.generate(streamed.detokenize(IDS[:50]), max_tokens=100)
-        threading.Timer(0.5, streamed.interrupt).start()
-        started = time.monotonic()
-        assert list(reply) == []
-        assert time.monotonic() - started < 3
-    assert reply.finish_reason == "interrupted"
-    streamed.engine.interrupted = False
-    assert np.array_equal(streamed.logits(IDS[:300]), expected[0])
-
-
-def test_ctrl_c_at_any_moment_leaves_nothing_wrong(streamed: grok_local.Model) -> None:
-    rng, caught, right = random.Random(4), 0, streamed.logits(IDS[:60])
-    for _ in range(25):
-        timer = threading.Timer(rng.uniform(0, 0.12), os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        try:
-            found = streamed.logits(IDS[:60])
-            timer.join()
-            time.sleep(0.01)
-        except KeyboardInterrupt:
-            caught += 1
-        else:
-            assert np.array_equal(found, right)
-        timer.join()
-        assert np.array_equal(streamed.logits(IDS[:60]), right)
-    assert caught > 3
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_exception_from_outside_at_any_moment_leaves_nothing_wrong(streamed: grok_local.Model) -> None:
-    def ring(*_: object) -> None:
-        raise TimeoutError
-
-    before, rng, broken = signal.signal(signal.SIGALRM, ring), random.Random(5), 0
-    right = streamed.logits(IDS[:60])
-    try:
-        for _ in range(40):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.08))
-                found = streamed.logits(IDS[:60])
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except (TimeoutError, ModelError):
-                broken += 1
-            else:
-                assert np.array_equal(found, right)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            assert np.array_equal(streamed.logits(IDS[:60]), right)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert broken > 5
-
-
-def test_a_graph_without_what_was_read_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "sources", lambda _: iter(()))  # no node uses any weight, as far as can be seen
-    with (
-        grok_local.load(path, memory=memory_for(path, 9), **OPTIONS) as model,
-        pytest.raises(ModelError, match="--stream off"),
-    ):
-        model.logits(IDS[:5])
-
-
-def test_an_exception_while_looking_on_comes_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with grok_local.load(path, memory=memory_for(path, 9), **OPTIONS) as model:
-        monkeypatch.setattr(streamer, "read_ints", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model.logits(IDS[:5])
-        monkeypatch.undo()
-        assert model.logits(IDS[:5]).shape == (5, 2048)
-
-
-def test_memory_that_cannot_be_reserved_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def residents(*_: Any, **__: Any) -> Any:
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr(streamer, "residents", residents)
-    with pytest.raises(ModelError, match="no memory can be reserved"):
-        grok_local.load(path, memory=memory_for(path, 9), **OPTIONS)
-
-
-# -- a record of routing -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{"stream": "off"}, {"stream": "on"}, {"memory": "tight"}])
 def test_a_record_does_not_change_what_is_computed(
     path: Path, expected: Any, tmp_path: Path, options: Mapping[str, Any]
@@ -497,29 +297,6 @@ def test_a_record_does_not_change_what_is_computed(
     assert len(trace.read_text().splitlines()) > 600
     with pytest.raises(OutputError, match="is there already"):
         grok_local.load(path, trace_experts=trace, **OPTIONS)
-
-
-def test_a_record_that_cannot_be_written_is_one_error(path: Path, tmp_path: Path, run: Run) -> None:
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-
-    options = ["--context", 512, "--max-tokens", 200, "--trace-experts", tmp_path / "t"]
-    found = run("generate", "-m", path, "hello hello", *options, preexec_fn=small_files)
-    assert found.returncode == 1
-    assert found.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 't'}: the record of experts cannot be written")
-    # What was written of it is of use.
-    assert "tokens through 12 layers" in run("routing", tmp_path / "t").stdout
-
-
-def test_a_record_without_a_token_does_not_stay(path: Path, tmp_path: Path) -> None:
-    with grok_local.load(path, trace_experts=tmp_path / "t", **OPTIONS):
-        assert (tmp_path / "t").exists()
-    assert not (tmp_path / "t").exists()
-    with pytest.raises(PlacementError):
-        grok_local.load(path, trace_experts=tmp_path / "t", memory=1000, **OPTIONS)
-    assert not (tmp_path / "t").exists()
-    with pytest.raises(OptionError, match="name a file"):
-        grok_local.load(path, trace_experts="", **OPTIONS)
 
 
 def realigned(path: Path, target: Path, alignment: int) -> Path:
