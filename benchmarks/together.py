@@ -87,7 +87,8 @@ def decoding(model: Path, width: int) -> float:
 
 def batched_bench(program: Path, model: Path, width: int) -> float:
     """llama-batched-bench's figure for the same."""
-    command = [program, "-m", model, "-c", 4096, "-npp", PROMPT, "-ntg", ANSWER, "-npl", width, "-t", core_count()]
+    command = [program, "-m", model, "-c", 4096, "-npp", PROMPT, "-ntg", ANSWER, "-npl", width]
+    command += ["-t", core_count(), "--no-repack"]  # as ours, which leaves weights as they are unless told otherwise
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     row = re.search(rf"^\|\s*{PROMPT} \|\s*{ANSWER} \|\s*{width} \|(.*)\|$", done.stdout, re.MULTILINE)
     assert row, done.stdout

@@ -27,6 +27,7 @@ PYTHON = VENV / "bin" / "python"
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 LLAMA = "llama-cpp-python"
 CUDA = "-DGGML_CUDA=ON"
+WITHOUT_COMMON = ROOT / "scripts" / "without_common.cmake"
 _BUILD_TOOLS = ("scikit-build-core>=0.10", "cmake>=3.21", "ninja")
 
 
@@ -154,7 +155,7 @@ def build_llama(compilers: dict[str, str], uv: str | None, *, options: str) -> P
     env = {
         **os.environ,
         **compilers,
-        "CMAKE_ARGS": options,
+        "CMAKE_ARGS": f"{options} -DCMAKE_PROJECT_llama.cpp_INCLUDE={shlex.quote(str(WITHOUT_COMMON))}",
         "SKBUILD_BUILD_DIR": str(folder / "objects"),
         "PATH": f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
