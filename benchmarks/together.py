@@ -31,7 +31,7 @@ from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.wishes import Wishes
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.engine.sampling import Sampling
-from grok_local.runtime.scheduling.composing import Chunk, Running, Together
+from grok_local.runtime.scheduling.composing import Chunk, Composer, InParts, Running, Together
 from grok_local.runtime.scheduling.generation import Generation, Request
 from grok_local.runtime.scheduling.scheduler import Scheduler
 from grok_local.runtime.text.structure import structure_of
@@ -73,7 +73,7 @@ def step(scheduler: Scheduler) -> bool:
 def decoding(model: Path, width: int) -> float:
     """Tokens a second while `width` sequences decode, all of them."""
     with engine(model, context=PROMPT + ANSWER, sequences=width) as loaded:
-        scheduler, rng = Scheduler(loaded, places=width), random.Random(1)
+        scheduler, rng = Scheduler(loaded, places=width, composer=InParts()), random.Random(1)
         some = [generation(rng, vocabulary=loaded.vocabulary, prompt=PROMPT, answer=ANSWER) for _ in range(width)]
         for one in some:
             scheduler.submit(one)
@@ -109,7 +109,7 @@ def widths(model: Path, program: Path | None, rounds: int) -> None:
         print(text, flush=True)
 
 
-def job(model: Path, *, composer: Together, **wishes: Any) -> float:
+def job(model: Path, *, composer: Composer, **wishes: Any) -> float:
     """Seconds that 48 prompts of 32 to 160 tokens and answers of 8 to 24 take, 16 together."""
     rng = random.Random(2)
     with engine(model, context=184, sequences=16, **wishes) as loaded:
@@ -139,11 +139,10 @@ def reproducible(model: Path, *, strictly: bool) -> float:
 
 def ways(model: Path, rounds: int) -> None:
     tried = {
-        "shared cache, prompts beside answers": partial(job, model, composer=Together()),
-        "shared cache, prompts first": partial(job, model, composer=PromptsFirst()),
-        "a part each, prompts beside answers": partial(job, model, composer=Together(), separate=True),
-        "a part each, prompts first": partial(job, model, composer=PromptsFirst(), separate=True),
-        "shared cache, beside, rearranged": partial(job, model, composer=Together(), repack="on"),
+        "shared cache, prompts beside answers": partial(job, model, composer=Together(), separate=False),
+        "shared cache, prompts first": partial(job, model, composer=PromptsFirst(), separate=False),
+        "a part each, prompts and answers in turns": partial(job, model, composer=InParts()),
+        "a part each, in turns, rearranged": partial(job, model, composer=InParts(), repack="on"),
         "through Model.batch": partial(reproducible, model, strictly=False),
         "through Model.batch, reproducible": partial(reproducible, model, strictly=True),
     }

@@ -33,11 +33,23 @@ def answer(prompt: Sequence[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-class FakeEngine:
-    """`cells` tokens fit; `fails` and `interrupts` say of a step, by its number, what goes wrong with it."""
+def _is_one_evaluation(sequences: Sequence[int]) -> bool:
+    first, last = sequences[0], sequences[-1]
+    each = len(sequences) // (last - first + 1)
+    return list(sequences) == [sequence for sequence in range(first, last + 1) for _ in range(each)]
 
-    def __init__(self, *, sequences: int, batch_size: int = 16, cells: int | None = None) -> None:
-        self.batch_size, self._cells = batch_size, cells
+
+class FakeEngine:
+    """`cells` tokens fit; `fails` and `interrupts` say of a step, by its number, what goes wrong with it.
+
+    With `in_parts` it refuses what llama.cpp would not evaluate at once where each sequence has a part of the KV cache:
+    all but as many tokens each of sequences that follow each other.
+    """
+
+    def __init__(
+        self, *, sequences: int, batch_size: int = 16, cells: int | None = None, in_parts: bool = False
+    ) -> None:
+        self.batch_size, self._cells, self._in_parts = batch_size, cells, in_parts
         self.interrupted = False
         self.cached: list[list[int]] = [[] for _ in range(sequences)]
         self.chains: set[int] = set()
@@ -72,6 +84,8 @@ class FakeEngine:
         for row in rows:
             assert row.position == len(self.cached[row.sequence])
             self.cached[row.sequence].append(row.token)
+        if self._in_parts and rows:
+            assert _is_one_evaluation([row.sequence for row in rows])
         self.evaluated += len(rows)
         self.most_rows = max(self.most_rows, len({row.sequence for row in rows}))
         outputs = {row.sequence for row in rows if row.output}

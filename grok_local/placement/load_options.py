@@ -89,16 +89,16 @@ class LoadRequest:
     @property
     def reproducible(self) -> bool:
         """Whether the numbers of a sequence shall not depend on what goes on beside it."""
-        return self.wishes.separate
+        return self.wishes.reproducible
 
     @property
     def parallel(self) -> int:
         """How many sequences go on together. Where they are reproducible there is a place more, to pad steps with."""
-        return self.wishes.sequences - self.wishes.separate
+        return self.wishes.sequences - self.wishes.reproducible
 
     def reshaped(self, *, parallel: int, reproducible: bool) -> LoadRequest:
         """For so many sequences at once. Raises OptionError for what cannot be reproducible."""
-        wishes = replace(self.wishes, sequences=parallel + reproducible, separate=reproducible)
+        wishes = replace(self.wishes, sequences=parallel + reproducible, reproducible=reproducible)
         if reproducible:
             if self.workers:
                 raise OptionError("reproducible: not with workers, whose processors may compute otherwise")

@@ -56,6 +56,7 @@ class Plan:
     disk: int  # bytes of experts that RAM has no room for
     batch: int  # tokens evaluated at once
     streamed: bool  # experts are read by us as they are chosen, RAM's share of them being what is held
+    separate: bool  # each sequence has a part of the KV cache to itself
     notes: tuple[str, ...] = ()
 
     @property
@@ -66,12 +67,12 @@ class Plan:
     @property
     def cells(self) -> int:
         """Tokens that the KV cache has room for, of all sequences together."""
-        return cells_of(self.context, self.wishes)
+        return cells_of(self.context, self.wishes, separate=self.separate)
 
     @property
     def attended(self) -> int:
         """Cells of the KV cache that a token may be compared with: its sequence's, or in one shared cache all."""
-        return self.context if self.wishes.separate else self.cells
+        return self.context if self.separate else self.cells
 
     @property
     def ram(self) -> Share:

@@ -42,7 +42,13 @@ def needs_speeds(model: ModelShape, wishes: Wishes) -> bool:
 
 def make_plan(model: ModelShape, machine: Machine, wishes: Wishes | None = None) -> Plan:
     """Raises PlacementError, with the nearest plan that would work, and OptionError for wishes that make no sense."""
-    return _Planner(model, machine, wishes or Wishes()).plan()
+    wishes = wishes or Wishes()
+    if wishes.sequences > 1 and wishes.separate is None:
+        with suppress(PlacementError):
+            plan = _Planner(model, machine, wishes, separate=True).plan()
+            if wishes.reproducible or not plan.streamed:  # else all should share each reading of the weights
+                return plan
+    return _Planner(model, machine, wishes, separate=wishes.separate or wishes.reproducible).plan()
 
 
 @dataclass(frozen=True)
@@ -70,16 +76,21 @@ class _Placed:
 
 @dataclass(frozen=True)
 class _Planner:
-    """The question; every method is a function of it and of its arguments."""
+    """The question; every method is a function of it and of its arguments.
+
+    Where sequences have `separate` parts of the KV cache, a token is compared with its own part alone; in one cache for
+    all it is compared with all of it, but prompts and answers can be evaluated together.
+    """
 
     model: ModelShape
     machine: Machine
     wishes: Wishes
+    separate: bool = False
     advise: bool = True  # whether an error looks for a context that would fit
 
     def plan(self) -> Plan:
         check_wishes(self.wishes, [device.name for device in self.machine.devices])
-        placed = self._best(_Trial(usual_batch(self.context, self.wishes)))
+        placed = self._best(_Trial(usual_batch(self.context, self.wishes, separate=self.separate)))
         self._check_devices(placed.shares)
         if self._is_streamed(placed):
             placed = self._widened(placed)
@@ -97,6 +108,7 @@ class _Planner:
             disk=disk,
             batch=placed.trial.batch,
             streamed=streamed,
+            separate=self.separate,
             notes=tuple(self._notes(placed, disk=disk)),
         )
 
@@ -123,7 +135,7 @@ class _Planner:
 
     @property
     def _cells(self) -> int:
-        return cells_of(self.context, self.wishes)
+        return cells_of(self.context, self.wishes, separate=self.separate)
 
     @cached_property
     def budget(self) -> int:
@@ -147,7 +159,7 @@ class _Planner:
 
     def _compute(self, trial: _Trial, *, attention: bool, experts: bool, output: bool) -> int:
         return self.model.compute_bytes(
-            context=self.context if self.wishes.separate else self._cells,
+            context=self.context if self.separate else self._cells,
             batch=min(trial.batch, self._cells),
             attention=attention,
             experts=experts,

@@ -30,15 +30,16 @@ class Wishes:
     tensor names, place). `memory`: bytes of RAM. `batch`: tokens evaluated at once. `sequences`: how many may be
     evaluated together, each with that context. `trace_experts`: where a record of them is kept. `routing`: whose
     arithmetic a model has where llama.cpp's is not its release's. `trained_context`: tokens the model was trained on,
-    where that is known better than its file says. With `separate`, each sequence has a part of the KV cache to itself,
-    and what is computed of it does not depend on where the others lie.
+    where that is known better than its file says. With `reproducible`, the numbers of a sequence do not depend on what
+    goes on beside it. `separate`: whether each sequence has a part of the KV cache to itself.
     """
 
     context: int | None = None
     kv_type: str = "f16"
     batch: int | None = None
     sequences: int = 1
-    separate: bool = False
+    reproducible: bool = False
+    separate: bool | None = None
     gpu_layers: int | None = None
     experts_on: Literal["cpu", "gpu"] | int | None = None
     overrides: tuple[tuple[str, str], ...] = ()
@@ -57,16 +58,16 @@ def usual_context(model: ModelShape, wishes: Wishes) -> int:
     return trained if wishes.context == 0 else wishes.context or usual
 
 
-def cells_of(context: int, wishes: Wishes) -> int:
+def cells_of(context: int, wishes: Wishes, *, separate: bool) -> int:
     """Tokens that the KV cache has room for, of all sequences together. llama.cpp pads each part of it."""
-    return (-(-context // _PADDING) * _PADDING if wishes.separate else context) * wishes.sequences
+    return (-(-context // _PADDING) * _PADDING if separate else context) * wishes.sequences
 
 
-def usual_batch(context: int, wishes: Wishes) -> int:
+def usual_batch(context: int, wishes: Wishes, *, separate: bool) -> int:
     """Tokens evaluated at once: fewer where many sequences share a long cache, for all of which each has scores."""
     if wishes.batch or wishes.sequences == 1:
         return wishes.batch or USUAL_BATCH
-    attended = context if wishes.separate else cells_of(context, wishes)
+    attended = context if separate else cells_of(context, wishes, separate=False)
     fitting = max(USUAL_BATCH * _FULL_BATCH_CELLS // max(attended, 1), 1)
     return max(min(USUAL_BATCH, 1 << fitting.bit_length() - 1), _LEAST_BATCH, wishes.sequences)
 

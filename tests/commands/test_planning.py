@@ -133,11 +133,12 @@ def test_bench(run: Run, packed: Path) -> None:
 
 
 def test_doctor(run: Run, packed: Path) -> None:
-    shown = run("doctor", "-m", packed)
-    assert shown.returncode == 0
-    assert "llama-cpp-python" in shown.stdout
     findings = json.loads(run("doctor", "--json").stdout)
-    assert {finding["status"] for finding in findings} <= {"ok", "note", "problem"}
+    statuses = {finding["status"] for finding in findings}
+    assert statuses <= {"ok", "note", "problem"}
+    shown = run("doctor", "-m", packed)
+    assert shown.returncode == ("problem" in statuses)  # a build that breaks with this machine's AMX is one
+    assert "llama-cpp-python" in shown.stdout
     assert all(finding["remedy"] for finding in findings if finding["status"] == "problem")
 
 

@@ -226,7 +226,7 @@ def _new_context(model: Any, target: _Target, plan: Plan, *, tap: Tap | None) ->
     params.n_ctx = plan.cells
     params.n_batch = params.n_ubatch = plan.batch
     params.n_seq_max = plan.wishes.sequences
-    params.kv_unified = plan.wishes.sequences > 1 and not plan.wishes.separate
+    params.kv_unified = plan.wishes.sequences > 1 and not plan.separate
     params.n_threads = params.n_threads_batch = target.threads
     params.type_k = params.type_v = _KV_TYPES[plan.wishes.kv_type]
     params.abort_callback = target.abort

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from grok_local.runtime.scheduling.generation import Generation
 
-__all__ = ["Apart", "Chunk", "Composer", "Running", "Together"]
+__all__ = ["Apart", "Chunk", "Composer", "InParts", "Running", "Together"]
 
 _PIECE = 256  # tokens of a prompt that are evaluated at once where it is evaluated alone
 
@@ -41,9 +41,12 @@ class Chunk(NamedTuple):
 
 
 class Composer(Protocol):
-    """Composes a step of at most `room` tokens. `padded` are the places where the last one has a token nobody wants."""
+    """Composes a step of at most `room` tokens. `padded` are the places where the last one has a token nobody wants;
+    `in_a_row`: steps are better the fewer gaps there are between the places in use.
+    """
 
     padded: list[int]
+    in_a_row: bool
 
     def compose(self, running: Sequence[Running], *, room: int) -> list[Chunk]: ...
 
@@ -54,12 +57,41 @@ class Together:
     """
 
     padded: list[int] = []  # noqa: RUF012  # never any
+    in_a_row = False
 
     def compose(self, running: Sequence[Running], *, room: int) -> list[Chunk]:
         """The next step."""
         answers = [one for one in running if not one.in_prompt]
         prompts = sorted((one for one in running if one.in_prompt), key=lambda one: one.number)
         return list(_filled([*answers, *prompts], room))
+
+
+class InParts:
+    """For a KV cache in parts: llama.cpp evaluates together as many tokens of each sequence as of the others, and only
+    those whose places follow each other. So a step has answers, or it has as many tokens each of some prompts, in turns.
+    """
+
+    padded: list[int] = []  # noqa: RUF012  # never any
+    in_a_row = True
+
+    def __init__(self) -> None:
+        self._were_answers = False
+        self._last = -1  # the place in which the last step of answers ended
+
+    def compose(self, running: Sequence[Running], *, room: int) -> list[Chunk]:
+        """The next step."""
+        ready = [Chunk(one, [], True) for one in running if not one.pending]
+        prompts = [one for one in running if len(one.pending) > 1]
+        answering = len(prompts) < len(running) and not (prompts and self._were_answers)
+        self._were_answers = answering
+        return ready or (self._answers(running) if answering else _block(prompts, room))
+
+    def _answers(self, running: Sequence[Running]) -> list[Chunk]:
+        """A token of each in the next run of places; one of a prompt's, where it lies between answers."""
+        runs = [run for run in map(_trimmed, _runs(running)) if run]
+        run = next((run for run in runs if run[0].place > self._last), runs[0])
+        self._last = run[-1].place if len(runs) > 1 else -1
+        return [_chunk(one, 1) for one in run]
 
 
 class Apart:
@@ -70,6 +102,8 @@ class Apart:
     llama.cpp evaluates together only places that follow each other: the gaps between them are padded. There has to be
     one place more than are taken.
     """
+
+    in_a_row = False  # gaps are padded: what is moved would have been evaluated in another place
 
     def __init__(self) -> None:
         self.padded: list[int] = []
@@ -94,6 +128,42 @@ class Apart:
         if first == last:
             return [last + 1]
         return [place for place in range(first, last) if place not in places]
+
+
+def _runs(some: Sequence[Running]) -> list[list[Running]]:
+    """Those in places that follow each other, run by run."""
+    runs: list[list[Running]] = []
+    for one in sorted(some, key=lambda one: one.place):
+        if runs and runs[-1][-1].place == one.place - 1:
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return runs
+
+
+def _trimmed(run: list[Running]) -> list[Running]:
+    """From the first to the last that has one token pending."""
+    single = [index for index, one in enumerate(run) if len(one.pending) == 1]
+    return run[single[0] : single[-1] + 1] if single else []
+
+
+def _block(prompts: Sequence[Running], room: int) -> list[Chunk]:
+    """As many tokens of each of as many prompts as make the largest step that takes the oldest one on."""
+    oldest = min(prompts, key=lambda one: one.number)
+    blocks = [_beside(oldest, prompts, size, room) for size in {min(len(one.pending), room) for one in prompts}]
+    return max(blocks, key=lambda block: sum(len(chunk.ids) for chunk in block))
+
+
+def _beside(oldest: Running, prompts: Sequence[Running], size: int, room: int) -> list[Chunk]:
+    size = min(size, len(oldest.pending))
+    long = [one for one in prompts if len(one.pending) >= size]
+    run = next(run for run in _runs(long) if oldest in run)
+    first = max(run.index(oldest) - room // size + 1, 0)
+    return [_chunk(one, size) for one in run[first : first + room // size]]
+
+
+def _chunk(one: Running, size: int) -> Chunk:
+    return Chunk(one, one.pending[:size], size >= len(one.pending))
 
 
 def _filled(ordered: Sequence[Running], room: int) -> Iterator[Chunk]:

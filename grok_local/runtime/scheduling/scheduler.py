@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Scheduler"]
 
 _WORTH_WAITING = 16  # tokens that a prompt beside evaluates anyway, for which a prompt waits with its own
+_WORTH_COPYING = 16  # tokens, where llama.cpp copies all that a place has room for
 _LEAD = 16  # tokens that an answer may be ahead of its reader
 
 Wanted = Callable[[Generation], bool]
@@ -64,8 +65,9 @@ class Scheduler:
     ) -> None:
         self._engine = engine
         self._streams = engine.expert_stats() is not None
-        self._sequences = Sequences(engine, places, strict=strict)
         self._composer = composer or Together()
+        worth = _WORTH_COPYING if self._composer.in_a_row else 1
+        self._sequences = Sequences(engine, places, strict=strict, worth_copying=worth)
         self._arrived: deque[Running] = deque()
         self._queue: list[Running] = []  # those without a place
         self._running: list[Running] = []
@@ -105,6 +107,8 @@ class Scheduler:
         self._end_cancelled()
         self._look_again()
         self._admit(wanted, may_yield)
+        if self._composer.in_a_row:
+            self._close_gaps()
 
     @contextmanager
     def _watched(self, active: Sequence[Running]) -> Iterator[None]:
@@ -170,6 +174,16 @@ class Scheduler:
             one.generation.stats.cached_tokens = cached
         self._running.append(one)
 
+    def _close_gaps(self) -> None:
+        """Move those into gaps that lie outside of the row in which most of them are."""
+        taken, count = {one.place for one in self._running}, len(self._running)
+        last = max(taken, default=0)
+        row = max((range(a, a + count) for a in range(last + 1)), key=lambda row: len(taken.intersection(row)))
+        gaps = [place for place in row if self._sequences.may_take(place)]
+        for gap, one in zip(gaps, [one for one in self._running if one.place not in row], strict=False):
+            self._sequences.move(one.place, gap)
+            one.place = gap
+
     def _comes_soon(self, one: Running, wanted: Wanted) -> bool:
         """Whether much of its beginning is being evaluated for another one just now."""
         ids = one.generation.ids
@@ -207,7 +221,9 @@ class Scheduler:
     def _composed(self, active: Sequence[Running]) -> _Step:
         chunks = self._composer.compose(active, room=self._engine.batch_size)
         rows = [row for chunk in chunks for row in self._rows(chunk)]
-        rows += [Row(0, len(self._sequences.ids(place)), place, True) for place in self._composer.padded]
+        if self._composer.padded:  # llama.cpp evaluates together what comes in the order of the places
+            rows += [Row(0, len(self._sequences.ids(place)), place, True) for place in self._composer.padded]
+            rows.sort(key=lambda row: row.sequence)
         draws = [_draw(chunk.running) for chunk in chunks if chunk.is_last]
         return _Step(chunks, rows, draws, time.monotonic(), self._engine.expert_stats() if self._streams else None)
 

@@ -27,13 +27,14 @@ class Found(NamedTuple):
 class Sequences:
     """The cache's first `count` places, each free or taken. What a free one held stays there until its room is needed.
 
-    Knows what the engine's places hold without asking: whoever evaluates says so. In `strict` mode only tokens are used
+    Knows what the engine's places hold without asking: whoever evaluates says so. A beginning shorter than
+    `worth_copying` is rather evaluated again than copied from one place to another. In `strict` mode only tokens are used
     again that were evaluated as a prompt's, two of them at least, and two at least are evaluated after them: by those
     numbers llama.cpp chooses its kernels.
     """
 
-    def __init__(self, cache: Cache, count: int, *, strict: bool = False) -> None:
-        self._cache, self._strict = cache, strict
+    def __init__(self, cache: Cache, count: int, *, strict: bool = False, worth_copying: int = 1) -> None:
+        self._cache, self._strict, self._worth_copying = cache, strict, worth_copying
         self._ids: list[list[int]] = [[] for _ in cache.cached]
         self._kept = [0] * len(self._ids)  # after how many tokens the logits are kept; 0 is nowhere
         self._free = list(range(count))  # the one that was free longest comes first
@@ -80,9 +81,19 @@ class Sequences:
             return Found(source.place, self.shorten(source.place, source.length))
         target = self._emptiest()
         self._free.remove(target)
-        if not source.length:
+        if source.length < self._worth_copying:
             return Found(target, self.shorten(target, 0))
         return Found(target, self._copy(source.place, target, source.length))
+
+    def move(self, place: int, target: int) -> None:
+        """What is in a taken place is in `target` from now on, which must be free; what was there is forgotten."""
+        self._free.remove(target)
+        self._copy(place, target, len(self._ids[place]))
+        self._free.append(place)
+
+    def may_take(self, place: int) -> bool:
+        """Whether this place can be taken."""
+        return place in self._takeable
 
     def grow(self, place: int, ids: Sequence[int], *, kept: bool = False) -> None:
         """These were evaluated after what the place holds; `kept`: the logits after them stay there."""

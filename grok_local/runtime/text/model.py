@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 from grok_local.errors import ContextError, OptionError
 from grok_local.placement.forecast import widest
 from grok_local.runtime.engine.llama import LlamaEngine
-from grok_local.runtime.scheduling.composing import Apart
+from grok_local.runtime.scheduling.composing import Apart, InParts, Together
 from grok_local.runtime.scheduling.scheduler import Scheduler
 from grok_local.runtime.scheduling.turns import Turns
 from grok_local.runtime.text.answering import answering
@@ -275,7 +275,8 @@ class Model:
 def _scheduler(engine: Engine, request: LoadRequest) -> Scheduler:
     if request.reproducible:
         return Scheduler(engine, places=request.parallel, composer=Apart(), strict=True)
-    return Scheduler(engine, places=request.parallel)
+    composer = InParts() if engine.placement.plan.separate else Together()
+    return Scheduler(engine, places=request.parallel, composer=composer)
 
 
 def _choices(choices: object) -> list[str]:

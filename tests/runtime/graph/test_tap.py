@@ -77,6 +77,7 @@ class Evaluator:
     def __init__(self, path: Path) -> None:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_extra_bufts = False  # a compiler may have built what it takes AMX for wrongly
         self.model = llama_cpp.llama_model_load_from_file(bytes(path), params)
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from grok_local.errors import ContextError, OptionError
 from grok_local.runtime.engine.sampling import Sampling
-from grok_local.runtime.scheduling.composing import Apart
+from grok_local.runtime.scheduling.composing import Apart, Composer, InParts, Together
 from grok_local.runtime.scheduling.generation import Generation, Request
 from grok_local.runtime.scheduling.scheduler import Scheduler
 from samples.fake_engine import END, FakeEngine, answer
@@ -75,6 +76,42 @@ def test_a_place_is_taken_as_soon_as_it_is_left() -> None:
     assert engine.steps <= needed / 4 + 8
 
 
+def endless(count: int) -> list[Generation]:
+    """Whose answers the fake model does not end."""
+    prompts = ([a, b, c] for a in range(1, 40) for b in range(1, 40) for c in range(1, 4))
+    return [generation(prompt, tokens=30) for prompt in prompts if len(answer(prompt, 30)) == 30][:count]
+
+
+@pytest.mark.parametrize("left", [range(0, 16, 2), range(8), range(4, 12), (0, 3, 5, 7, 9, 11, 12, 15)])
+def test_answers_in_parts_go_on_in_one_evaluation_a_token(left: Sequence[int]) -> None:
+    engine = FakeEngine(sequences=16, batch_size=64, in_parts=True)
+    scheduler = Scheduler(engine, places=16, composer=InParts())
+    some = endless(16)
+    for one in some:
+        scheduler.submit(one)
+    while any(len(one.tokens) < 3 for one in some):
+        scheduler.tick(wanted=lambda _: True, may_yield=lambda _: False)
+    for number in set(range(16)).difference(left):
+        some[number].is_cancelled = True
+    before, remaining = engine.steps, max(30 - len(some[number].tokens) for number in left)
+    run(scheduler)
+    assert engine.steps - before == remaining
+    for one in some:
+        check(one)
+
+
+def test_prompts_in_parts_are_evaluated_together() -> None:
+    engine = FakeEngine(sequences=16, batch_size=512, in_parts=True)
+    scheduler = Scheduler(engine, places=16, composer=InParts())
+    some = [generation([2 + i, *[3] * 31], tokens=1) for i in range(16)]
+    for one in some:
+        scheduler.submit(one)
+    run(scheduler)
+    assert engine.steps == 1
+    for one in some:
+        check(one)
+
+
 def test_what_cannot_be_followed_fails_alone() -> None:
     engine = FakeEngine(sequences=2)
     scheduler = Scheduler(engine, places=2)
@@ -123,23 +160,25 @@ def test_an_interrupted_step_is_taken_again() -> None:
     assert one.finish_reason != "interrupted"
 
 
-@given(st.integers(0, 2**32), st.integers(1, 6), st.booleans())
+@given(st.integers(0, 2**32), st.integers(1, 6), st.sampled_from((Together, InParts, Apart)))
 @settings(max_examples=int(os.environ.get("GROK_LOCAL_FUZZ_EXAMPLES", "60")))
-def test_whatever_happens_no_answer_is_mixed_up(seed: int, places: int, apart: bool) -> None:
-    fuzz(seed, places=places, apart=apart, steps=200)
+def test_whatever_happens_no_answer_is_mixed_up(seed: int, places: int, way: type[Composer]) -> None:
+    fuzz(seed, places=places, way=way, steps=200)
 
 
-def fuzz(seed: int, *, places: int, apart: bool, steps: int) -> None:
+def fuzz(seed: int, *, places: int, way: type[Composer], steps: int) -> None:
+    apart = way is Apart
     rng = random.Random(seed)
     prefix = [rng.randrange(1, 50) for _ in range(rng.randrange(1, 24))]
     engine = FakeEngine(
         sequences=places + apart,
         batch_size=rng.choice((8, 16, 64)) if not apart else 512,
         cells=rng.choice((None, SIZE, 100)) if not apart else None,
+        in_parts=way is not Together,
     )
     engine.fails = {rng.randrange(steps) for _ in range(3)}
     engine.interrupts = {rng.randrange(steps) for _ in range(10)}
-    scheduler = Scheduler(engine, places=places, composer=Apart() if apart else None, strict=apart)
+    scheduler = Scheduler(engine, places=places, composer=way(), strict=apart)
     alive: list[Generation] = []
     readers: dict[Generation, bool] = {}
     for _ in range(steps):
@@ -190,7 +229,7 @@ def _something_happens(
 def test_many_steps() -> None:
     steps = int(os.environ["GROK_LOCAL_FUZZ_STEPS"])
     for seed in range(steps // 1000):
-        fuzz(seed, places=1 + seed % 17, apart=seed % 3 == 0, steps=1000)
+        fuzz(seed, places=1 + seed % 17, way=(Together, InParts, Apart)[seed % 3], steps=1000)
 
 
 def test_the_end_token_is_no_part_of_an_answer() -> None:
