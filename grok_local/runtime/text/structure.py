@@ -188,9 +188,25 @@ def _plain_grammar(text: str) -> str:
         raise OptionError(f"grammar: the rule {sorted(twice)[0]} is defined twice")
     if re.search(r"\[[^\]]*--[^\]]*\]", text):
         raise OptionError("grammar: two dashes in a class of characters are not understood: write one, as the first")
+    text = _renamed(text, names)
     text = re.sub(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})", _character, text)
     # A class is a set, in which nothing is there twice; doubled, these are operators to a regular expression.
     return re.sub(r"\[(?:\\.|[^\]\\])*\]", lambda found: re.sub(r"([&~])\1+", r"\1", found[0]), text)
+
+
+def _renamed(text: str, names: Sequence[str]) -> str:
+    """Without rules whose names that translation takes for another's: it has a `start` of its own, and tells neither
+    capitals nor dashes.
+    """
+    taken, changed = {"START"}, dict[str, str]()
+    for name in names:
+        new, number = name, 2
+        while new.upper().replace("-", "_") in taken:
+            new, number = f"{name}-{number}", number + 1
+        taken.add(new.upper().replace("-", "_"))
+        changed[name] = new
+    word = r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|[\w-]+'
+    return re.sub(word, lambda found: changed.get(found[0], found[0]), text)
 
 
 def _character(found: re.Match[str]) -> str:

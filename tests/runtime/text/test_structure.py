@@ -156,9 +156,12 @@ def test_what_asks_for_nothing_is_no_reason_to_refuse() -> None:
         ("root ::= [\\u0041-\\u0043]{3}\n", "[ABC]{3}"),
         ("root ::= [a-c&&x]{4}\n", "[abc&x]{4}"),
         ("root ::= [a~~]{4}\n", "[a~]{4}"),
+        ('root ::= start "b"\nstart ::= "start "\n', "start b"),
+        ('root ::= A a # A a\nA ::= [A]\na ::= "b"\n', "Ab"),
+        ('root ::= a-b a_b "a-b"\na-b ::= "x"\na_b ::= "y"\n', "xya-b"),
     ],
 )
-def test_escapes_and_classes_of_grammars(model: grok_local.Model, grammar: str, answers: str) -> None:
+def test_escapes_classes_and_names_of_grammars(model: grok_local.Model, grammar: str, answers: str) -> None:
     for seed in range(3):
         assert re.fullmatch(answers, answer(model, grammar=grammar, seed=seed).text)
 
