@@ -95,13 +95,13 @@ class InParts:
         prompts = [one for one in running if len(one.pending) > 1]
         answering = len(prompts) < len(running) and not (prompts and self._were_answers)
         self._were_answers = answering
-        return ready or (self._answers(running) if answering else _block(prompts, room))
+        return ready or (self._answers(running, room) if answering else _block(prompts, room))
 
-    def _answers(self, running: Sequence[Running]) -> list[Chunk]:
+    def _answers(self, running: Sequence[Running], room: int) -> list[Chunk]:
         """A token of each in the next run of places; one of a prompt's, where it lies between answers."""
-        runs = [run for run in map(_trimmed, _runs(running)) if run]
-        run = next((run for run in runs if run[0].place > self._last), runs[0])
-        self._last = run[-1].place if len(runs) > 1 else -1
+        following = [one for one in running if one.place > self._last]
+        run = (_answering(following) or _answering(running))[0][:room]
+        self._last = run[-1].place if _count(run) < _count(running) else -1
         return [_chunk(one, 1) for one in run]
 
 
@@ -152,10 +152,19 @@ def _runs(some: Sequence[Running]) -> list[list[Running]]:
     return runs
 
 
+def _answering(some: Sequence[Running]) -> list[list[Running]]:
+    """The runs of those, each from its first to its last that has one token pending."""
+    return [run for run in map(_trimmed, _runs(some)) if run]
+
+
 def _trimmed(run: list[Running]) -> list[Running]:
-    """From the first to the last that has one token pending."""
     single = [index for index, one in enumerate(run) if len(one.pending) == 1]
     return run[single[0] : single[-1] + 1] if single else []
+
+
+def _count(some: Sequence[Running]) -> int:
+    """How many have one token pending."""
+    return sum(len(one.pending) == 1 for one in some)
 
 
 def _block(prompts: Sequence[Running], room: int) -> list[Chunk]:
