@@ -9,7 +9,7 @@ export function linesOf(manuscript, body) {
 }
 
 function lineOf(manuscript, node, body) {
-  manuscript.name(node, node.name ?? `${Date.now().toString(36)}-${node.id}`);
+  manuscript.name(node, node.name ?? `branch-${node.id.toString(36)}`);
   return { id: node.name, prompt: manuscript.textAt(node.id).slice(0, node.cursor), ...body };
 }
 

@@ -23,7 +23,7 @@ export class Manuscript {
   #recall() {
     const { current = 0, past = [], future = [] } = recall("write", {});
     const nodes = kept("write/").map((name) => recall(name)).filter(Boolean);
-    this.tree = new Tree(nodes.sort((one, other) => one.id - other.id));
+    this.tree = new Tree(nodes);
     this.#past = past;
     this.#future = future;
     this.#stand(this.tree.node(current) ?? this.tree.node(0));

@@ -11,10 +11,11 @@ const ROOT = { id: 0, parent: null, at: 0, cut: 0, text: "", kind: "typed", curs
 export class Tree {
   #nodes = new Map();
   #children = new Map();
-  #next = 1;
+  #last = 0;
 
+  /** `nodes` come in any order; those whose parents are missing are left out. */
   constructor(nodes = []) {
-    for (const node of [ROOT, ...nodes]) this.#put({ ...node });
+    for (const node of [ROOT, ...nodes].sort((one, other) => one.id - other.id)) this.#put({ ...node });
   }
 
   get nodes() {
@@ -39,7 +40,12 @@ export class Tree {
 
   /** `given` is how much of the text the model did not write: a rival that was chosen, and what was before it. */
   add(parent, { at, cut = 0, text = "", kind, tokens = null, given = 0 }) {
-    return this.#put({ id: this.#next, parent, at, cut, text, kind, tokens, given, cursor: at + text.length });
+    return this.#put({ id: this.#newId(), parent, at, cut, text, kind, tokens, given, cursor: at + text.length });
+  }
+
+  /** By the time, so that another window's nodes have other ids, and children's are larger than their parents'. */
+  #newId() {
+    return Math.max(this.#last + 1, Date.now() * 1000 + Math.floor(Math.random() * 1000));
   }
 
   /** Takes a node and all that came of it out, for good; returns their ids. */
@@ -64,7 +70,7 @@ export class Tree {
     if (node.parent !== null && !this.node(node.parent)) return null;
     this.#nodes.set(node.id, node);
     if (node.parent !== null) this.#children.set(node.parent, [...(this.#children.get(node.parent) ?? []), node.id]);
-    this.#next = Math.max(this.#next, node.id + 1);
+    this.#last = Math.max(this.#last, node.id);
     return node;
   }
 }

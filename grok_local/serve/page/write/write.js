@@ -44,10 +44,15 @@ export class Write {
     area.addEventListener("beforeinput", (event) => this.#undoAsked(event));
     area.addEventListener("click", () => this.#openRivals());
     document.addEventListener("selectionchange", () => this.#pointed());
-    window.addEventListener("pagehide", () => this.manuscript.saveAll());
+    window.addEventListener("pagehide", () => this.#saveNow());
     const acts = { continue: "continue", again: "again", undo: "undo", redo: "redo", others: "askForRivals" };
     for (const [id, act] of Object.entries(acts)) byId(id).addEventListener("click", () => this[act]());
     new ResizeObserver(() => this.rivals.close()).observe(area);
+  }
+
+  /** The page may be closed while the model writes. */
+  #saveNow() {
+    for (const node of [this.manuscript.current, ...this.writing.nodes]) this.manuscript.save(node);
   }
 
   // -- what is shown ---------------------------------------------------------------------------------------------------
