@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO, cast
 
 import typer
 
-from grok_local.commands import batching, keeping, measuring, planning, quantizing, running
+from grok_local.commands import batching, keeping, measuring, planning, quantizing, running, serving
 from grok_local.commands.options import PromptCommand
 from grok_local.errors import GrokLocalError
 from grok_local.units import printable
@@ -47,6 +47,7 @@ app.command()(quantizing.inspect)
 app.command(cls=PromptCommand)(running.generate)
 app.command()(running.chat)
 app.command()(batching.batch)
+app.command()(serving.serve)
 app.command()(measuring.score)
 app.command()(measuring.perplexity)
 app.command()(running.routing)

@@ -15,6 +15,7 @@
     |   `-- WorkerLost     a worker, or the connection to it, died while it was needed
     |-- ContextError       the prompt does not fit the context
     |   `-- NoRoomError    the KV cache is full of other sequences just now
+    |-- RefusedError       a request over HTTP that is answered with an error
     `-- LinesFailed        some lines of many failed, and the others are done (exit code 3)
 
 A message says what is wrong, where, and the command or step that helps. Only `cli.main` prints one and exits.
@@ -37,6 +38,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "PlacementError",
+    "RefusedError",
     "TokenizerError",
     "VerifyError",
     "WorkerError",
@@ -110,6 +112,30 @@ class ContextError(GrokLocalError):
 
 class NoRoomError(ContextError):
     """The KV cache has no room for these tokens while others of other sequences are in it."""
+
+
+class RefusedError(GrokLocalError):
+    """A request is answered with HTTP status `status`: `code` is for programs, `param` the field that is wrong.
+
+    `retry_after` is in seconds; where repeating cannot help, `is_final`.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the same request would be answered the same."""
+        return self.retry_after is None
 
 
 class LinesFailed(GrokLocalError):  # noqa: N818  # that is what happened

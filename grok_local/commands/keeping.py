@@ -40,8 +40,8 @@ def demo(
 
     grok-local demo
     """
-    from grok_local.commands.tour import Tour
     from grok_local.ggml import libraries
+    from grok_local.tour import Tour
 
     libraries.exit_on_abort()
     Tour(pause=pause and sys.stdin.isatty() and sys.stdout.isatty()).run()

@@ -152,9 +152,9 @@ class LlamaEngine:
     def step(self, rows: Sequence[Row], draws: Sequence[Draw] = ()) -> list[Drawn] | None:
         """Evaluate `rows` of any sequences at once, each the next of its sequence, and choose what follows.
 
-        A draw needs an output among the rows of its sequence, or logits that an earlier one kept there. None if
-        interrupted, and then nothing has changed. Raises NoRoomError, which leaves everything as it was, OptionError
-        for tokens there are not, ModelError.
+        A draw with a chain needs an output among the rows of its sequence, or logits that an earlier one kept there.
+        None if interrupted, and then nothing has changed. Raises NoRoomError, which leaves everything as it was,
+        OptionError for tokens there are not, ModelError.
         """
         self._check_open()
         self._check_usable()
@@ -164,13 +164,17 @@ class LlamaEngine:
                 going.status = llama_cpp.llama_decode(self._opened.context, going.batch)
             if not self._is_complete(going.status, rows):
                 return None
-        outputs = {row.sequence: index for index, row in enumerate(rows) if row.output}
+        outputs: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            if row.output:
+                outputs.setdefault(row.sequence, []).append(index)
         found: list[Drawn] = []
         for draw in draws:
-            index = outputs.get(draw.sequence)
-            if draw.keep and index is not None:
-                self._draws.keep(draw.sequence, len(self._cache.ids(draw.sequence)), index=index)
-            found.append(self._draws.drawn(draw, index))
+            at = outputs.get(draw.sequence, [])
+            if draw.keep and at:
+                self._draws.keep(draw.sequence, len(self._cache.ids(draw.sequence)), index=at[-1])
+            chosen = Drawn(()) if draw.chain is None else self._draws.drawn(draw, at[-1] if at else None)
+            found.append(chosen._replace(known=self._draws.known(draw, at)))
         return found
 
     def copy(self, source: int, target: int, *, length: int) -> int:

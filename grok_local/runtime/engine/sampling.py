@@ -103,8 +103,10 @@ def log_probabilities(logits: npt.NDArray[np.float32], ids: Sequence[int]) -> li
     return found
 
 
-def _likeliest(logits: npt.NDArray[np.float32], chosen: int, *, count: int) -> tuple[float, list[tuple[int, float]]]:
-    """Natural logarithms of the probabilities of token `chosen` and of the `count` likeliest ones by falling
+def _likeliest(
+    logits: npt.NDArray[np.float32], chosen: int, *, count: int
+) -> tuple[float, int, list[tuple[int, float]]]:
+    """Natural logarithms of the probabilities of token `chosen`, its rank, and of the `count` likeliest ones by falling
     probability, equal ones by falling id, from a row of logits [vocabulary].
     """
     highest = float(logits.max())
@@ -112,7 +114,8 @@ def _likeliest(logits: npt.NDArray[np.float32], chosen: int, *, count: int) -> t
     count = min(count, len(logits))
     best = np.argpartition(logits, len(logits) - count)[len(logits) - count :] if count else np.empty(0, np.int64)
     ordered = sorted(((float(logits[token]) - total, int(token)) for token in best), reverse=True)
-    return float(logits[chosen]) - total, [(token, value) for value, token in ordered]
+    rank = int((logits > logits[chosen]).sum()) + 1
+    return float(logits[chosen]) - total, rank, [(token, value) for value, token in ordered]
 
 
 def _new_chain(options: Sampling, vocabulary: int, *, recent: Sequence[int]) -> Any:
@@ -268,12 +271,24 @@ class Draws:
         for chain in list(self._chains):
             self.end(chain)
 
+    def known(self, draw: Draw, outputs: Sequence[int]) -> tuple[Token, ...]:
+        """How likely a draw's known tokens are, each by the logits of the row before it; `outputs` are the last evaluation's
+        rows of the sequence. Raises ModelError where they are no numbers.
+        """
+        found = []
+        for index, token in zip(outputs, draw.known, strict=False):  # after the last row there may be none
+            logits = self._logits_at(index)
+            check_finite(logits)
+            likely = self._likely(logits, token, draw.known_likely)
+            found.append(Token(token, self._tokens.piece(token), False, likely))
+        return tuple(found)
+
     def drawn(self, draw: Draw, index: int | None) -> Drawn:
         """What a draw chooses by the logits of row `index` of the last evaluation, or by those its sequence kept.
 
         Raises ModelError where they are no numbers.
         """
-        chain = self._chains[draw.chain]
+        chain = self._chains[draw.chain or 0]
         # Where log-probabilities are wanted, every token is chosen by its own logits.
         forced = chain.forced() if draw.likely is None else []
         if forced or chain.is_over:
@@ -306,8 +321,8 @@ class Draws:
         return Drawn(tuple(tokens), is_over=chain.is_over)
 
     def _likely(self, logits: npt.NDArray[np.float32], chosen: int, count: int) -> Likely:
-        own, best = _likeliest(logits, chosen, count=count)
-        return Likely(own, tuple((token, self._tokens.piece(token), value) for token, value in best))
+        own, rank, best = _likeliest(logits, chosen, count=count)
+        return Likely(own, tuple((token, self._tokens.piece(token), value) for token, value in best), rank)
 
     def _logits_at(self, index: int) -> npt.NDArray[np.float32]:
         """[vocabulary], valid until the next evaluation."""

@@ -21,21 +21,28 @@ class Draw(NamedTuple):
 
     With `keep`, the logits stay with the sequence, so that another choice can be made at the same place later.
     `likely`: of how many tokens the log-probabilities are wanted beside the chosen one's; None for none at all.
+
+    Where all rows of the sequence have outputs, `known` are the tokens that follow them, whose log-probabilities are
+    wanted with those of `known_likely` others; there is one less of them where another one is to be chosen after the
+    last row. Without a chain none is.
     """
 
     sequence: int
-    chain: int
+    chain: int | None
     keep: bool = False
     likely: int | None = None
+    known: tuple[int, ...] = ()
+    known_likely: int = 0
 
 
 class Likely(NamedTuple):
     """Natural logarithms of probabilities, as the model has them before any sampling option: of the chosen token, and
-    of the likeliest ones by falling probability.
+    of the likeliest ones by falling probability. `rank` 1 is the likeliest token's.
     """
 
     chosen: float
     top: tuple[tuple[int, bytes, float], ...]
+    rank: int
 
 
 class Token(NamedTuple):
@@ -50,8 +57,9 @@ class Token(NamedTuple):
 class Drawn(NamedTuple):
     """What comes next in a sequence: the chosen token, and those after it that a grammar leaves no choice about.
 
-    None come, and `is_over`, where the grammar has ended.
+    None come, and `is_over`, where the grammar has ended. `known` are the draw's, with their log-probabilities.
     """
 
     tokens: tuple[Token, ...]
     is_over: bool = False
+    known: tuple[Token, ...] = ()

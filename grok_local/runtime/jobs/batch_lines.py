@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from grok_local.errors import ContextError, GrokLocalError, OptionError
-from grok_local.runtime.jobs import openai
 from grok_local.runtime.jobs.lines import Line, error_of, read_lines
+from grok_local.runtime.jobs.openai import CHAT, TEXT, Inquiry, inquiry
+from grok_local.runtime.jobs.openai_results import Head, body_of, error_body
 from grok_local.runtime.text.batch import TASK_FIELDS
 
 if TYPE_CHECKING:
@@ -25,11 +26,12 @@ _OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 
 @dataclass(frozen=True)
 class Asked:
-    """A line, and the tasks it asks for; none where it has an `error`."""
+    """A line, and the tasks it asks for; none where it has an `error`. One in OpenAI's shape has an `inquiry`."""
 
     line: Line
     tasks: tuple[dict[str, Any], ...] = ()
     error: GrokLocalError | None = None
+    inquiry: Inquiry | None = None
 
     @property
     def id(self) -> str | int:
@@ -40,11 +42,6 @@ class Asked:
     def is_openai(self) -> bool:
         """Whether it is in OpenAI's shape, and its result is to be."""
         return "custom_id" in self.line.given
-
-    @property
-    def url(self) -> str:
-        """The endpoint that a line in OpenAI's shape names."""
-        return str(self.line.fields.get("url", openai.CHAT))
 
     @property
     def digest(self) -> str:
@@ -65,14 +62,14 @@ class Author:
         failed = next((result.error for result in results if result.error), None)
         if failed:
             return self.refused(asked, failed)
-        return self._openai(asked, results) if asked.is_openai else self._short(asked, results[0])
+        return self._openai(asked, asked.inquiry, results) if asked.inquiry else self._short(asked, results[0])
 
     def refused(self, asked: Asked, error: GrokLocalError) -> dict[str, Any]:
         """The line of the output for one that cannot be answered."""
         if not asked.is_openai:
             return error_of(asked.line, error)
         code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        body = openai.error_body(f"line {asked.line.number}: {error}", code=code)
+        body = error_body(f"line {asked.line.number}: {error}", code=code)
         return _response(asked, 400, body)
 
     def _short(self, asked: Asked, result: Result) -> dict[str, Any]:
@@ -94,17 +91,10 @@ class Author:
         seconds = {"prompt": round(stats.prompt_seconds, 4), "generation": round(stats.generation_seconds, 4)}
         return {**found, "timings": seconds, "fingerprint": self.fingerprint}
 
-    def _openai(self, asked: Asked, results: Sequence[Result]) -> dict[str, Any]:
-        body = openai.body_of(
-            asked.url,
-            results,
-            id=_name("chatcmpl" if asked.url == openai.CHAT else "cmpl", asked),
-            created=int(time.time()),
-            model=str(asked.line.fields["body"].get("model") or self.model),
-            fingerprint=self.fingerprint,
-            prompts=len(results) // openai.choice_count(asked.line.fields["body"]),
-        )
-        return _response(asked, 200, body)
+    def _openai(self, asked: Asked, asks: Inquiry, results: Sequence[Result]) -> dict[str, Any]:
+        name = _name("chatcmpl" if asks.url == CHAT else "cmpl", asked)
+        head = Head(name, int(time.time()), str(asks.body.get("model") or self.model), self.fingerprint)
+        return _response(asked, 200, body_of(asks, results, head))
 
 
 def read_batch(text: str, *, as_text: bool) -> list[Asked]:
@@ -124,27 +114,28 @@ def _asked(line: Line) -> Asked:
     try:
         if line.error:
             raise OptionError(line.error)
-        return Asked(line, tuple(_tasks(line)))
+        return _short(line) if "custom_id" not in line.given else _openai(line)
     except OptionError as error:
         return Asked(line, error=error)
 
 
-def _tasks(line: Line) -> list[dict[str, Any]]:
-    if "custom_id" not in line.given:
-        if stray := [name for name in line.fields if name in _OPENAI_FIELDS]:
-            raise OptionError(f"{stray[0]!r} belongs to a line in OpenAI's shape, which has a custom_id")
-        fields = {("prompt" if name == "text" else name): value for name, value in line.fields.items()}
-        return [{**fields, "id": line.id}]
+def _short(line: Line) -> Asked:
+    if stray := [name for name in line.fields if name in _OPENAI_FIELDS]:
+        raise OptionError(f"{stray[0]!r} belongs to a line in OpenAI's shape, which has a custom_id")
+    fields = {("prompt" if name == "text" else name): value for name, value in line.fields.items()}
+    return Asked(line, ({**fields, "id": line.id},))
+
+
+def _openai(line: Line) -> Asked:
     url, body = line.fields.get("url"), line.fields.get("body")
     if stray := [name for name in line.fields if name not in _OPENAI_FIELDS]:
         raise OptionError(f"{stray[0]!r} belongs into the body")
-    if line.fields.get("method", "POST") != "POST" or url not in (openai.CHAT, openai.TEXT):
-        raise OptionError(f"wanted: method POST, and url {openai.CHAT} or {openai.TEXT}")
-    if not isinstance(body, Mapping):
-        raise OptionError("body: an object is wanted")
-    tasks = openai.tasks_of(url, body)
-    ids = [line.id] if len(tasks) == 1 else [f"{line.id}#{number}" for number in range(len(tasks))]
-    return [{**task, "id": id_} for task, id_ in zip(tasks, ids, strict=True)]
+    if line.fields.get("method", "POST") != "POST" or url not in (CHAT, TEXT):
+        raise OptionError(f"wanted: method POST, and url {CHAT} or {TEXT}")
+    asks = inquiry(url, body)
+    ids = [line.id] if len(asks.tasks) == 1 else [f"{line.id}#{number}" for number in range(len(asks.tasks))]
+    tasks = tuple({**task, "id": id_} for task, id_ in zip(asks.tasks, ids, strict=True))
+    return Asked(line, tasks, inquiry=asks)
 
 
 def _response(asked: Asked, status: int, body: Mapping[str, Any]) -> dict[str, Any]:

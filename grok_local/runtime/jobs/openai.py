@@ -1,98 +1,206 @@
-"""OpenAI's shapes: what a request's body asks, and how a result is told.
+"""What a request's body asks in OpenAI's shapes.
 
-Sources: OpenAI's openapi document: CreateCompletionRequest, CreateChatCompletionRequest, BatchRequestInput and -Output.
+Sources: OpenAI's openapi document: CreateCompletionRequest, CreateChatCompletionRequest, BatchRequestInput. A field is
+described as JSON Schema does it, once for what is checked here and for what a server says of itself.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from grok_local.errors import OptionError
 
-if TYPE_CHECKING:
-    from grok_local.runtime.text.batch import Result
-    from grok_local.runtime.text.reply import TokenLogprob
-
-__all__ = ["CHAT", "TEXT", "body_of", "choice_count", "error_body", "tasks_of"]
+__all__ = ["CHAT", "TEXT", "Inquiry", "Schema", "checked", "fields_of", "inquiry"]
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
-_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repeat_penalty",
-    "seed",
-)
-_FORMS = ("regex", "choice", "grammar")
-_SILENT = ("model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")  # nothing to do
-_COMMON = (*_SAMPLING, *_FORMS, *_SILENT, "max_tokens", "stop", "n", "stream", "logprobs")
-_KNOWN = {
-    CHAT: (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", "response_format"),
-    TEXT: (*_COMMON, "prompt", "special"),
-}
-_ROLES = {"developer": "system"}
+Schema = dict[str, Any]
+
 _MOST_CHOICES = 128
+_MOST_TASKS = 1024
+_MOST_LIKELY = 100
 _TEXT_MAX_TOKENS = 16  # OpenAI's default, of text alone
-_LOWEST = -9999.0  # what OpenAI writes for no chance at all, which JSON has no number for
+_ROLES = {"developer": "system"}
+
+_TEXT_: Schema = {"type": "string"}
+_NUMBER: Schema = {"type": "number"}
+_FLAG: Schema = {"type": "boolean"}
+_TOKENS: Schema = {"type": "integer", "minimum": -1}
+_COUNT: Schema = {"type": "integer", "minimum": 1, "maximum": _MOST_CHOICES}
+_LIKELY: Schema = {"type": "integer", "minimum": 0, "maximum": _MOST_LIKELY}
+_TEXTS: Schema = {"type": "array", "items": _TEXT_}
+_PENALTY: Schema = {"type": "number", "minimum": -2, "maximum": 2}
+_IDS: Schema = {"type": "array", "items": {"type": "integer"}}
+
+_SAMPLING: dict[str, Schema] = {
+    "temperature": {"type": "number", "minimum": 0},
+    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "top_k": {"type": "integer", "minimum": -1},
+    "min_p": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+    "frequency_penalty": _PENALTY,
+    "presence_penalty": _PENALTY,
+    "repeat_penalty": {"type": "number", "exclusiveMinimum": 0},
+    "seed": {"type": "integer", "minimum": -1, "maximum": 2**32 - 2},
+}
+_FORMS: dict[str, Schema] = {"regex": _TEXT_, "choice": _TEXTS, "grammar": _TEXT_}
+_SILENT: dict[str, Schema] = {  # there is nothing to do for them
+    "model": _TEXT_,
+    "user": _TEXT_,
+    "metadata": {"type": "object"},
+    "store": _FLAG,
+    "service_tier": _TEXT_,
+    "safety_identifier": _TEXT_,
+}
+_COMMON: dict[str, Schema] = {
+    **_SAMPLING,
+    **_FORMS,
+    **_SILENT,
+    "max_tokens": _TOKENS,
+    "stop": {"anyOf": [_TEXT_, _TEXTS]},
+    "n": _COUNT,
+    "prompt_logprobs": _LIKELY,
+    "stream": _FLAG,
+    "stream_options": {"type": "object", "properties": {"include_usage": _FLAG}, "additionalProperties": False},
+}
+_SERVED: dict[str, Schema] = {  # of a server alone
+    "timeout": {"type": "number", "exclusiveMinimum": 0},
+    "progress": _FLAG,
+}
+_MESSAGE: Schema = {"type": "object", "properties": {"role": _TEXT_}, "required": ["role", "content"]}
+_FIELDS: dict[str, dict[str, Schema]] = {
+    CHAT: {
+        **_COMMON,
+        "messages": {"type": "array", "items": _MESSAGE},
+        "max_completion_tokens": _TOKENS,
+        "logprobs": _FLAG,
+        "top_logprobs": _LIKELY,
+        "response_format": {"type": "object"},
+    },
+    TEXT: {
+        **_COMMON,
+        "prompt": {"anyOf": [_TEXT_, _TEXTS, _IDS, {"type": "array", "items": _IDS}]},
+        "best_of": _COUNT,
+        "echo": _FLAG,
+        "logprobs": _LIKELY,
+        "special": _FLAG,
+        "suffix": {"type": "null"},
+    },
+}
+_PYTHON: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (),
+}
+_NAMES = {
+    "string": "a text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "nothing",  # text is continued at its end alone
+}
 
 
-def tasks_of(url: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tasks that a body asks for, prompt by prompt, each as often as it wants choices. Raises OptionError."""
+def fields_of(url: str, *, served: bool = False) -> dict[str, Schema]:
+    """What a body may have, as JSON Schema describes it; `served`: by a server, and not in a batch."""
+    return {**_FIELDS[url], **(_SERVED if served else {})}
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """What a body asks of an endpoint: `tasks`, prompt by prompt, each as often as answers are to be tried for it.
+
+    `body` has no field that is null; `warnings` say which were ignored.
+    """
+
+    url: str
+    body: Mapping[str, Any]
+    tasks: tuple[dict[str, Any], ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def choices(self) -> int:
+        """How many answers to each prompt are told."""
+        return int(self.body.get("n", 1))
+
+    @property
+    def tries(self) -> int:
+        """How many there are to choose from."""
+        return _tries(self.body)
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return len(self.tasks) // self.tries
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the answer is wanted piece by piece."""
+        return bool(self.body.get("stream"))
+
+    @property
+    def has_usage(self) -> bool:
+        """Whether a stream ends with what it took."""
+        return bool((self.body.get("stream_options") or {}).get("include_usage"))
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether no token is to come after the prompt."""
+        return self._limit == 0
+
+    @property
+    def needs(self) -> int:
+        """Tokens that an answer has to have room for, as the body says."""
+        return max(self._limit or 0, 0)
+
+    @property
+    def likely(self) -> int | None:
+        """How many alternatives' log-probabilities each token of an answer is told with; None for not even its own."""
+        return _likely(self.url, self.body)
+
+    @property
+    def _limit(self) -> int | None:
+        found = self.body.get("max_completion_tokens", self.body.get("max_tokens"))
+        return found if isinstance(found, int) else None
+
+
+def inquiry(url: str, body: Any, *, served: bool = False, lenient: bool = False) -> Inquiry:
+    """What a body asks; `lenient` ignores fields that nobody knows. Raises OptionError."""
+    given, ignored = checked(body, fields_of(url, served=served), lenient=lenient)
+    _check_options(url, given, served=served)
+    return Inquiry(url, given, tuple(_tasks(url, given)), tuple(ignored))
+
+
+def checked(body: Any, fields: Mapping[str, Schema], *, lenient: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a body that are not null, and which are ignored because nobody knows them. Raises OptionError."""
+    if not isinstance(body, Mapping):
+        raise OptionError("body: an object is wanted")
     given = {name: value for name, value in body.items() if value is not None}
-    _check_names(url, given)
-    if given.get("stream"):
-        raise OptionError("stream: a batch has no streams")
-    common = {name: given[name] for name in (*_SAMPLING, *_FORMS, "stop") if name in given}
-    prompts = [_chat(given)] if url == CHAT else _texts(given)
-    count = choice_count(given)
-    return [_seeded({**common, **prompt}, number) for prompt in prompts for number in range(count)]
+    unknown = list(_unknown(given, fields))
+    if unknown and not lenient:
+        raise OptionError(unknown)
+    given = {name: value for name, value in given.items() if name in fields}
+    _check_kinds(given, fields)
+    return given, [f"ignored: {text}" for text in unknown]
 
 
-def choice_count(body: Mapping[str, Any]) -> int:
-    """How many answers to a prompt are wanted. Raises OptionError."""
-    count = body.get("n") or 1
-    if type(count) is not int or not 1 <= count <= _MOST_CHOICES:
-        raise OptionError(f"n {count!r:.40}: must be 1 to {_MOST_CHOICES}")
-    return count
-
-
-def body_of(
-    url: str, results: Sequence[Result], *, id: str, created: int, model: str, fingerprint: str, prompts: int = 1
-) -> dict[str, Any]:
-    """A response's body, of the results of the tasks that its request asked for, in their order."""
-    choices = [_chat_choice(i, r) if url == CHAT else _text_choice(i, r) for i, r in enumerate(results)]
-    each = len(results) // prompts
-    prompt = sum(result.stats.prompt_tokens for result in results[::each])
-    cached = sum(result.stats.cached_tokens for result in results[::each])
-    answers = sum(result.stats.generated_tokens for result in results)
-    return {
-        "id": id,
-        "object": "chat.completion" if url == CHAT else "text_completion",
-        "created": created,
-        "model": model,
-        "system_fingerprint": fingerprint,
-        "choices": choices,
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": answers,
-            "total_tokens": prompt + answers,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        },
-    }
-
-
-def error_body(message: str, *, code: str | None = None) -> dict[str, Any]:
-    """What a refused request is answered."""
-    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-
-
-# -- requests ----------------------------------------------------------------------------------------------------------
+def _tasks(url: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    prompts = [_chat(body)] if url == CHAT else list(_texts(body))
+    if not 0 < len(prompts) * _tries(body) <= _MOST_TASKS:
+        raise OptionError(f"prompt: {len(prompts)} times {_tries(body)} answers; 1 to {_MOST_TASKS} can be asked for")
+    common = {name: body[name] for name in (*_SAMPLING, *_FORMS, "stop", "prompt_logprobs") if name in body}
+    likely = _likely(url, body)
+    chosen_by = 0 if likely is None and _tries(body) > body.get("n", 1) else likely
+    common |= {"logprobs": chosen_by}
+    return [_seeded({**common, **prompt}, number) for prompt in prompts for number in range(_tries(body))]
 
 
 def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,11 +208,9 @@ def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(messages, list):
         raise OptionError("messages: a list is wanted")
     limit = body.get("max_completion_tokens", body.get("max_tokens"))
-    likely = body.get("top_logprobs", 0) if body.get("logprobs") else None
     return {
         "messages": [_message(message) for message in messages],
-        "max_tokens": limit,
-        "logprobs": likely,
+        "max_tokens": 1 if limit == 0 else limit,
         **_response_format(body.get("response_format")),
     }
 
@@ -137,78 +243,76 @@ def _response_format(wanted: Any) -> dict[str, Any]:
     return {"schema": inner["schema"]}
 
 
-def _texts(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _texts(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     prompt = body.get("prompt")
     several = isinstance(prompt, list) and bool(prompt) and not all(type(token) is int for token in prompt)
-    prompts = prompt if several else [prompt]
-    rest = {
-        "max_tokens": body.get("max_tokens", _TEXT_MAX_TOKENS),
-        "logprobs": body.get("logprobs"),
-        "special": body.get("special"),
-    }
-    return [{"prompt": one, **rest} for one in prompts or []]
+    limit, echo = body.get("max_tokens", _TEXT_MAX_TOKENS), body.get("echo", False)
+    rest = {"max_tokens": 1 if limit == 0 else limit, "special": body.get("special"), "echo": echo}
+    if echo and "logprobs" in body:
+        rest["prompt_logprobs"] = max(body["logprobs"], body.get("prompt_logprobs", 0))
+    for one in prompt if isinstance(prompt, list) and several else [prompt]:
+        yield {"prompt": one, **rest}
 
 
 def _seeded(task: dict[str, Any], number: int) -> dict[str, Any]:
     """Of several choices each has a seed of its own."""
     seed = task.get("seed")
-    return task | {"seed": seed + number} if number and type(seed) is int and seed >= 0 else task
+    return task | {"seed": (seed + number) % (2**32 - 1)} if number and seed is not None and seed >= 0 else task
 
 
-def _check_names(url: str, body: Mapping[str, Any]) -> None:
+def _tries(body: Mapping[str, Any]) -> int:
+    return max(int(body.get("n", 1)), int(body.get("best_of", 1)))
+
+
+def _likely(url: str, body: Mapping[str, Any]) -> int | None:
+    if url == CHAT:
+        return int(body.get("top_logprobs", 0)) if body.get("logprobs") else None
+    found = body.get("logprobs")
+    return None if found is None else int(found)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def _unknown(body: Mapping[str, Any], known: Mapping[str, Schema]) -> Iterator[str]:
     for name in body:
-        if name not in _KNOWN[url]:
-            close = difflib.get_close_matches(name, _KNOWN[url], 1)
-            raise OptionError(f"{name!r} is not supported here" + (f": did you mean {close[0]!r}?" if close else ""))
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            yield f"{name!r:.80} is not supported here" + (f": did you mean {close[0]!r}?" if close else "")
 
 
-# -- results -----------------------------------------------------------------------------------------------------------
+def _check_kinds(body: Mapping[str, Any], known: Mapping[str, Schema]) -> None:
+    for name, value in body.items():
+        kind: str | None = known[name].get("type")
+        if kind is not None and not _is_kind(value, kind):
+            raise OptionError(f"{name} {value!r:.40}: {_NAMES[kind]} is wanted")
+        low, high = known[name].get("minimum"), known[name].get("maximum")
+        if low is not None and high is not None and not low <= value <= high:
+            raise OptionError(f"{name} {value!r:.40}: must be {low} to {high}")
+        inner = known[name].get("properties")
+        if inner is not None:
+            if unknown := list(_unknown(value, inner)):
+                raise OptionError([f"{name}: {problem}" for problem in unknown])
+            _check_kinds({key: part for key, part in value.items() if part is not None}, inner)
 
 
-def _chat_choice(index: int, result: Result) -> dict[str, Any]:
-    likely = None
-    if result.logprobs is not None:
-        likely = {"content": [_token(token) for token in result.logprobs], "refusal": None}
-    message = {"role": "assistant", "content": result.text, "refusal": None}
-    return {"index": index, "message": message, "logprobs": likely, "finish_reason": _reason(result)}
+def _is_kind(value: Any, kind: str) -> bool:
+    return isinstance(value, _PYTHON[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 
-def _token(token: TokenLogprob) -> dict[str, Any]:
-    top = [_likely(piece, value) for _, piece, value in token.top]
-    return {**_likely(token.piece, token.logprob), "top_logprobs": top}
-
-
-def _likely(piece: bytes, value: float) -> dict[str, Any]:
-    return {"token": _shown(piece), "logprob": max(value, _LOWEST), "bytes": list(piece)}
-
-
-def _text_choice(index: int, result: Result) -> dict[str, Any]:
-    likely = None if result.logprobs is None else _legacy(result.logprobs)
-    return {"index": index, "text": result.text, "logprobs": likely, "finish_reason": _reason(result)}
-
-
-def _legacy(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """The older shape; the chosen token is always among the likeliest."""
-    texts, offset, offsets = [_shown(token.piece) for token in tokens], 0, []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
-    tops = [
-        {_shown(piece): max(value, _LOWEST) for _, piece, value in token.top}
-        | {_shown(token.piece): max(token.logprob, _LOWEST)}
-        for token in tokens
-    ]
-    values = [max(token.logprob, _LOWEST) for token in tokens]
-    return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
-
-
-def _shown(piece: bytes) -> str:
-    """A token's text; where its bytes are only a part of a character, their names, so that no two are alike."""
-    try:
-        return piece.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-
-
-def _reason(result: Result) -> str | None:
-    return "length" if result.finish_reason == "context" else result.finish_reason
+def _check_options(url: str, body: Mapping[str, Any], *, served: bool) -> None:
+    if body.get("stream") and not served:
+        raise OptionError("stream: a batch has no streams")
+    if "stream_options" in body and not body.get("stream"):
+        raise OptionError("stream_options: only with stream")
+    if "top_logprobs" in body and not body.get("logprobs"):
+        raise OptionError("top_logprobs: only with logprobs true")
+    if "max_tokens" in body and "max_completion_tokens" in body:
+        raise OptionError("max_tokens and max_completion_tokens: give one of the two")
+    if body.get("timeout", 1) <= 0:
+        raise OptionError("timeout: seconds are wanted, more than 0")
+    best_of, n = body.get("best_of"), body.get("n", 1)
+    if best_of is not None and best_of < n:
+        raise OptionError(f"best_of {best_of}: must be at least n, which is {n}")
+    if best_of is not None and best_of > n and body.get("stream"):
+        raise OptionError("best_of: not with stream, where nothing can be taken back")

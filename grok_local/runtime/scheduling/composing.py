@@ -11,13 +11,16 @@ from grok_local.runtime.scheduling.generation import Generation
 __all__ = ["Apart", "Chunk", "Composer", "Running", "Together"]
 
 _PIECE = 256  # tokens of a prompt that are evaluated at once where it is evaluated alone
+_MOST_OUTPUTS = (
+    256  # tokens of prompts in a step whose logits are wanted: llama.cpp keeps them, float32 [tokens, vocabulary]
+)
 
 
 @dataclass(eq=False)
 class Running:
     """A generation in a place of the KV cache, and the tokens of it that are still to be evaluated there.
 
-    `number` says who came first.
+    `number` says who came first among those of one rank.
     """
 
     generation: Generation
@@ -25,6 +28,16 @@ class Running:
     chain: int | None = None
     place: int = -1
     pending: list[int] = field(default_factory=list)
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Smaller is earlier."""
+        return self.generation.rank, self.number
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether it is a prompt whose tokens' log-probabilities are wanted."""
+        return self.in_prompt and self.generation.request.prompt_likely is not None
 
     @property
     def in_prompt(self) -> bool:
@@ -49,7 +62,7 @@ class Composer(Protocol):
 
 
 class Together:
-    """What continues answers, and then as much as fits of prompts, in the order in which they came: a prompt shares the
+    """What continues answers, and then as much as fits of prompts, in the order of their turns: a prompt shares the
     reading of the weights with the answers beside it.
     """
 
@@ -58,7 +71,7 @@ class Together:
     def compose(self, running: Sequence[Running], *, room: int) -> list[Chunk]:
         """The next step."""
         answers = [one for one in running if not one.in_prompt]
-        prompts = sorted((one for one in running if one.in_prompt), key=lambda one: one.number)
+        prompts = sorted((one for one in running if one.in_prompt), key=lambda one: one.turn)
         return list(_filled([*answers, *prompts], room))
 
 
@@ -80,7 +93,7 @@ class Apart:
         ready = [Chunk(one, [], True) for one in running if not one.pending]
         long = [one for one in running if one.pending and (one.in_prompt or len(one.pending) > 1)]
         if ready or long:
-            return ready or [self._piece(min(long, key=lambda one: one.number))]
+            return ready or [self._piece(min(long, key=lambda one: one.turn))]
         chunks = [Chunk(one, list(one.pending), True) for one in sorted(running, key=lambda one: one.place)]
         self.padded = self._gaps({one.place for one in running})
         return chunks
@@ -97,8 +110,10 @@ class Apart:
 
 
 def _filled(ordered: Sequence[Running], room: int) -> Iterator[Chunk]:
+    outputs = _MOST_OUTPUTS
     for one in ordered:
-        ids = one.pending[:room]
+        ids = one.pending[: min(room, outputs) if one.is_scored else room]
         if ids or not one.pending:  # where nothing is pending, the logits are kept
             yield Chunk(one, ids, len(ids) == len(one.pending))
         room -= len(ids)
+        outputs -= len(ids) * one.is_scored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,7 @@ class Request:
     """What is to be continued, and how. `max_tokens` None is no limit but the context's; `grammar` is llguidance's.
 
     `strip`: white space at the answer's start is left out. `likely`: at each token, the log-probabilities of how many
-    alternatives are wanted; None for none, not even the token's own.
+    alternatives are wanted; None for none, not even the token's own. `prompt_likely`: likewise of the prompt's tokens.
     """
 
     prompt: tuple[int, ...]
@@ -34,13 +35,15 @@ class Request:
     grammar: str | None = None
     strip: bool = False
     likely: int | None = None
+    prompt_likely: int | None = None
 
     def __post_init__(self) -> None:
-        limit, likely = self.max_tokens, self.likely
+        limit = self.max_tokens
         if limit is not None and (not _is_whole(limit) or limit < 1):
             raise OptionError(f"max_tokens {limit!r:.40}: must be at least 1, or -1 for no limit")
-        if likely is not None and (not _is_whole(likely) or not 0 <= likely <= _MOST_LIKELY):
-            raise OptionError(f"logprobs {likely!r:.40}: must be 0 to {_MOST_LIKELY}")
+        for name, likely in (("logprobs", self.likely), ("prompt_logprobs", self.prompt_likely)):
+            if likely is not None and (not _is_whole(likely) or not 0 <= likely <= _MOST_LIKELY):
+                raise OptionError(f"{name} {likely!r:.40}: must be 0 to {_MOST_LIKELY}")
 
 
 @dataclass
@@ -94,18 +97,23 @@ class Generation:
     """An answer to `request` as far as it has come; `size` is the context's, in tokens.
 
     It has ended when there is a `finish_reason`, or the `error` that it died of. `text` is what was taken of it so far;
-    `scored` are the tokens that came with log-probabilities, the one that ended the text among them.
+    `scored` are the tokens that came with log-probabilities, the one that ended the text among them; `read`
+    are the prompt's likewise. Those of a lower
+    `rank` go first, and take the places of higher ones; while one is held, nobody computes it.
     """
 
     request: Request
     size: int
+    rank: int = 0
     tokens: list[int] = field(default_factory=list)
     scored: list[Token] = field(default_factory=list)
+    read: list[Token] = field(default_factory=list)
     text: str = ""
     stats: Stats = field(default_factory=Stats)
     finish_reason: FinishReason | None = None
     error: GrokLocalError | None = None
     is_cancelled: bool = False
+    is_held: bool = False
 
     def __post_init__(self) -> None:
         wished, room = self.request.max_tokens, self.size - len(self.request.prompt) + 1
@@ -125,6 +133,26 @@ class Generation:
     def longest(self) -> int:
         """How many tokens prompt and answer may have together."""
         return len(self.request.prompt) + self._limit
+
+    @property
+    def settled(self) -> int:
+        """How many of its tokens need not be evaluated again where their keys and values are still there."""
+        ids = len(self.request.prompt) + len(self.tokens)
+        return ids if self.tokens or self.request.prompt_likely is None else len(self.read)
+
+    def follow(self, known: Sequence[Token]) -> None:
+        """Take in log-probabilities of the prompt's next tokens."""
+        self.read += known
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._stream.matched
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was computed for it."""
+        return bool(self.tokens or self.stats.cached_tokens or self.stats.evaluated_tokens)
 
     @property
     def has_ended(self) -> bool:

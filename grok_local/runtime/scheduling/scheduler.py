@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ class Scheduler:
         Says whether there was anything to do. An error of the engine ends all generations that were in the step.
         """
         self._begin(wanted, may_yield)
-        active = [one for one in self._running if wanted(one.generation) or one.generation.unread < _LEAD]
+        active = [one for one in self._running if wanted(one.generation) or _may_go_along(one.generation)]
         if not any(wanted(one.generation) for one in active):
             return False
         step = self._composed(active)
@@ -101,7 +102,7 @@ class Scheduler:
     def _begin(self, wanted: Wanted, may_yield: Wanted) -> None:
         self._engine.interrupted = False
         while self._arrived:
-            self._queue.append(self._arrived.popleft())
+            self._wait(self._arrived.popleft())
         self._end_cancelled()
         self._look_again()
         self._admit(wanted, may_yield)
@@ -141,13 +142,16 @@ class Scheduler:
     # -- places --------------------------------------------------------------------------------------------------------
 
     def _admit(self, wanted: Wanted, may_yield: Wanted) -> None:
-        """Give places to those that are wanted, in the order in which they came."""
+        """Give places to those that are wanted, in the order of their turns."""
         for one in list(self._queue):
-            if self._is_full or not (self._sequences.has_free or self._displaceable(wanted, may_yield)):
+            if self._is_full:
+                return
+            others = [] if self._sequences.has_free else self._displaceable(one, wanted, may_yield)
+            if not (self._sequences.has_free or others):
                 return
             if wanted(one.generation) and not self._comes_soon(one, wanted) and self._has_chain(one):
-                if not self._sequences.has_free:
-                    self._set_aside(self._displaceable(wanted, may_yield)[0])
+                if others:
+                    self._set_aside(others[0])
                 self._place(one)
 
     def _has_chain(self, one: Running) -> bool:
@@ -164,7 +168,7 @@ class Scheduler:
     def _place(self, one: Running) -> None:
         self._queue.remove(one)
         ids = one.generation.ids
-        one.place, cached = self._sequences.take(ids)
+        one.place, cached = self._sequences.take(ids[: one.generation.settled])
         one.pending = ids[cached:]
         if one.in_prompt:
             one.generation.stats.cached_tokens = cached
@@ -172,29 +176,39 @@ class Scheduler:
 
     def _comes_soon(self, one: Running, wanted: Wanted) -> bool:
         """Whether much of its beginning is being evaluated for another one just now."""
-        ids = one.generation.ids
+        ids = one.generation.ids[: one.generation.settled]
         others = [other for other in self._running if other.in_prompt and other.pending and wanted(other.generation)]
         coming = max((common_length(ids[:-1], other.generation.ids) for other in others), default=0)
         return coming >= _WORTH_WAITING and coming - self._sequences.found(ids).length >= _WORTH_WAITING
 
-    def _displaceable(self, wanted: Wanted, may_yield: Wanted) -> list[Running]:
-        """Those whose place may be taken: nobody waits for them."""
-        others = (one for one in self._running if not self._sequences.is_reserved(one.place))
-        return [one for one in others if not wanted(one.generation) and may_yield(one.generation)]
+    def _displaceable(self, one: Running, wanted: Wanted, may_yield: Wanted) -> list[Running]:
+        """Those whose place may be taken for one: nobody waits for them, or they are of a higher rank; these last come
+        first.
+        """
+        others = (other for other in self._running if not self._sequences.is_reserved(other.place))
+        idle, lower = list[Running](), list[Running]()
+        for other in others:
+            if not wanted(other.generation) and may_yield(other.generation):
+                idle.append(other)
+            elif other.generation.rank > one.generation.rank:
+                lower.append(other)
+        return [*idle, *sorted(lower, key=lambda other: other.turn, reverse=True)]
 
     def _set_aside(self, one: Running) -> None:
         """It goes on later from what its place still holds by then."""
         self._running.remove(one)
         self._sequences.release(one.place)
         one.place = -1
-        self._queue.append(one)
-        self._queue.sort(key=lambda waiting: waiting.number)
+        self._wait(one)
+
+    def _wait(self, one: Running) -> None:
+        insort(self._queue, one, key=lambda waiting: waiting.turn)
 
     def _make_room(self) -> None:
         """The KV cache is full. What nobody uses goes first, and then the youngest, to begin again later."""
         if self._sequences.clear_free():
             return
-        youngest = max(self._running, key=lambda one: one.number)
+        youngest = max(self._running, key=lambda one: one.turn)
         if len(self._running) == 1:
             self._fail([youngest], ContextError("the KV cache has no room for this prompt: take a larger context"))
             return
@@ -208,7 +222,7 @@ class Scheduler:
         chunks = self._composer.compose(active, room=self._engine.batch_size)
         rows = [row for chunk in chunks for row in self._rows(chunk)]
         rows += [Row(0, len(self._sequences.ids(place)), place, True) for place in self._composer.padded]
-        draws = [_draw(chunk.running) for chunk in chunks if chunk.is_last]
+        draws = [_draw(chunk) for chunk in chunks if _is_drawn(chunk)]
         return _Step(chunks, rows, draws, time.monotonic(), self._engine.expert_stats() if self._streams else None)
 
     def _finish(self, step: _Step, drawn: Sequence[Drawn]) -> None:
@@ -218,9 +232,10 @@ class Scheduler:
             self._sequences.grow(one.place, chunk.ids, kept=chunk.is_last and one.in_prompt)
             del one.pending[: len(chunk.ids)]
         self._forget_padding()
-        last = [chunk.running for chunk in step.chunks if chunk.is_last]
-        for one, came in zip(last, drawn, strict=True):
-            self._take(one, came)
+        for chunk, came in zip(filter(_is_drawn, step.chunks), drawn, strict=True):
+            chunk.running.generation.follow(came.known)
+            if chunk.is_last:
+                self._take(chunk.running, came)
 
     def _forget_padding(self) -> None:
         for place in self._composer.padded:
@@ -229,8 +244,10 @@ class Scheduler:
             self._sequences.shorten(place, length)
 
     def _rows(self, chunk: Chunk) -> list[Row]:
-        place, start, end = chunk.running.place, len(self._sequences.ids(chunk.running.place)), len(chunk.ids) - 1
-        return [Row(token, start + i, place, chunk.is_last and i == end) for i, token in enumerate(chunk.ids)]
+        one, end = chunk.running, len(chunk.ids) - 1
+        start = len(self._sequences.ids(one.place))
+        wanted = [one.is_scored or (chunk.is_last and i == end) for i in range(len(chunk.ids))]
+        return [Row(token, start + i, one.place, wanted[i]) for i, token in enumerate(chunk.ids)]
 
     def _count(self, step: _Step) -> None:
         seconds, now = time.monotonic() - step.began, self._engine.expert_stats() if step.experts else None
@@ -276,10 +293,26 @@ class Scheduler:
         for one in self._running:
             ids = one.generation.ids
             same = common_length(list(self._sequences.ids(one.place)), ids)
-            one.pending = ids[self._sequences.shorten(one.place, min(same, len(ids) - 1)) :]
+            settled = min(same, len(ids) - 1, one.generation.settled)
+            one.pending = ids[self._sequences.shorten(one.place, settled) :]
         self._is_doubtful = False
 
 
-def _draw(one: Running) -> Draw:
-    assert one.chain is not None  # whoever has a place has one
-    return Draw(one.place, one.chain, keep=one.in_prompt, likely=one.generation.request.likely)
+def _may_go_along(generation: Generation) -> bool:
+    """Whether it may go on beside others though nobody waits for it: its reader will be back."""
+    return generation.unread < _LEAD and not generation.is_held
+
+
+def _is_drawn(chunk: Chunk) -> bool:
+    return chunk.is_last or chunk.running.is_scored
+
+
+def _draw(chunk: Chunk) -> Draw:
+    one, request = chunk.running, chunk.running.generation.request
+    chain = one.chain if chunk.is_last else None
+    draw = Draw(one.place, chain, keep=one.in_prompt and chunk.is_last, likely=request.likely)
+    if not one.is_scored or request.prompt_likely is None:
+        return draw
+    done = len(request.prompt) - len(one.pending)
+    known = request.prompt[done + 1 : done + len(chunk.ids) + 1]
+    return draw._replace(known=known, known_likely=request.prompt_likely)

@@ -20,7 +20,12 @@ class TextStream:
         self._stop = [text for text in stop if text]
         self._held = ""
         self._strip = strip
-        self.stopped = False
+        self.matched: str | None = None  # the stop string that came
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self.matched is not None
 
     def push(self, data: bytes) -> str:
         """Add a token's bytes. After a stop string, `stopped` is true and nothing more comes."""
@@ -34,9 +39,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + text
-        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        self.stopped = bool(ends)
-        keep = min(ends) if ends else len(text) if final else len(text) - self._undecided(text)
+        ends = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            keep, self.matched = min(ends)
+        else:
+            keep = len(text) if final else len(text) - self._undecided(text)
         self._held = text[keep:]
         shown = text[:keep].lstrip() if self._strip else text[:keep]
         self._strip = self._strip and not shown

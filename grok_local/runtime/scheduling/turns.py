@@ -37,6 +37,7 @@ class Turns:
         self.scheduler = scheduler
         self._changed = threading.Condition()
         self._is_busy = False
+        self._impatient = 0  # threads that want the engine for themselves
         self._readers: dict[Generation, _Reader] = {}
 
     def submit(self, generation: Generation, *, eager: bool = False) -> None:
@@ -62,11 +63,23 @@ class Turns:
                 reader.waiting -= 1
                 reader.thread, reader.rested = threading.get_ident(), time.monotonic()
 
+    def step(self) -> bool:
+        """A step of those that are eager, for a thread that does nothing else. Says whether there was one.
+
+        Whoever wants the engine alone goes first.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._impatient)
+        with self._turn():
+            worked = self.scheduler.tick(wanted=self._is_wanted, may_yield=self._may_yield)
+            self._forget_ended()
+        return worked
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Use the engine itself, its first sequence: nobody else does, and nobody's answer is there."""
         while True:
-            with self._turn():
+            with self._first(), self._turn():
                 if self.scheduler.vacate(may_yield=self._may_yield):
                     try:
                         yield
@@ -78,7 +91,7 @@ class Turns:
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Nobody computes meanwhile."""
-        with self._turn():
+        with self._first(), self._turn():
             yield
 
     def interrupt(self) -> None:
@@ -88,6 +101,18 @@ class Turns:
     def _forget_ended(self) -> None:
         for generation in [known for known in list(self._readers) if known.has_ended]:
             self._readers.pop(generation, None)
+
+    @contextmanager
+    def _first(self) -> Iterator[None]:
+        """No thread that only steps begins another one."""
+        with self._changed:
+            self._impatient += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._impatient -= 1
+                self._changed.notify_all()
 
     @contextmanager
     def _turn(self, *, patient: bool = True) -> Iterator[bool]:
@@ -113,7 +138,7 @@ class Turns:
 
     def _is_wanted(self, generation: Generation) -> bool:
         reader = self._readers[generation]
-        return reader.is_eager or reader.waiting > 0
+        return (reader.is_eager or reader.waiting > 0) and not generation.is_held
 
     def _may_yield(self, generation: Generation) -> bool:
         reader = self._readers[generation]

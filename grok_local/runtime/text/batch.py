@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Lexicon
     from grok_local.runtime.scheduling.turns import Turns
 
-__all__ = ["TASK_FIELDS", "Prepared", "Result", "Tasks", "Watch", "run_batch"]
+__all__ = ["TASK_FIELDS", "Prepared", "Result", "Tasks", "Watch", "prompt_logprobs", "result_of", "run_batch"]
 
 _SAMPLING = tuple(Sampling.__dataclass_fields__)
 _ANSWERING = ("max_tokens", "stop", "logprobs", "schema", "regex", "choice", "grammar")
-TASK_FIELDS = ("id", "prompt", "messages", "special", *_ANSWERING, *_SAMPLING)
+TASK_FIELDS = ("id", "prompt", "messages", "special", "echo", "prompt_logprobs", *_ANSWERING, *_SAMPLING)
 _SEEDS = 1 << 31
 
 Watch = Callable[[Collection[Stats]], None]
@@ -33,7 +33,9 @@ Watch = Callable[[Collection[Stats]], None]
 class Result:
     """What became of task number `index`: its text, or the `error` it failed of. `tokens` are the answer's ids.
 
-    `parsed` is what a whole answer in the form of a schema says.
+    `parsed` is what a whole answer in the form of a schema says; `stopped_by` the stop string that ended it;
+    `prompt` is the prompt's text where it was wanted, and `prompt_logprobs` are of its tokens, the first's meaning
+    nothing.
     """
 
     index: int
@@ -45,16 +47,23 @@ class Result:
     parsed: Any = None
     stats: Stats = field(default_factory=Stats)
     error: GrokLocalError | None = None
+    prompt: str = ""
+    stopped_by: str | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task that can be run: its tokens are known, and fit."""
+    """A task that can be run: its tokens are known, and fit. `echo` is the prompt's text where it is wanted, and
+    `first` are the bytes of its first token.
+    """
 
     index: int
     id: str | int
     how: Answering
     request: Request
+    echo: str = ""
+    first: bytes = b""
 
 
 class Tasks:
@@ -91,12 +100,25 @@ class Tasks:
         _check_names(fields)
         how = self._how(id_, fields)
         if "messages" in fields:
-            request = self._of_messages(fields, how)
+            request, echo = self._of_messages(fields, how), ""
         else:
             ids = self._ids(fields.get("prompt"), special=bool(fields.get("special")))
-            request = how.request(ids)
+            request, echo = how.request(ids), self._echo(fields, ids)
         check_room(request.prompt, self._engine.context_size)
-        return Prepared(index, id_, how, request)
+        request = replace(request, prompt_likely=fields.get("prompt_logprobs"))
+        return Prepared(index, id_, how, request, echo, self._first(request, echo))
+
+    def _first(self, request: Request, echo: str) -> bytes:
+        if request.prompt_likely is None:
+            return b""
+        piece = self._engine.piece(request.prompt[0])
+        return piece if echo.startswith(" ") else piece.removeprefix(b" ")  # SPM puts one before a text
+
+    def _echo(self, fields: Mapping[str, Any], ids: Sequence[int]) -> str:
+        if not fields.get("echo"):
+            return ""
+        prompt = fields["prompt"]
+        return prompt if isinstance(prompt, str) else self._engine.detokenize(ids)
 
     def _how(self, id_: str | int, fields: Mapping[str, Any]) -> Answering:
         given = {**self._defaults, **{name: value for name, value in fields.items() if value is not None}}
@@ -108,6 +130,8 @@ class Tasks:
     def _of_messages(self, fields: Mapping[str, Any], how: Answering) -> Request:
         if fields.get("prompt") is not None:
             raise OptionError("prompt and messages: give one of the two")
+        if fields.get("echo"):
+            raise OptionError("echo: of a prompt alone, and these are messages")
         laid = self._conversation.lay_out(fields["messages"], reserve=1)
         if laid.dropped:
             raise ContextError(f"the conversation does not fit the context of {self._engine.context_size} tokens")
@@ -148,7 +172,7 @@ def run_batch(
                 return
             turns.until(partial(_some_ended, flying, watch), reading=())
             for one in [one for one in flying if one.has_ended]:
-                yield _result(flying.pop(one), one)
+                yield result_of(flying.pop(one), one)
     finally:
         for one in flying:
             one.is_cancelled = True
@@ -171,7 +195,8 @@ def _launched(
             turns.submit(generation, eager=True)
 
 
-def _result(task: Prepared, done: Generation) -> Result:
+def result_of(task: Prepared, done: Generation) -> Result:
+    """What became of a task whose generation has ended. Raises an error of the model's."""
     done.take()
     error, structure = done.error, task.how.structure
     if error and not isinstance(error, OptionError | ContextError):
@@ -191,7 +216,18 @@ def _result(task: Prepared, done: Generation) -> Result:
         parsed=parsed,
         stats=done.stats,
         error=error,
+        prompt=task.echo,
+        stopped_by=done.stopped_by,
+        prompt_logprobs=prompt_logprobs(task, done),
     )
+
+
+def prompt_logprobs(task: Prepared, done: Generation) -> list[TokenLogprob] | None:
+    """Of the prompt's tokens, the first's meaning nothing; None where they were not asked for."""
+    if task.request.prompt_likely is None:
+        return None
+    first = TokenLogprob(task.request.prompt[0], task.first, 0.0, ())
+    return [first, *(TokenLogprob.of(token) for token in done.read)]
 
 
 def _derived(seed: int, id_: str | int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
@@ -63,7 +63,7 @@ class Model:
 
     def _use(self, engine: Engine) -> None:
         self.engine = engine
-        self._turns = Turns(_scheduler(engine, self._loading))
+        self.turns = Turns(_scheduler(engine, self._loading))
         self.conversation = Conversation(engine, template=self._loading.template)
 
     @property
@@ -101,7 +101,7 @@ class Model:
     @contextmanager
     def alone(self) -> Iterator[Engine]:
         """The engine itself: nobody else computes meanwhile, and its first sequence is nobody's."""
-        with self._turns.alone():
+        with self.turns.alone():
             yield self.engine
 
     @overload
@@ -156,7 +156,7 @@ class Model:
         given: AnswerOptions = {"max_tokens": max_tokens, "stop": stop, "logprobs": logprobs}
         form: AnswerOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
         how = answering({**given, **form}, {**self._usual, **sampling})
-        return Reply(how.request(ids), self._turns, size=self.context_size, structure=how.structure)
+        return Reply(how.request(ids), self.turns, size=self.context_size, structure=how.structure)
 
     def chat(
         self,
@@ -182,7 +182,7 @@ class Model:
         how = answering({**given, **form}, {**self._usual, **sampling})
         laid = self.conversation.lay_out(messages, reserve=how.max_tokens)
         request = how.request(laid.ids, strip=True, stop=self.conversation.form.stop)
-        return ChatReply(self.conversation, laid, request, self._turns, structure=how.structure)
+        return ChatReply(self.conversation, laid, request, self.turns, structure=how.structure)
 
     def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncReply:
         """As `generate`, for `async for`."""
@@ -211,9 +211,13 @@ class Model:
         """
         listed = requests if isinstance(requests, Iterator) else list(requests)
         self._reshape(parallel, reproducible, most=len(listed) if isinstance(listed, list) else None)
-        given = {**self._usual, **options}
-        tasks = Tasks(self.engine, template=self._loading.template, defaults=given, seed=seed)
+        tasks = self.tasks(options, seed=seed)
         yield from self.run(tasks.prepare(index, request) for index, request in enumerate(listed))
+
+    def tasks(self, defaults: Mapping[str, Any], *, seed: int = 0) -> Tasks:
+        """What prepares tasks for this model; `defaults` and `seed` are as in `batch`."""
+        given = {**self._usual, **defaults}
+        return Tasks(self.engine, template=self._loading.template, defaults=given, seed=seed)
 
     def run(
         self, tasks: Iterable[Prepared | Result], *, size: int | None = None, watch: Watch = lambda _: None
@@ -222,7 +226,7 @@ class Model:
         answer may have together; `watch` is shown after every step what each answer under way took so far.
         """
         ahead = 2 * self._loading.parallel
-        return run_batch(self._turns, tasks, size=size or self.context_size, ahead=ahead, watch=watch)
+        return run_batch(self.turns, tasks, size=size or self.context_size, ahead=ahead, watch=watch)
 
     def _reshape(self, parallel: int | None, reproducible: bool, *, most: int | None) -> None:
         """Open the model anew where it has too few places, or does not compute in the way that is wanted."""
@@ -231,8 +235,8 @@ class Model:
         if (wanted, reproducible) == (now.parallel, now.reproducible):
             return
         loading = now.reshaped(parallel=wanted, reproducible=reproducible)
-        with self._turns.stopped():
-            if not self._turns.scheduler.is_idle:
+        with self.turns.stopped():
+            if not self.turns.scheduler.is_idle:
                 raise OptionError("batch: an answer of this model is not read to its end: read it, or cancel it first")
             self.engine.close()
             self._loading = loading
@@ -240,12 +244,12 @@ class Model:
 
     def interrupt(self) -> None:
         """End the answers under way; from a signal handler or another thread."""
-        self._turns.interrupt()
+        self.turns.interrupt()
         self.engine.interrupt()
 
     def close(self) -> None:
         """Free the model; safe to call twice."""
-        with self._turns.stopped():
+        with self.turns.stopped():
             self.engine.close()
 
     def __enter__(self) -> Model:

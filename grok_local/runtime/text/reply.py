@@ -25,19 +25,20 @@ _MOST_READERS = 256  # sequences that llama.cpp takes together
 class TokenLogprob:
     """A token of an answer with the natural logarithm of its probability as the model has it, before any sampling
     option; `piece` are its bytes, of which the token that ends the text has none, and `top` the likeliest tokens at its
-    place.
+    place, among which it has a `rank`.
     """
 
     token: int
     piece: bytes
     logprob: float
     top: tuple[tuple[int, bytes, float], ...]
+    rank: int = 1
 
     @classmethod
     def of(cls, token: Token) -> TokenLogprob:
         """Of a token that came with them."""
         assert token.likely is not None
-        return cls(token.id, token.piece, token.likely.chosen, token.likely.top)
+        return cls(token.id, token.piece, token.likely.chosen, token.likely.top, token.likely.rank)
 
 
 class Reply(Iterator[str]):

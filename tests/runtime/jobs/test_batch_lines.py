@@ -51,7 +51,7 @@ def test_short_lines_of_every_kind() -> None:
         ('{"custom_id": "a", "url": "/v1/completions", "body": 3}', "body: an object"),
         ('{"custom_id": "a", "url": "/v1/completions", "prompt": "x"}', "'prompt' belongs into the body"),
         (openai_line(TEXT, {"prompt": "x", "max_token": 3}), "did you mean 'max_tokens'"),
-        (openai_line(TEXT, {"prompt": "x", "echo": True}), "'echo' is not supported"),
+        (openai_line(TEXT, {"prompt": "x", "suffix": "y"}), "suffix 'y': nothing is wanted"),
         (openai_line(TEXT, {"prompt": "x", "stream": True}), "stream"),
         (openai_line(CHAT, {"messages": [], "n": 0.5}), "n 0.5"),
         (openai_line(CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "type text"),
@@ -93,7 +93,13 @@ def test_bodies_of_openai() -> None:
 
 def test_results_in_kind() -> None:
     short, chat, text = read_batch(
-        "\n".join(["x", openai_line(CHAT, {"messages": [], "n": 2}, "b"), openai_line(TEXT, {"prompt": "y"}, "c")]),
+        "\n".join(
+            [
+                "x",
+                openai_line(CHAT, {"messages": [], "n": 2, "logprobs": True}, "b"),
+                openai_line(TEXT, {"prompt": "y", "logprobs": 1}, "c"),
+            ]
+        ),
         as_text=False,
     )
     tokens = [

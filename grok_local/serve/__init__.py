@@ -1,0 +1,1 @@
+"""The scheduler behind HTTP: OpenAI's API for models that take their time."""

@@ -1,0 +1,71 @@
+"""The app: its routes, and what becomes of what none of them answers."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from grok_local import __version__
+from grok_local.errors import GrokLocalError, RefusedError
+from grok_local.serve.failures import answer_to, refusal_of
+from grok_local.serve.guard import Guard
+from grok_local.serve.routes import about, completions, tokenizing
+from grok_local.serve.service import Service
+
+__all__ = ["make_app"]
+
+_ROUTERS = (completions.router, tokenizing.router, about.router)
+
+
+def make_app(service: Service, *, host: str, key: str | None) -> ASGIApp:
+    """The whole of it, for a server that listens at `host`; with a `key`, for those alone who know it."""
+    app = FastAPI(title="grok-local", version=__version__, docs_url=None, redoc_url=None)
+    app.state.service = service
+    for router in _ROUTERS:
+        app.include_router(router)
+    for kind in (GrokLocalError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _failed)
+    return Guard(_Counting(app, service), host=host, key=key)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return answer_to(_of_http(request, error))
+    if isinstance(error, RequestValidationError):
+        return answer_to(RefusedError(400, "the request is not what this endpoint takes", code="invalid_value"))
+    if not isinstance(error, GrokLocalError):
+        request.app.state.service.say("".join(traceback.format_exception(error)))
+    return answer_to(refusal_of(error))
+
+
+def _of_http(request: Request, error: HTTPException) -> RefusedError:
+    """What Starlette refuses: paths and methods."""
+    path = request.url.path
+    if error.status_code == 404:
+        return RefusedError(404, f"{path!r:.120}: there is no such endpoint", code="unknown_url")
+    if error.status_code == 405:
+        return RefusedError(405, f"{request.method} {path}: not with this method", code="method_not_allowed")
+    return RefusedError(error.status_code, str(error.detail), code="invalid_request")
+
+
+class _Counting:
+    """Counts what was answered, by the endpoint's pattern."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route: Any = scope.get("route")
+                self._service.count(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted if scope["type"] == "http" else send)

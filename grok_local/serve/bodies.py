@@ -1,0 +1,125 @@
+"""Bodies: reads the JSON of a request, as much of it as may be; and says what they are in the OpenAPI document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from grok_local.errors import RefusedError
+
+__all__ = ["answered", "asked", "json_of"]
+
+MOST_BYTES = 16 << 20
+_MOST_LEVELS = 64
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+async def bytes_of(request: Request, *, most: int = MOST_BYTES) -> bytes:
+    """The whole body. Raises RefusedError where it is longer than `most`."""
+    told = request.headers.get("content-length", "0")
+    if told.isdecimal() and int(told) > most:
+        raise _too_long(most)
+    found = bytearray()
+    async for piece in request.stream():
+        found += piece
+        if len(found) > most:
+            raise _too_long(most)
+    return bytes(found)
+
+
+async def json_of(request: Request) -> tuple[bytes, Any]:
+    """The body, and what it says. Raises RefusedError."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RefusedError(415, f"content-type {kind!r:.60}: application/json is wanted", code="wrong_content_type")
+    data = await bytes_of(request)
+    return data, parsed(data)
+
+
+def parsed(data: bytes) -> Any:
+    """What JSON says. Raises RefusedError for what is none, for more than 64 levels, and for halves of characters."""
+    try:
+        found = json.loads(data, parse_constant=_no_number)
+        if b"\\u" in data:
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
+        reason = "a half of a character" if isinstance(error, UnicodeEncodeError) else str(error)
+        raise RefusedError(400, f"the body is no JSON: {reason:.200}", code="invalid_json") from None
+    _check_levels(found)
+    return found
+
+
+def _check_levels(value: Any) -> None:
+    layer = [value]
+    for _ in range(_MOST_LEVELS):
+        layer = [inner for outer in layer for inner in _inside(outer)]
+        if not layer:
+            return
+    raise _too_deep()
+
+
+def _inside(value: Any) -> list[Any]:
+    """Lists and objects in it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [one for one in inner if isinstance(one, dict | list)]
+
+
+def _too_deep() -> RefusedError:
+    return RefusedError(400, f"the body has more than {_MOST_LEVELS} levels", code="invalid_json")
+
+
+def _too_long(most: int) -> RefusedError:
+    return RefusedError(413, f"the body has more than {most} bytes", code="body_too_large")
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+# -- the OpenAPI document ----------------------------------------------------------------------------------------------
+
+
+def asked(fields: Mapping[str, Mapping[str, Any]], *required: str) -> dict[str, Any]:
+    """A body of these fields, each of which may be null instead."""
+    properties = {name: field if name in required else _or_null(field) for name, field in fields.items()}
+    schema = {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def answered(kind: str | None = None) -> dict[int | str, dict[str, Any]]:
+    """What comes: an object, or an error."""
+    schema: dict[str, Any] = {"type": "object"}
+    if kind:
+        schema |= {"required": ["id", "object", "choices"], "properties": {"object": {"const": kind}}}
+    content: dict[str, Any] = {"application/json": {"schema": schema}}
+    if kind:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    failed = {"description": "What is wrong", "content": {"application/json": {"schema": _ERROR}}}
+    return {200: {"description": "The answer", "content": content}, "4XX": failed, "5XX": failed}
+
+
+def _or_null(field: Mapping[str, Any]) -> dict[str, Any]:
+    if "anyOf" in field:
+        return {"anyOf": [*field["anyOf"], {"type": "null"}]}
+    return {**field, "type": [field["type"], "null"]} if field["type"] != "null" else dict(field)

@@ -1,0 +1,293 @@
+"""One thread that has the model compute, and the answers that wait for it in an event loop.
+
+Whoever follows an answer sees its pieces from the first, however late they come; when nobody follows it any more it
+ends with the step under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from grok_local.errors import GrokLocalError, ModelError, RefusedError
+from grok_local.runtime.scheduling.generation import Generation
+from grok_local.runtime.text.batch import prompt_logprobs, result_of
+from grok_local.runtime.text.reply import TokenLogprob
+from grok_local.serve.figures import AnswerProgress, Figures
+
+if TYPE_CHECKING:
+    from grok_local.runtime.scheduling.generation import FinishReason, Stats
+    from grok_local.runtime.text.batch import Prepared, Result
+    from grok_local.runtime.text.model import Model
+
+__all__ = ["INTERACTIVE", "Answer", "EngineLoop", "Increment"]
+
+INTERACTIVE, BACKGROUND = 0, 1  # ranks: who asks now goes before batches
+
+
+@dataclass(frozen=True)
+class Increment:
+    """What a step brought of an answer's generation number `index`; with the first comes the prompt's."""
+
+    index: int
+    text: str
+    tokens: Sequence[TokenLogprob] | None
+    is_first: bool
+    prompt: Sequence[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stopped_by: str | None = None
+    is_last: bool = False
+
+
+@dataclass(eq=False)
+class Answer:
+    """The generations of one request. `is_streamed`: its parts are wanted as they come.
+
+    Belongs to an event loop; what the thread of the engine may call says so.
+    """
+
+    tasks: Sequence[Prepared]
+    generations: Sequence[Generation]
+    is_streamed: bool
+    is_expired: bool = False
+    parts: list[Increment] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._open = len(self.generations)
+        self._told = [0] * len(self.generations)  # tokens with log-probabilities
+        self._seen = [False] * len(self.generations)
+        self._numbers = {generation: index for index, generation in enumerate(self.generations)}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return not self._open
+
+    @property
+    def stats(self) -> list[Stats]:
+        """What each generation took so far."""
+        return [generation.stats for generation in self.generations]
+
+    def take(self, generation: Generation) -> bool:
+        """Take in what a step brought. Says whether whoever waits is to know. For the engine's thread."""
+        if generation.has_ended:
+            if self.is_streamed:
+                self.parts.append(self._part(generation))
+            self._open -= 1
+            return self.is_streamed or not self._open
+        if not (self.is_streamed and generation.unread):
+            return False
+        if not generation.has_text and generation.request.likely is None:
+            return False
+        self.parts.append(self._part(generation))
+        return True
+
+    def announce(self) -> None:
+        """Wake up whoever waits."""
+        before, self._changed = self._changed, asyncio.Event()
+        before.set()
+
+    async def change(self, seconds: float | None = None) -> bool:
+        """Return when something has come, or after so many seconds. Says whether anything has."""
+        try:
+            return await asyncio.wait_for(self._changed.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+
+    async def results(self) -> list[Result]:
+        """What became of each task, when all have ended. Raises what the model died of, and RefusedError."""
+        while not self.is_over:
+            await self.change()
+        self.check()
+        return [result_of(task, done) for task, done in zip(self.tasks, self.generations, strict=True)]
+
+    def check(self) -> None:
+        """Raises the error that a generation ended with, and RefusedError for what nobody let end."""
+        for generation in self.generations:
+            if generation.error:
+                raise generation.error
+            if generation.finish_reason == "interrupted" and not (self.is_expired and generation.tokens):
+                raise self._broken_off()
+
+    def expire(self) -> None:
+        """Its time is over: what there is of it is the answer."""
+        self.is_expired = True
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Nobody wants the rest."""
+        for generation in self.generations:
+            generation.is_cancelled = True
+
+    def hold(self, held: bool) -> None:
+        """Have nobody compute it for the time being, or go on."""
+        for generation in self.generations:
+            generation.is_held = held
+
+    def _broken_off(self) -> RefusedError:
+        if self.is_expired:
+            return RefusedError(408, "timeout: it was over before the first token came", code="timeout")
+        return RefusedError(503, "the server is stopping", code="server_stopping")
+
+    def _part(self, generation: Generation) -> Increment:
+        index = self._numbers[generation]
+        text = generation.take()
+        first, self._seen[index] = not self._seen[index], True
+        ended = generation.has_ended
+        return Increment(
+            index,
+            text,
+            self._fresh(generation, index),
+            first,
+            prompt_logprobs(self.tasks[index], generation) if first else None,
+            generation.finish_reason,
+            generation.stopped_by,
+            ended,
+        )
+
+    def _fresh(self, generation: Generation, index: int) -> list[TokenLogprob] | None:
+        if generation.request.likely is None:
+            return None
+        start, self._told[index] = self._told[index], len(generation.scored)
+        return [TokenLogprob.of(token) for token in generation.scored[start : self._told[index]]]
+
+
+class EngineLoop:
+    """Has a model compute whatever was submitted. A context manager.
+
+    `places` are the sequences that go together, and `most_waiting` are as many interactive ones as may wait for one.
+    """
+
+    def __init__(self, model: Model, *, places: int, most_waiting: int, figures: Figures) -> None:
+        self.figures, self.places = figures, places
+        self._model, self._most_waiting = model, most_waiting
+        self._live: dict[Generation, Answer] = {}
+        self._news = threading.Event()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._work, name="grok-local-engine", daemon=True)
+
+    def __enter__(self) -> EngineLoop:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """End all answers with the step under way. Safe to call from a signal handler."""
+        self._is_closing = True
+        self._model.interrupt()
+        self._news.set()
+
+    def wake(self) -> None:
+        """Something is to be looked at, if only a cancelled answer."""
+        self._news.set()
+
+    @property
+    def running(self) -> int:
+        """How many sequences are computed."""
+        return sum(one.has_begun and not one.is_held for one in list(self._live))
+
+    @property
+    def waiting(self) -> list[Generation]:
+        """What has not begun, in the order in which it will."""
+        some = [one for one in list(self._live) if not one.has_begun]
+        return sorted(some, key=lambda one: one.rank)  # which keeps the order of those of one rank
+
+    def submit(self, tasks: Sequence[Prepared], *, rank: int = INTERACTIVE, is_streamed: bool = False) -> Answer:
+        """Have tasks answered. Raises RefusedError where too many wait already, ModelError while the server stops."""
+        if self._is_closing:
+            raise RefusedError(503, "the server is stopping", code="server_stopping")
+        if rank == INTERACTIVE:
+            self._check_queue()
+        some = [Generation(task.request, self._model.context_size, rank) for task in tasks]
+        answer = Answer(tasks, some, is_streamed)
+        for one in some:
+            self._live[one] = answer
+            self._model.turns.submit(one, eager=True)
+        self._news.set()
+        return answer
+
+    @asynccontextmanager
+    async def following(self, answer: Answer) -> AsyncIterator[Answer]:
+        """While an answer is followed by one alone: it ends with them."""
+        try:
+            yield answer
+        finally:
+            self.cancel(answer)
+
+    def cancel(self, answer: Answer) -> None:
+        """End it with the step under way."""
+        answer.cancel()
+        self._news.set()
+
+    def hold(self, answer: Answer, held: bool) -> None:
+        """Stop computing it for the time being, or go on."""
+        answer.hold(held)
+        self._news.set()
+
+    def progress(self, answer: Answer) -> AnswerProgress:
+        """How far an answer is."""
+        waiting = self.waiting
+        places = [place for place, one in enumerate(waiting, 1) if self._live.get(one) is answer]
+        ahead = waiting[: places[0] - 1] if places else []
+        left = [self.figures.seconds_left(one, ahead=ahead, places=self.places) for one in answer.generations]
+        return AnswerProgress.of(answer.generations, place=places[0] if places else None, seconds_left=max(left))
+
+    def _check_queue(self) -> None:
+        waiting = [one for one in self.waiting if one.rank == INTERACTIVE]
+        if len(waiting) >= self._most_waiting:
+            seconds = self.figures.queue_seconds(waiting, places=self.places)
+            raise RefusedError(
+                429,
+                f"{len(waiting)} answers are waiting already, which would take {seconds:.0f} s",
+                code="queue_full",
+                retry_after=max(1, round(seconds)),
+            )
+
+    # -- the engine's thread -------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not (self._is_closing and not self._live):
+            self._news.clear()
+            try:
+                worked = self._model.turns.step()
+            except GrokLocalError as error:
+                worked = self._fail(error)
+            except Exception:
+                self._fail(ModelError("the engine failed in a way nobody knows"))
+                raise
+            self._tell()
+            if not worked and not self._is_closing:
+                self._news.wait()
+
+    def _fail(self, error: GrokLocalError) -> bool:
+        for one in self._live:
+            one.fail(error)
+        return False
+
+    def _tell(self) -> None:
+        news: dict[Answer, None] = {}
+        for generation, answer in list(self._live.items()):
+            ended = generation.has_ended
+            if answer.take(generation):
+                news[answer] = None
+            if ended:
+                self._live.pop(generation, None)
+                self.figures.count(generation)
+        self.figures.look(self._live)
+        for loop, answers in itertools.groupby(news, key=lambda answer: answer._loop):
+            loop.call_soon_threadsafe(_announce, list(answers))
+
+
+def _announce(answers: Iterable[Answer]) -> None:
+    for answer in answers:
+        answer.announce()

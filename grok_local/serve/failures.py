@@ -1,0 +1,65 @@
+"""Failures as HTTP answers them: always OpenAI's object with its four keys, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+from grok_local.errors import ContextError, GrokLocalError, OptionError, RefusedError, WorkerError
+from grok_local.runtime.jobs.openai_results import error_body
+
+__all__ = ["Json", "answer_to", "described", "refusal_of"]
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_FIELD = re.compile(r"'?(\w+)'?[ :\[]")
+
+
+class Json(Response):
+    """JSON in UTF-8."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """As bytes."""
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def refusal_of(error: Exception, *, body: Any = None) -> RefusedError:
+    """What status and code tell a failure; `body` is what was asked, of which a field may be to blame."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, ContextError):
+        return RefusedError(400, str(error), code="context_length_exceeded", param=_blamed(error, body))
+    if isinstance(error, OptionError):
+        return RefusedError(400, str(error), code="invalid_value", param=_blamed(error, body))
+    if isinstance(error, WorkerError):
+        return RefusedError(503, str(error), code="worker_lost")
+    if isinstance(error, GrokLocalError):
+        return RefusedError(500, str(error), code="model_failed")
+    return RefusedError(500, "an error of grok-local's own: the log has more", code="internal_error")
+
+
+def described(error: RefusedError) -> dict[str, Any]:
+    """The body."""
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return error_body(str(error), code=error.code, type=kind, param=error.param)
+
+
+def answer_to(error: RefusedError) -> Json:
+    """The whole answer. Clients that would ask again are told where that cannot help."""
+    headers = {"x-should-retry": "false" if error.is_final else "true"}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Json(described(error), error.status, headers=headers)
+
+
+def _blamed(error: GrokLocalError, body: Any) -> str | None:
+    """The field that a message is about, which it begins with."""
+    found = _FIELD.match(str(error))
+    return found[1] if found and isinstance(body, Mapping) and found[1] in body else None

@@ -1,0 +1,88 @@
+"""Listens: an address is taken, said, and served until a signal comes."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from grok_local.errors import OptionError
+from grok_local.serve.guard import MOST_HEADER_BYTES, is_loopback
+
+__all__ = ["bound", "key_for", "listen"]
+
+_LAST_WORDS = 3  # seconds for answers to end
+
+
+def key_for(host: str, given: str | None) -> tuple[str | None, bool]:
+    """The key that clients have to know, and whether it is a new one: elsewhere than on this machine nobody is let in
+    without. Raises OptionError.
+    """
+    if given is not None:
+        if not given.strip() or not given.isprintable() or not given.isascii():
+            raise OptionError("--api-key: letters, digits and signs are wanted")
+        return given, False
+    return (None, False) if is_loopback(host) else (secrets.token_urlsafe(24), True)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 is a free one. Raises OptionError."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise OptionError(f"--host {host}: {error.strerror or error}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(512)
+    except OSError as error:
+        sock.close()
+        raise OptionError(f"cannot listen at {host}:{port}: {error.strerror or error}; give another --port") from None
+    return sock
+
+
+def listen(app: ASGIApp, sock: socket.socket, *, ready: Callable[[], None], leaving: Callable[[], None]) -> None:
+    """Serve until a signal comes; to be called from the main thread. `ready` is called when it listens, `leaving` as
+    soon as it is to end. Raises KeyboardInterrupt after Ctrl-C, SystemExit after SIGTERM.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http="h11",
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+        timeout_graceful_shutdown=_LAST_WORDS,
+    )
+    signal.signal(signal.SIGTERM, _end)
+    _Server(config, ready=ready, leaving=leaving).run([sock])
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, *, ready: Callable[[], None], leaving: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready, self._leaving = ready, leaving
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """It listens."""
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> Any:
+        """It is to end: answers under way do, too."""
+        self._leaving()
+        return super().handle_exit(sig, frame)

@@ -1,0 +1,129 @@
+"""OpenAI's completions: of texts, and of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from grok_local.errors import GrokLocalError
+from grok_local.runtime.jobs.openai import CHAT, TEXT, Inquiry, fields_of, inquiry
+from grok_local.runtime.jobs.openai_results import Head, StreamedPiece, body_of, chunk_of, usage_chunk
+from grok_local.serve.bodies import answered, asked, json_of
+from grok_local.serve.engine_loop import Increment
+from grok_local.serve.failures import refusal_of
+from grok_local.serve.service import Exchange, Service, new_id, service_of
+from grok_local.serve.wire import DONE, EventStream, SlowJson, comment, event, patience_of
+
+__all__ = ["router"]
+
+_LOOK_EVERY = 1.0  # seconds of silence in a stream
+
+router = APIRouter()
+
+
+@router.post(TEXT, openapi_extra=asked(fields_of(TEXT, served=True), "prompt"), responses=answered("text_completion"))
+async def completions(request: Request) -> Response:
+    """Continue texts."""
+    return await _answered(request, TEXT)
+
+
+@router.post(CHAT, openapi_extra=asked(fields_of(CHAT, served=True), "messages"), responses=answered("chat.completion"))
+async def chat_completions(request: Request) -> Response:
+    """Answer the last message of a conversation."""
+    return await _answered(request, CHAT)
+
+
+async def _answered(request: Request, url: str) -> Response:
+    service = service_of(request)
+    data, body = await json_of(request)
+    try:
+        exchange = service.joined(request, data) or await _begun(service, request, data, body, url)
+    except GrokLocalError as error:
+        raise refusal_of(error, body=body) from None
+    if exchange.asked.is_streamed:
+        return EventStream(_events(service, request, exchange))
+    return SlowJson(partial(_whole, service, request, exchange), patience=patience_of(request.headers))
+
+
+async def _begun(service: Service, request: Request, data: bytes, body: Any, url: str) -> Exchange:
+    asks = inquiry(url, body, served=True, lenient=service.is_lenient)
+    id_ = new_id("chatcmpl" if url == CHAT else "cmpl")
+    prepared = await service.prepared(id_, list(asks.tasks))
+    service.check_room(prepared, asks.needs)
+    return service.begin(
+        request, data, asks, prepared, id=id_, is_streamed=asks.is_streamed, timeout=asks.body.get("timeout")
+    )
+
+
+async def _whole(service: Service, request: Request, exchange: Exchange) -> dict[str, Any]:
+    asks: Inquiry = exchange.asked
+    async with service.following(exchange, request) as answer:
+        results = await answer.results()
+        exchange.is_told = True
+        service.log(exchange, [result.stats for result in results])
+        return body_of(asks, results, _head(service, exchange))
+
+
+async def _events(service: Service, request: Request, exchange: Exchange) -> AsyncIterator[bytes]:
+    """The chunks of a stream, and what says how far it is where none comes for a while."""
+    asks: Inquiry = exchange.asked
+    head, teller = _head(service, exchange), _Teller(exchange)
+    async with service.following(exchange, request) as answer:
+        shown = 0
+        while not (answer.is_over and shown == len(answer.parts)):
+            if shown == len(answer.parts) and not await answer.change(_LOOK_EVERY):
+                for line in _progress(service, exchange):
+                    yield line
+            for part in answer.parts[shown:]:
+                yield event(chunk_of(asks, teller.piece(part), head))
+                shown += 1
+        answer.check()
+        exchange.is_told = True
+        service.log(exchange, answer.stats)
+        if asks.has_usage:
+            yield event(usage_chunk(asks, answer.stats, head))
+        yield DONE
+
+
+def _progress(service: Service, exchange: Exchange) -> list[bytes]:
+    told = service.loop.progress(exchange.answer).described()
+    wanted = exchange.asked.body.get("progress")
+    return [comment(told), *([event(told, name="progress")] if wanted else [])]
+
+
+class _Teller:
+    """Makes pieces of parts: with the prompt before the first where it is to be repeated, and offsets."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._asks: Inquiry = exchange.asked
+        self._echoes = [task.echo for task in exchange.answer.tasks]
+        self._offsets = [0] * len(self._echoes)
+
+    def piece(self, part: Increment) -> StreamedPiece:
+        """What is to be told of a part."""
+        only_prompt = self._asks.is_prompt_only
+        echo = self._echoes[part.index] if part.is_first else ""
+        text = echo + ("" if only_prompt else part.text)
+        offset = self._offsets[part.index]
+        self._offsets[part.index] += len(text)
+        return StreamedPiece(
+            part.index,
+            text,
+            tokens=part.tokens,
+            offset=offset,
+            is_first=part.is_first,
+            finish_reason="length" if only_prompt else part.finish_reason,
+            stopped_by=part.stopped_by,
+            prompt=part.prompt if self._asks.body.get("echo") else None,
+            is_last=part.is_last,
+        )
+
+
+def _head(service: Service, exchange: Exchange) -> Head:
+    model = str(exchange.asked.body.get("model") or service.name)
+    return Head(exchange.id, exchange.created, model, service.fingerprint)
