@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -103,6 +103,14 @@ class Desk:
         self.click("#continue")
         self.wait()
 
+    def be_long(self, *, alternatives: int = 1) -> None:
+        """Continue with what takes seconds: wild texts do not end soon."""
+        self.fill("#write-sampling-temperature", 2)
+        self.fill("#write-sampling-min_p", 0)
+        self.choose("#length", 256)
+        self.choose("#count", alternatives)
+        self.click("#continue")
+
     def wait(self) -> None:
         """Until nothing goes on any more."""
         self.until(lambda: not self.find_all(".dock.working"))
@@ -127,11 +135,17 @@ class Desk:
     @property
     def coloured(self) -> str:
         """The text that has a colour."""
-        return "".join(str(span.get_property("textContent")) for span in self.find_all("#mirror [class^='band']"))
+        return "".join(self.texts("#mirror [class^='band']"))
 
     @property
     def branches(self) -> list[str]:
-        return [row.text for row in self.find_all("#branches .snippet")]
+        return self.texts("#branches .snippet")
+
+    def texts(self, selector: str) -> list[str]:
+        """Of all elements of a kind, at one moment."""
+        script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)"
+        found: list[str] = self.browser.execute_script(script, selector)
+        return found
 
     def until(self, seen: Callable[[], _T]) -> _T:
         """What `seen` returns as soon as that is something."""
@@ -141,12 +155,81 @@ class Desk:
             time.sleep(0.02)
         return found
 
+    def tokens_of_last(self) -> list[tuple[int, int]]:
+        """Where the tokens that the model wrote last start and end in the text."""
+        nodes = self.browser.execute_script(
+            "return Object.entries(localStorage).filter(([k]) => k.startsWith('grok-local:write/')).map(([, v]) => v)"
+        )
+        last = max((json.loads(node) for node in nodes), key=lambda node: int(node["id"]) if node.get("tokens") else -1)
+        starts = [last["at"] + start for start, *_ in last["tokens"]]
+        return list(zip(starts, [*starts[1:], last["at"] + len(last["text"])], strict=True))
+
+    def band_at(self, token: tuple[int, int]) -> int:
+        """The number of a token's colour."""
+        place = token[0]
+        for span in self.find_all("#mirror span"):
+            length = len(str(span.get_property("textContent")))
+            if place < length:
+                return int((span.get_attribute("class") or "band9").removeprefix("band"))
+            place -= length
+        raise AssertionError(token)
+
+    def click_on(self, start: int, end: int) -> None:
+        """With the mouse, into the middle of a part of the text."""
+        from selenium.webdriver import ActionChains
+
+        area, place = self.find("#text"), self._place_of(start, end)
+        left, top = place["x"] - area.rect["x"], place["y"] - area.rect["y"]
+        middle = (left - area.rect["width"] / 2, top - area.rect["height"] / 2)
+        ActionChains(self.browser).move_to_element_with_offset(area, *map(round, middle)).click().perform()
+        self.until(lambda: self.find("#rivals").is_displayed())
+
+    def _place_of(self, start: int, end: int) -> dict[str, float]:
+        """The middle of the last line of a part of the text, from the page's corner."""
+        script = """
+            const range = document.createRange();
+            const points = [];
+            for (let offset of arguments) {
+                for (const { firstChild: node } of document.getElementById("mirror").children) {
+                    if (offset <= node.length) { points.push([node, offset]); break; }
+                    offset -= node.length;
+                }
+            }
+            range.setStart(...points[0]);
+            range.setEnd(...points[1]);
+            const { left, top, width, height } = [...range.getClientRects()].at(-1);
+            return { x: left + width / 2 + scrollX, y: top + height / 2 + scrollY };
+        """
+        found: dict[str, float] = self.browser.execute_script(script, start, end)
+        return found
+
+    def downloaded(self, name: str) -> Path:
+        """A file that the page offered, as soon as it is whole."""
+        path = self.folder / name
+        self.until(path.exists)
+        return path
+
+    def bring(self, path: Path) -> None:
+        """Gives the page a file."""
+        self.find("#import-file").send_keys(str(path))
+
     # -- what is behind ------------------------------------------------------------------------------------------------
 
     def asks(self, path: str) -> Any:
         """What the server answers."""
         with urlopen(self.address + path, timeout=10) as answer:  # noqa: S310: its own address
             return json.load(answer)
+
+    def posts(self, path: str, body: Any) -> Any:
+        """What the server answers to a body."""
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        with urlopen(Request(self.address + path, data, headers), timeout=10) as answer:  # noqa: S310: its own address
+            return json.load(answer)
+
+    def is_idle(self) -> bool:
+        """Whether the server computes nothing."""
+        now = self.asks("/local/machine")["now"]
+        return not now["running"] and not now["queued"]
 
     def computes(self, script: str, *arguments: Any) -> Any:
         """What a script of the page's modules returns; `load(path)` imports one."""

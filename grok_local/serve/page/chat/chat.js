@@ -4,7 +4,7 @@ import { byId, everyPicture } from "../shared/dom.js";
 import { Sampling } from "../shared/sampling.js";
 import { streamed } from "../shared/server.js";
 import { Work } from "../shared/work.js";
-import { Conversation } from "./conversation.js";
+import { Conversation, textOf } from "./conversation.js";
 import { turnElement } from "./turns.js";
 
 export class Chat {
@@ -34,13 +34,13 @@ export class Chat {
     window.addEventListener("pagehide", () => this.conversation.save());
   }
 
-  /** While an answer comes, only that is drawn anew. */
+  /** While an answer comes, only its words are drawn anew. */
   #show({ anew = false } = {}) {
     const { turns } = this.conversation;
-    const isComing = turns.at(-1)?.coming && this.place.children.length === turns.length && !anew;
-    const elements = (isComing ? turns.slice(-1) : turns).map((turn) => turnElement(turn, this.acts, turn === turns.at(-1)));
-    if (isComing) this.place.lastElementChild.replaceWith(...elements);
-    else this.place.replaceChildren(...elements);
+    const last = this.place.lastElementChild;
+    const isComing = last?.classList.contains("coming") && turns.at(-1)?.coming && this.place.children.length === turns.length;
+    if (isComing && !anew) last.querySelector(".said").textContent = textOf(turns.at(-1));
+    else this.place.replaceChildren(...turns.map((turn) => turnElement(turn, this.acts, turn === turns.at(-1))));
     byId("chat-empty").hidden = turns.length > 0;
     byId("chat-undo").disabled = !this.conversation.canUndo;
     byId("chat-clear").disabled = !turns.length;
@@ -92,16 +92,20 @@ export class Chat {
     const messages = asked(this.conversation.messages);
     const wanted = Number(byId("chat-length").value);
     const turn = this.conversation.awaitAnswer();
-    const job = (signal, onProgress) => this.#stream({ messages, max_tokens: wanted, ...body }, turn, { signal, onProgress });
+    const job = (signal, told) => this.#stream({ messages, max_tokens: wanted, ...body }, turn, { signal, told });
     this.over = this.work.run(job, { wanted, again: () => this.#answer() }).then(() => this.conversation.settle(turn));
     await this.over;
   }
 
-  async #stream(body, turn, { signal, onProgress }) {
+  /** A piece of an answer is a token, or nearly. */
+  async #stream(body, turn, { signal, told }) {
+    let pieces = 0;
     for await (const { event, data } of streamed("/v1/chat/completions", body, signal)) {
-      if (event === "progress") onProgress(data);
+      if (event === "progress") told.hear(data);
       const text = data.choices?.[0]?.delta?.content;
-      if (text) this.conversation.grow(turn, text);
+      if (!text) continue;
+      this.conversation.grow(turn, text);
+      told.count(++pieces);
     }
   }
 }

@@ -13,6 +13,7 @@ const EVERY = 1500; // milliseconds
 export class Machine {
   #timer = null;
   #planShown = null;
+  #isRecorded = true;
 
   constructor() {
     this.heat = new Heat(byId("heat"), byId("heat-under"));
@@ -58,11 +59,14 @@ export class Machine {
     byId("plan").replaceChildren(...planParts(plan));
   }
 
+  /** What is not recorded is not asked for again. */
   async #routing() {
+    if (!this.#isRecorded) return;
     try {
       this.heat.show(await getJson("/local/routing"));
     } catch (error) {
       if (error.status !== 404) throw error;
+      this.#isRecorded = false;
       this.heat.show(null);
     }
   }

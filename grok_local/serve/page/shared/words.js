@@ -27,14 +27,18 @@ export function percent(share) {
 
 export const counted = (count, one, many = `${one}s`) => `${count} ${count === 1 ? one : many}`;
 
-/** What a server is doing for us, of its progress event: a sentence and how much is done (0 to 1, or null). */
-export function progressWords({ queue, prompt_done: read, prompt_total: total, tokens, seconds_left: left }, wanted) {
-  const rest = left > 0 ? `, about ${duration(left)} left` : "";
-  if (queue > 0) return { phase: "waiting", words: `Waiting: ${counted(queue, "request")} before yours${rest}`, share: null };
-  if (read < total) return { phase: "reading", words: `Reading the text: ${read} of ${total} tokens${rest}`, share: read / total };
-  if (!tokens) return { phase: "starting", words: `Choosing the first word${rest}`, share: null };
-  return { phase: "writing", words: `Writing: ${counted(tokens, "token")}${rest}`, share: Math.min(tokens / wanted, 1) };
+/** What the server is doing for us, of its progress: {phase, words, share of `wanted` tokens} (null: nobody knows). */
+export function progressWords(progress, wanted) {
+  const left = progress.seconds_left > 0 ? `, about ${duration(progress.seconds_left)} left` : "";
+  const { words, share } = PHASES[progress.state](progress, wanted);
+  return { phase: progress.state, words: words + left, share };
 }
+
+const PHASES = {
+  queued: ({ place_in_queue: place }) => ({ words: place > 1 ? `Waiting: number ${place} in the queue` : "Waiting for a place", share: null }),
+  prompt: ({ prompt_tokens_done: done, prompt_tokens: all }) => ({ words: `Reading the text: ${done} of ${counted(all, "token")}`, share: done / all }),
+  answer: ({ tokens }, wanted) => ({ words: `Writing: ${tokens} of ${counted(wanted, "token")}`, share: Math.min(tokens / wanted, 1) }),
+};
 
 /** What went wrong, and what helps. */
 export function failureWords(error) {

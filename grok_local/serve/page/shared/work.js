@@ -1,6 +1,7 @@
 /** One thing the server does for us: shown while it goes on, stopped at once, and its failure said in a sentence. */
 
 import { announce, make } from "./dom.js";
+import { Pace } from "./pace.js";
 import { failureWords, progressWords } from "./words.js";
 
 export class Work {
@@ -22,11 +23,14 @@ export class Work {
     this.#control?.abort();
   }
 
-  /** Runs `job(signal, onProgress)`; returns "done", "stopped" or "failed". `again` is what its trouble's button does. */
+  /**
+   * Runs `job(signal, told)`, where `told` has hear(progress) for what the server says and count(tokens) for what came;
+   * returns "done", "stopped" or "failed". `again` is what its trouble's button does.
+   */
   async run(job, { wanted, again }) {
     const control = this.#begin();
     try {
-      await job(control.signal, (progress) => this.#show(progressWords(progress, wanted)));
+      await job(control.signal, this.#told(wanted));
       return this.#end("done", "");
     } catch (error) {
       if (control.signal.aborted) return this.#end("stopped", "Stopped. What came stays.");
@@ -34,6 +38,12 @@ export class Work {
       this.say(failureWords(error), { label: "Try again", onclick: again });
       return this.#end("failed", "");
     }
+  }
+
+  #told(wanted) {
+    const pace = new Pace(wanted);
+    const show = (progress) => this.#show(progressWords(progress, wanted));
+    return { hear: (progress) => show(pace.hear(progress)), count: (tokens) => show(pace.count(tokens)) };
   }
 
   #begin() {

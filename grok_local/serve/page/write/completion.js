@@ -2,12 +2,13 @@
 
 import { streamed } from "../shared/server.js";
 
-/** Asks for continuations and calls `onChoice(choice)` whenever one has more. */
-export async function complete(body, { signal, onChoice, onProgress }) {
+/** Asks for continuations and calls `onChoice(choice)` whenever one has more; `told` is a work's. */
+export async function complete(body, { signal, onChoice, told }) {
   const choices = Array.from({ length: body.n }, (_, index) => new Choice(index));
   for await (const { event, data } of streamed("/v1/completions", { ...body, logprobs: 5 }, signal)) {
-    if (event === "progress") onProgress(data);
+    if (event === "progress") told.hear(data);
     for (const part of data.choices ?? []) onChoice(choices[part.index].take(part));
+    if (data.choices) told.count(choices.reduce((sum, { tokens }) => sum + tokens.length, 0));
   }
 }
 
@@ -64,9 +65,16 @@ const thousandth = (value) => Math.round((value ?? 0) * 1000) / 1000;
 
 const coder = new TextEncoder();
 
-/** A token that is part of a character comes as the names of its bytes. */
-const bytesOf = (token) =>
-  token.startsWith("bytes:\\x") ? (token.length - "bytes:".length) / 4 : coder.encode(token).length;
+/** A token that is part of a character comes as the names of its bytes, one that has no text by its number. */
+function bytesOf(token) {
+  if (token.startsWith("bytes:\\x")) return (token.length - "bytes:".length) / 4;
+  return isNumber(token) ? 0 : coder.encode(token).length;
+}
+
+const isNumber = (token) => /^token_id:\d+$/.test(token);
+
+/** Whether a token can be put into a text: not part of a character, and not what ends a text. */
+export const isText = (token) => token !== "" && !token.startsWith("bytes:\\x") && !isNumber(token);
 
 /** Bytes of a character in UTF-8. */
 const lengthOf = (code) => (code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4);

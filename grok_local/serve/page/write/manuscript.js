@@ -63,10 +63,14 @@ export class Manuscript {
   type(now, cursor) {
     const change = changeOf(this.text, now, cursor);
     const longer = this.#mayGoOn() && goneOnWith(this.current, change);
+    if (longer) this.#amend(longer);
+    else this.#begin(change);
     this.#typedAt = Date.now();
-    if (longer) return this.#amend(longer);
+  }
+
+  #begin(change) {
     this.#dropUndone();
-    return this.go(this.tree.add(this.current.id, { ...change, kind: "typed" }).id);
+    this.go(this.tree.add(this.current.id, { ...change, kind: "typed" }).id);
   }
 
   #mayGoOn() {

@@ -3,6 +3,7 @@
 import { arrowsMove, byId, make } from "../shared/dom.js";
 import { percent } from "../shared/words.js";
 import { rivalsOf } from "./changes.js";
+import { isText } from "./completion.js";
 
 export class Rivals {
   /** `onChoose(token, text, logprob)`; `onClose()` when the list goes, for whatever reason. */
@@ -55,10 +56,9 @@ export class Rivals {
   }
 }
 
-/** Part of a character, and the end of a text, are no text that could be put. */
-const isText = (text) => text !== "" && !text.startsWith("bytes:");
-
 /** A word with its blanks to be seen. */
-const shown = (text) => (text === "" ? "(the end)" : text.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥"));
+const shown = (text) => (isText(text) ? text.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥") : unwritten(text));
 
-const spoken = (text) => text.trim() || (text.includes("\n") ? "new line" : "blank");
+const unwritten = (token) => (token.startsWith("bytes:") ? "(part of a sign)" : "(the end)");
+
+const spoken = (text) => (isText(text) ? text.trim() : unwritten(text)) || (text.includes("\n") ? "new line" : "blank");

@@ -42,7 +42,7 @@ export class Write {
     const { area } = this.editor;
     area.addEventListener("input", () => this.#typed());
     area.addEventListener("beforeinput", (event) => this.#undoAsked(event));
-    area.addEventListener("click", () => this.#openRivals());
+    area.addEventListener("click", (event) => this.#openRivals(event));
     document.addEventListener("selectionchange", () => this.#pointed());
     window.addEventListener("pagehide", () => this.#saveNow());
     const acts = { continue: "continue", again: "again", undo: "undo", redo: "redo", others: "askForRivals" };
@@ -175,10 +175,10 @@ export class Write {
   }
 
   #ended(nodes, outcome) {
-    const left = nodes.filter(({ text, id }) => text && this.manuscript.tree.node(id));
-    if (outcome === "done" && !left.length) this.work.tell("The model ends the text here.");
+    const empty = nodes.filter(({ text, id }) => !text || !this.manuscript.tree.node(id));
+    for (const node of empty) this.alternatives.drop(node);
+    if (outcome === "done" && empty.length === nodes.length) this.work.tell("The model ends the text here.");
     if (!this.work.running) this.#stand();
-    if (this.alternatives.isOpen && !this.work.running) this.alternatives.open(left.filter(({ gone }) => !gone));
   }
 
   /** Another attempt from where this one began. */

@@ -20,8 +20,8 @@ export class Writing {
     this.nodes = nodes;
     const prompt = manuscript.textAt(nodes[0].id).slice(0, nodes[0].cursor);
     const starts = nodes.map(({ text, tokens }) => ({ text, tokens }));
-    const job = (signal, onProgress) =>
-      complete({ ...body, prompt, n: nodes.length }, { signal, onProgress, onChoice: (choice) => this.#grow(starts, choice) });
+    const onChoice = (choice) => this.#grow(starts, choice);
+    const job = (signal, told) => complete({ ...body, prompt, n: nodes.length }, { signal, told, onChoice });
     const run = this.work.run(job, { wanted: body.max_tokens * nodes.length, again: this.onRetry });
     this.#over = run.then(() => this.#settle(nodes));
     await this.#over;
