@@ -44,6 +44,9 @@ def serve(
         bool, typer.Option("--lenient", help="Fields of requests that nobody knows are ignored, with a warning.")
     ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="The log has what was asked.")] = False,
+    routing_map: Annotated[
+        bool, typer.Option("--routing-map", help="Count which experts tokens go to, for the page.")
+    ] = False,
     template: Annotated[
         Optional[str],
         typer.Option(help="What lays conversations out.  [default: the model's own]", metavar="none|FILE"),
@@ -60,7 +63,8 @@ def serve(
 
     key, is_new = key_for(host, api_key)
     with bound(host, port) as sock:
-        request, width = _fitted(model, {**(loading or {}), "template": template}, parallel)
+        own = {"template": template, "count_experts": routing_map}
+        request, width = _fitted(model, {**(loading or {}), **own}, parallel)
         with opened(request) as running, _served(running, model, request, width, queue) as service:
             service.is_lenient, service.logs_prompts = lenient, log_prompts
             app = make_app(service, host=host, key=key)

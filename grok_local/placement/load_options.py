@@ -38,7 +38,8 @@ class LoadOptions(TypedDict, total=False):
     "PATTERN=PLACE", a regular expression for tensor names, and RAM or a device. `repack`: "auto", "on" or "off":
     weights rearranged in RAM for llama.cpp's faster products. `stream`: "auto", "on" or "off": experts read as they are
     chosen, into at most what `memory` leaves them; "auto" does so where they do not fit.
-    `trace_experts`: a file that shall record which experts each token is routed to. `routing`: "release" computes gates
+    `trace_experts`: a file that shall record which experts each token is routed to; `count_experts`: how often each is
+    chosen is counted. `routing`: "release" computes gates
     and attention as the model's release does also where llama.cpp does not, which is so with Grok-2; "llama.cpp" leaves
     it at that. `workers`: "HOST:PORT" each. `say` is told what takes long: measuring this machine, the first time.
     `template`: what lays conversations out, "none" for a plain transcript or a file with a Jinja template; by default
@@ -58,6 +59,7 @@ class LoadOptions(TypedDict, total=False):
     repack: Literal["auto", "on", "off"]
     stream: Literal["auto", "on", "off"]
     trace_experts: str | os.PathLike[str] | None
+    count_experts: bool
     routing: Literal["release", "llama.cpp"]
     workers: Sequence[str] | None
     template: str | os.PathLike[str] | None
@@ -154,6 +156,7 @@ def _wishes(options: LoadOptions) -> Wishes:
         repack=_one_of(options, "repack", ("auto", "on", "off")),
         stream=_one_of(options, "stream", ("auto", "on", "off")),
         trace_experts=Path(trace) if trace else None,
+        count_experts=bool(options.get("count_experts")),
         routing=_one_of(options, "routing", ("release", "llama.cpp")),
         memory=None if memory is None else parse_size(memory),
     )

@@ -28,10 +28,11 @@ class Wishes:
 
     `experts_on`: "cpu", "gpu", or of how many layers the experts go to devices. `overrides`: (regular expression for
     tensor names, place). `memory`: bytes of RAM. `batch`: tokens evaluated at once. `sequences`: how many may be
-    evaluated together, each with that context. `trace_experts`: where a record of them is kept. `routing`: whose
-    arithmetic a model has where llama.cpp's is not its release's. `trained_context`: tokens the model was trained on,
-    where that is known better than its file says. With `separate`, each sequence has a part of the KV cache to itself,
-    and what is computed of it does not depend on where the others lie.
+    evaluated together, each with that context. `trace_experts`: where a record of them is kept; `count_experts`: how
+    often each is chosen is counted. `routing`: whose arithmetic a model has where llama.cpp's is not its release's.
+    `trained_context`: tokens the model was trained on, where that is known better than its file says. With `separate`,
+    each sequence has a part of the KV cache to itself, and what is computed of it does not depend on where the others
+    lie.
     """
 
     context: int | None = None
@@ -46,6 +47,7 @@ class Wishes:
     stream: Literal["auto", "on", "off"] = "auto"
     memory: int | None = None
     trace_experts: Path | None = None
+    count_experts: bool = False
     routing: Literal["release", "llama.cpp"] = "release"
     trained_context: int | None = None
 

@@ -16,19 +16,19 @@ from grok_local import __version__
 from grok_local.errors import GrokLocalError, RefusedError
 from grok_local.serve.failures import answer_to, refusal_of
 from grok_local.serve.guard import Guard
-from grok_local.serve.routes import about, completions, tokenizing
+from grok_local.serve.routes import about, completions, local, page, tokenizing
 from grok_local.serve.service import Service
 
 __all__ = ["make_app"]
 
-_ROUTERS = (completions.router, tokenizing.router, about.router)
+_ROUTERS = (completions.router, tokenizing.router, about.router, local.router)
 
 
 def make_app(service: Service, *, host: str, key: str | None) -> ASGIApp:
     """The whole of it, for a server that listens at `host`; with a `key`, for those alone who know it."""
-    app = FastAPI(title="grok-local", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="grok-local", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    for router in _ROUTERS:
+    for router in (*_ROUTERS, page.router()):
         app.include_router(router)
     for kind in (GrokLocalError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _failed)

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -187,6 +187,11 @@ class EngineLoop:
         self._model.interrupt()
         self._news.set()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether anything is answered."""
+        return self._thread.is_alive() and not self._is_closing
+
     def wake(self) -> None:
         """Something is to be looked at, if only a cancelled answer."""
         self._news.set()
@@ -204,7 +209,7 @@ class EngineLoop:
 
     def submit(self, tasks: Sequence[Prepared], *, rank: int = INTERACTIVE, is_streamed: bool = False) -> Answer:
         """Have tasks answered. Raises RefusedError where too many wait already, ModelError while the server stops."""
-        if self._is_closing:
+        if not self.is_alive:
             raise RefusedError(503, "the server is stopping", code="server_stopping")
         if rank == INTERACTIVE:
             self._check_queue()
@@ -243,12 +248,13 @@ class EngineLoop:
         return AnswerProgress.of(answer.generations, place=places[0] if places else None, seconds_left=max(left))
 
     def _check_queue(self) -> None:
-        waiting = [one for one in self.waiting if one.rank == INTERACTIVE]
-        if len(waiting) >= self._most_waiting:
-            seconds = self.figures.queue_seconds(waiting, places=self.places)
+        ours = [one for one in list(self._live) if one.rank == INTERACTIVE and not one.is_held]
+        waiting = len(ours) - self.places
+        if waiting >= self._most_waiting:
+            seconds = self.figures.queue_seconds(ours, places=self.places)
             raise RefusedError(
                 429,
-                f"{len(waiting)} answers are waiting already, which would take {seconds:.0f} s",
+                f"{waiting} answers are waiting already, which takes {seconds:.0f} s at most",
                 code="queue_full",
                 retry_after=max(1, round(seconds)),
             )
@@ -263,7 +269,8 @@ class EngineLoop:
             except GrokLocalError as error:
                 worked = self._fail(error)
             except Exception:
-                self._fail(ModelError("the engine failed in a way nobody knows"))
+                self._fail(ModelError("the engine failed in a way that nobody knows: the log has more"))
+                self._tell()
                 raise
             self._tell()
             if not worked and not self._is_closing:
@@ -272,6 +279,7 @@ class EngineLoop:
     def _fail(self, error: GrokLocalError) -> bool:
         for one in self._live:
             one.fail(error)
+            one.is_cancelled = True  # which has the scheduler forget it
         return False
 
     def _tell(self) -> None:
@@ -285,7 +293,8 @@ class EngineLoop:
                 self.figures.count(generation)
         self.figures.look(self._live)
         for loop, answers in itertools.groupby(news, key=lambda answer: answer._loop):
-            loop.call_soon_threadsafe(_announce, list(answers))
+            with suppress(RuntimeError):  # it is closed: nobody waits any more
+                loop.call_soon_threadsafe(_announce, list(answers))
 
 
 def _announce(answers: Iterable[Answer]) -> None:

@@ -27,7 +27,7 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-MOST_HEADER_BYTES = 32 << 10
+_MOST_HEADER_BYTES = 32 << 10
 
 
 class Guard:
@@ -60,8 +60,10 @@ class Guard:
         await self._app(scope, receive, guarded)
 
     def _check(self, path: str, headers: Headers) -> None:
+        if sum(len(name) + len(value) for name, value in headers.raw) > _MOST_HEADER_BYTES:
+            raise RefusedError(431, f"more than {_MOST_HEADER_BYTES} bytes of headers", code="headers_too_large")
         host = headers.get("host", "")
-        if not self._is_known(_name_of(host)):
+        if not self.is_known(_name_of(host)):
             raise RefusedError(403, f"host {host!r:.80}: this server is not called so", code="wrong_host")
         origin = headers.get("origin")
         if origin is not None and not _is_same(origin, host):
@@ -71,7 +73,7 @@ class Guard:
         if self._key is not None and path not in _OPEN and not path.startswith(_PAGE):
             self._check_key(headers)
 
-    def _is_known(self, name: str) -> bool:
+    def is_known(self, name: str) -> bool:
         """Whether that is a name of this server. One elsewhere may be called by any address: none can be bound anew."""
         return name in self._names or (not self._is_local and _is_address(name)) or is_loopback(name)
 

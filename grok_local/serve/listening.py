@@ -13,11 +13,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from grok_local.errors import OptionError
-from grok_local.serve.guard import MOST_HEADER_BYTES, is_loopback
+from grok_local.serve.guard import is_loopback
 
-__all__ = ["bound", "key_for", "listen"]
+__all__ = ["Server", "bound", "key_for", "listen"]
 
 _LAST_WORDS = 3  # seconds for answers to end
+_MOST_INCOMPLETE = 64 << 10  # bytes of headers that are kept of a request that has not come whole
 
 
 def key_for(host: str, given: str | None) -> tuple[str | None, bool]:
@@ -52,28 +53,30 @@ def listen(app: ASGIApp, sock: socket.socket, *, ready: Callable[[], None], leav
     """Serve until a signal comes; to be called from the main thread. `ready` is called when it listens, `leaving` as
     soon as it is to end. Raises KeyboardInterrupt after Ctrl-C, SystemExit after SIGTERM.
     """
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        http="h11",
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
-        timeout_graceful_shutdown=_LAST_WORDS,
-    )
     signal.signal(signal.SIGTERM, _end)
-    _Server(config, ready=ready, leaving=leaving).run([sock])
+    Server(app, ready=ready, leaving=leaving).run([sock])
 
 
 def _end(*_: object) -> NoReturn:
     raise SystemExit(0)
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, *, ready: Callable[[], None], leaving: Callable[[], None]) -> None:
+class Server(uvicorn.Server):
+    """Serves an app, in whatever thread; handles signals only in the main one."""
+
+    def __init__(self, app: ASGIApp, *, ready: Callable[[], None], leaving: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            http="h11",
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            h11_max_incomplete_event_size=_MOST_INCOMPLETE,
+            timeout_graceful_shutdown=_LAST_WORDS,
+        )
         super().__init__(config)
         self._ready, self._leaving = ready, leaving
 

@@ -109,6 +109,7 @@ class Service:
         answer = self.loop.submit(tasks, rank=rank, is_streamed=is_streamed)
         exchange = Exchange(_key(request, data), id, asked, answer)
         self.exchanges[exchange.key] = exchange
+        asyncio.get_running_loop().call_later(_GRACE, self._give_up, exchange)  # if nobody ever follows it
         if limit is not None:
             asyncio.get_running_loop().call_later(limit, self._expire, answer)
         return exchange

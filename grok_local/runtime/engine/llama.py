@@ -165,9 +165,8 @@ class LlamaEngine:
             if not self._is_complete(going.status, rows):
                 return None
         outputs: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            if row.output:
-                outputs.setdefault(row.sequence, []).append(index)
+        for index in (index for index, row in enumerate(rows) if row.output):
+            outputs.setdefault(rows[index].sequence, []).append(index)
         found: list[Drawn] = []
         for draw in draws:
             at = outputs.get(draw.sequence, [])
@@ -353,6 +352,10 @@ class LlamaEngine:
     def expert_stats(self) -> ExpertStats | None:
         """What was read and waited for so far; None where no experts are streamed."""
         return self._opened.watch.expert_stats() if self._opened.watch else None
+
+    def routing_counts(self) -> list[list[int]] | None:
+        """How often each expert of each layer was chosen; None where that is not counted."""
+        return self._opened.watch.routing_counts() if self._opened.watch else None
 
     # -- sampling ------------------------------------------------------------------------------------------------------
 

@@ -272,8 +272,8 @@ class Draws:
             self.end(chain)
 
     def known(self, draw: Draw, outputs: Sequence[int]) -> tuple[Token, ...]:
-        """How likely a draw's known tokens are, each by the logits of the row before it; `outputs` are the last evaluation's
-        rows of the sequence. Raises ModelError where they are no numbers.
+        """How likely a draw's known tokens are, each by the logits of the row before it; `outputs` are the rows of its
+        sequence in the last evaluation. Raises ModelError where they are no numbers.
         """
         found = []
         for index, token in zip(outputs, draw.known, strict=False):  # after the last row there may be none

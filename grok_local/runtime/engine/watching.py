@@ -14,6 +14,7 @@ from grok_local.placement.wishes import RAM, Wishes
 from grok_local.runtime.experts.ahead import ReadAhead
 from grok_local.runtime.experts.streamer import ExpertStreamer
 from grok_local.runtime.experts.waiting import ExpertStats
+from grok_local.runtime.graph.counts import RoutingCounts
 from grok_local.runtime.graph.deviations import deviations_of
 from grok_local.runtime.graph.record import Recorder
 from grok_local.runtime.graph.router import ReleaseGates
@@ -32,6 +33,7 @@ class Watch:
     recorder: Recorder | None
     corrections: tuple[Observer, ...] = ()
     notes: tuple[str, ...] = ()
+    counts: RoutingCounts | None = None
 
     def attach(self) -> None:
         """llama.cpp has loaded the model. Raises ModelError."""
@@ -41,7 +43,13 @@ class Watch:
     @property
     def only_once(self) -> bool:
         """Whether nobody needs to look on after one evaluation."""
-        return not (self.recorder or self.corrections) and self.experts is not None and self.experts.is_whole
+        looks_on = self.recorder or self.counts or self.corrections
+        return not looks_on and self.experts is not None and self.experts.is_whole
+
+    def routing_counts(self) -> list[list[int]] | None:
+        """How often each expert of each layer was chosen; None where that is not counted."""
+        found: list[list[int]] | None = self.counts.counts.tolist() if self.counts else None
+        return found
 
     def expert_stats(self) -> ExpertStats | None:
         """What was read and waited for so far; None where no experts are streamed."""
@@ -51,7 +59,8 @@ class Watch:
 def watch_for(plan: Plan, headers: Sequence[Header], *, interrupted: Callable[[], bool]) -> Watch | None:
     """What has to look on while the plan is computed, None where nobody has to. Raises ModelError, OutputError."""
     trace, corrections = plan.wishes.trace_experts, tuple(_corrections(headers, plan.wishes))
-    if not (plan.streamed or trace or corrections):
+    counts = RoutingCounts(plan.model) if plan.wishes.count_experts else None
+    if not (plan.streamed or trace or counts or corrections):
         return None
     recorder = Recorder(trace, plan.model) if trace else None
     try:
@@ -60,8 +69,8 @@ def watch_for(plan: Plan, headers: Sequence[Header], *, interrupted: Callable[[]
         if recorder:
             recorder.close()
         raise
-    observers = [observer for observer in (*corrections, experts, recorder) if observer is not None]
-    return Watch(Tap(observers), experts, recorder, corrections, experts.notes if experts else ())
+    observers = [observer for observer in (*corrections, experts, recorder, counts) if observer is not None]
+    return Watch(Tap(observers), experts, recorder, corrections, experts.notes if experts else (), counts)
 
 
 def notes_on_routing(headers: Sequence[Header], wishes: Wishes) -> list[str]:

@@ -122,6 +122,7 @@ class RemoteEngine:
     score = _forwarded(LlamaEngine.score)
     evaluate_together = _forwarded(LlamaEngine.evaluate_together)
     expert_stats = _forwarded(LlamaEngine.expert_stats)
+    routing_counts = _forwarded(LlamaEngine.routing_counts)
     save = _forwarded(LlamaEngine.save)
     restore = _forwarded(LlamaEngine.restore)
     step = _forwarded(LlamaEngine.step)

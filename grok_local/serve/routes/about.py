@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
+from grok_local.errors import RefusedError
 from grok_local.serve.bodies import answered
 from grok_local.serve.failures import Json
 from grok_local.serve.service import Service, service_of
@@ -33,6 +34,8 @@ async def model(request: Request, id: str) -> Json:
 @router.get("/health", responses=answered())
 async def health(request: Request) -> Json:
     """Whether it answers: it listens when the model is loaded."""
+    if not service_of(request).loop.is_alive:
+        raise RefusedError(503, "nothing is answered any more", code="server_stopping")
     return Json({"status": "ok"})
 
 
