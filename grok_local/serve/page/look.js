@@ -1,4 +1,4 @@
-/* Light or dark, before the first picture: the system's wish, or the one made here. Not a module, since modules come later. */
+/* Light or dark, before the first picture: as the system is, or as was chosen here. Modules would come later. */
 (() => {
   const NAME = "grok-local:look";
   const wished = () => {

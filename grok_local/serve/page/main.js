@@ -41,7 +41,7 @@ function listen() {
 const KEYS = {
   "Control+Enter": (tab) => tab.continue?.(),
   "Control+Shift+Enter": (tab) => tab.again?.(),
-  "Escape": (tab) => tab.closeRivals?.() || tab.work?.stop(),
+  Escape: (tab) => tab.closeRivals?.() || tab.work?.stop(),
 };
 
 const TEXT_KEYS = {

@@ -54,8 +54,14 @@ def _address(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("served"), "--parallel", "4") as address:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The servers' folder, so that the built-in model is packed once."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def server(models: Path) -> Iterator[str]:
+    with serving(models, "--parallel", "4", "--routing-map") as address:
         yield address
 
 

@@ -130,7 +130,8 @@ def _contrast(desk: Desk) -> float:
             return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
         };
         const paper = light(getComputedStyle(document.body).backgroundColor);
-        const read = document.querySelectorAll("main p, main h2, main h3, main summary, main label, main button.quiet:enabled");
+        const kinds = ["p", "h2", "h3", "summary", "label", "button.quiet:enabled"].map((kind) => `main ${kind}`);
+        const read = document.querySelectorAll(kinds.join());
         const all = [...read].filter((each) => each.offsetParent && each.textContent);
         const values = all.map((each) => light(getComputedStyle(each).color));
         return Math.min(...values.map((value) => (Math.max(value, paper) + 0.05) / (Math.min(value, paper) + 0.05)));
@@ -152,7 +153,9 @@ def test_light_and_dark_can_be_chosen_and_stay(desk: Desk) -> None:
 
 def test_words_of_a_model_are_never_read_as_html() -> None:
     for path in PAGE.rglob("*.js"):
-        assert not any(way in path.read_text("utf-8") for way in ("innerHTML", "insertAdjacentHTML", "outerHTML", "eval("))
+        assert not any(
+            way in path.read_text("utf-8") for way in ("innerHTML", "insertAdjacentHTML", "outerHTML", "eval(")
+        )
 
 
 def test_a_file_is_short_and_names_no_other_server() -> None:
@@ -162,11 +165,15 @@ def test_a_file_is_short_and_names_no_other_server() -> None:
         assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", ""), path
 
 
-def test_a_key_is_asked_for_once(browser: Chrome, tmp_path: Path) -> None:
-    with serving(tmp_path, "--api-key", "sesame") as address:
+def test_a_key_is_asked_for_once(browser: Chrome, models: Path, tmp_path: Path) -> None:
+    with serving(models, "--api-key", "sesame") as address:
         desk = Desk(browser, address, tmp_path)
         browser.get(address)
         desk.until(lambda: desk.find("#key-dialog").is_displayed())
+        desk.find("#key").send_keys("open")
+        desk.press(_ENTER)
+        desk.until(lambda: desk.find("#key-trouble").text == "wrong API key")
+        desk.find("#key").clear()
         desk.find("#key").send_keys("sesame")
         desk.press(_ENTER)
         desk.until(lambda: desk.find("#model").text)
@@ -175,10 +182,12 @@ def test_a_key_is_asked_for_once(browser: Chrome, tmp_path: Path) -> None:
         assert desk.coloured
         desk.reload()
         assert not desk.find("#key-dialog").is_displayed()
+        desk.click("#tab-machine")
+        desk.until(lambda: "--routing-map" in desk.find("#heat-under").text)
 
 
-def test_a_server_that_went_away_is_said_with_what_helps(browser: Chrome, tmp_path: Path) -> None:
-    with serving(tmp_path) as address:
+def test_a_server_that_went_away_is_said_with_what_helps(browser: Chrome, models: Path, tmp_path: Path) -> None:
+    with serving(models) as address:
         desk = Desk(browser, address, tmp_path)
         browser.get(address)
         desk.until(lambda: desk.find("#model").text)

@@ -65,14 +65,20 @@ def test_tokens_lie_along_the_text_that_comes(desk: Desk) -> None:
         const { Choice } = await load("write/completion.js");
         const choice = new Choice();
         const part = (text, tokens) => ({
-            text, logprobs: { tokens, token_logprobs: tokens.map(() => -1), top_logprobs: tokens.map((t) => ({ [t]: -1, x: -2 })) },
+            text,
+            logprobs: {
+                tokens,
+                token_logprobs: tokens.map(() => -1),
+                top_logprobs: tokens.map((token) => ({ [token]: -1, x: -2 })),
+            },
         });
         choice.take(part("Ab", ["Ab"]));
         choice.take(part("", ["bytes:\\xf0\\x9f", "bytes:\\x98"]));
         choice.take(part("😀", ["bytes:\\x80"]));
         choice.take(part(" é", [" é", ""]));
         choice.take({ text: "", finish_reason: "stop" });
-        return { text: choice.text, starts: choice.tokens.map(([start]) => start), end: choice.end, first: choice.tokens[0] };
+        const starts = choice.tokens.map(([start]) => start);
+        return { text: choice.text, starts, end: choice.end, first: choice.tokens[0] };
         """
     )
     assert found["text"] == "Ab😀 é"
@@ -84,11 +90,11 @@ def test_tokens_lie_along_the_text_that_comes(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("edits", "expected"),
     [
-        pytest.param([], ["Say: one", "."], id="nothing came after"),
-        pytest.param([{"at": 12, "cut": 0, "text": " and three"}], ["Say: one", "."], id="more came after, and goes"),
-        pytest.param([{"at": 0, "cut": 3, "text": "Tell"}], ["Tell: one", "."], id="what stands before was changed, and stays"),
-        pytest.param([{"at": 13, "cut": 0, "text": "!"}], ["Say: one", ".!"], id="what stands behind was changed, and stays"),
-        pytest.param([{"at": 10, "cut": 2, "text": ""}], ["Say: one", "."], id="the rest was changed, and goes"),
+        pytest.param([], ["Say: one", "."], id="nothing"),
+        pytest.param([{"at": 12, "cut": 0, "text": " and three"}], ["Say: one", "."], id="after it: goes"),
+        pytest.param([{"at": 0, "cut": 3, "text": "Tell"}], ["Tell: one", "."], id="before it: stays"),
+        pytest.param([{"at": 13, "cut": 0, "text": "!"}], ["Say: one", ".!"], id="behind it: stays"),
+        pytest.param([{"at": 10, "cut": 2, "text": ""}], ["Say: one", "."], id="in what came after: goes"),
     ],
 )
 def test_a_branch_cuts_what_came_after_a_token_alone(
@@ -118,16 +124,17 @@ def test_events_are_read_however_they_are_cut(desk: Desk) -> None:
     found: Any = desk.computes(
         r"""
         const { eventsOf } = await load("shared/events.js");
-        const text = ": hello\n\nevent: progress\ndata: {\"é\": 1}\n\ndata: a\r\ndata: b\r\n\r\n: bye\n\ndata: [DONE]\n\n";
+        const text = ': hello\n\nevent: progress\ndata: {"é": 1}\n\n'
+            + "data: a\r\ndata: b\r\n\r\n: bye\n\ndata: [DONE]\n\n";
         const bytes = new TextEncoder().encode(text);
         const all = [];
         for (const size of [1, 2, 3, 5, 200]) {
             const pieces = [];
             for (let at = 0; at < bytes.length; at += size) pieces.push(bytes.slice(at, at + size));
-            const body = new ReadableStream({ start(stream) { pieces.forEach((piece) => stream.enqueue(piece)); stream.close(); } });
-            const events = [];
-            for await (const event of eventsOf({ body })) events.push(event);
-            all.push(JSON.stringify(events));
+            const start = (stream) => (pieces.forEach((piece) => stream.enqueue(piece)), stream.close());
+            const found = [];
+            for await (const event of eventsOf({ body: new ReadableStream({ start }) })) found.push(event);
+            all.push(JSON.stringify(found));
         }
         return { same: new Set(all).size, first: JSON.parse(all[0]) };
         """

@@ -35,7 +35,6 @@ def test_what_the_model_wrote_is_coloured_by_how_likely_it_was(desk: Desk) -> No
 
 def test_alternatives_stand_side_by_side_to_be_taken_or_thrown_away(desk: Desk) -> None:
     desk.write(BEGINNING)
-    desk.fill("#write-sampling-seed", 3)
     desk.go_on(8, alternatives=3)
     cards = desk.texts(".card .continuation")
     tops = {card.rect["y"] for card in desk.find_all(".card")}
@@ -75,7 +74,7 @@ def test_another_word_is_put_and_the_text_goes_on_from_there(desk: Desk) -> None
     desk.write(BEGINNING)
     desk.go_on(8)
     before, rows = desk.text, desk.branches
-    start, end = desk.tokens_of_last()[2]
+    start, end = next(token for token in desk.tokens_of_last()[2:] if before[slice(*token)].strip())
     desk.click_on(start, end)
     rivals = desk.find_all("#rivals button:enabled")
     chosen = desk.find("#rivals .chosen .word").text
@@ -90,6 +89,22 @@ def test_another_word_is_put_and_the_text_goes_on_from_there(desk: Desk) -> None
     assert len(desk.branches) == len(rows) + 1
     desk.click("#undo")
     desk.until(lambda: desk.text == before)
+
+
+def test_another_attempt_is_a_branch_beside(desk: Desk) -> None:
+    desk.write(BEGINNING)
+    desk.go_on(8)
+    first = desk.text
+    desk.fill("#write-sampling-seed", 4)
+    desk.press("\ue009", "\ue008", "\ue007")
+    desk.wait()
+    second = desk.text
+    assert second.startswith(BEGINNING)
+    assert second != first
+    assert len(desk.branches) == 3
+    desk.click("#text")
+    desk.press("\ue00a", "\ue00e")
+    desk.until(lambda: desk.text == first)
 
 
 def test_undo_and_redo_lead_through_all_that_was(desk: Desk) -> None:
@@ -148,7 +163,7 @@ def test_the_tree_goes_to_a_batch_and_its_answers_come_back(desk: Desk, run: Run
     desk.go_on(8, alternatives=2)
     desk.click("#alternatives-close")
     desk.click("#export")
-    lines = desk.downloaded("branches.jsonl")
+    lines = desk.downloaded("prompts.jsonl")
     ids = [json.loads(line)["id"] for line in lines.read_text("utf-8").splitlines()]
     assert len(set(ids)) == 2
     said = run("batch", lines, "--dry-run")
@@ -199,6 +214,8 @@ def test_a_text_of_50000_characters_stays_quick(desk: Desk) -> None:
     )
     assert took < 100  # milliseconds; 15 where nothing else runs
     assert desk.text[25000:25020] == "x" * 20
+    over = desk.browser.execute_script("return text.scrollHeight - document.getElementById('mirror').offsetHeight")
+    assert abs(over) < 2  # the colours lie behind their words
 
 
 def test_no_other_window_loses_what_this_one_wrote(desk: Desk) -> None:

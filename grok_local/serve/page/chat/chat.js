@@ -38,7 +38,8 @@ export class Chat {
   #show({ anew = false } = {}) {
     const { turns } = this.conversation;
     const last = this.place.lastElementChild;
-    const isComing = last?.classList.contains("coming") && turns.at(-1)?.coming && this.place.children.length === turns.length;
+    const isComing =
+      last?.classList.contains("coming") && turns.at(-1)?.coming && this.place.children.length === turns.length;
     if (isComing && !anew) last.querySelector(".said").textContent = textOf(turns.at(-1));
     else this.place.replaceChildren(...turns.map((turn) => turnElement(turn, this.acts, turn === turns.at(-1))));
     byId("chat-empty").hidden = turns.length > 0;

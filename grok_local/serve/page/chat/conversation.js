@@ -40,8 +40,13 @@ export class Conversation {
   /** A place for an answer; of the last one another version, if there is one already. */
   awaitAnswer() {
     const last = this.turns.at(-1);
-    if (last?.role !== "assistant") this.#change([...this.turns, { role: "assistant", versions: [""], shown: 0, coming: true }]);
-    else this.#change([...this.turns.slice(0, -1), { ...last, versions: [...last.versions, ""], shown: last.versions.length, coming: true }]);
+    if (last?.role !== "assistant")
+      this.#change([...this.turns, { role: "assistant", versions: [""], shown: 0, coming: true }]);
+    else
+      this.#change([
+        ...this.turns.slice(0, -1),
+        { ...last, versions: [...last.versions, ""], shown: last.versions.length, coming: true },
+      ]);
     return this.turns.at(-1);
   }
 

@@ -29,7 +29,10 @@ function versionButtons(turn, { show }) {
   const { versions, shown } = turn;
   if (versions.length < 2) return [];
   const back = button("‹", () => show(turn, shown - 1), { disabled: shown === 0, "aria-label": "The answer before" });
-  const on = button("›", () => show(turn, shown + 1), { disabled: shown === versions.length - 1, "aria-label": "The next answer" });
+  const on = button("›", () => show(turn, shown + 1), {
+    disabled: shown === versions.length - 1,
+    "aria-label": "The next answer",
+  });
   return [back, make("span", { class: "version" }, `${shown + 1} of ${versions.length}`), on];
 }
 

@@ -13,10 +13,15 @@ export class Heat {
     canvas.addEventListener("pointerleave", () => this.#summarise());
   }
 
-  /** `routing` is {layers, experts, counts}, or null where it is not recorded. */
+  /** Says why there is nothing to be shown. */
+  explain(reason) {
+    this.canvas.hidden = true;
+    this.under.textContent = `Not shown: ${reason}.`;
+  }
+
+  /** `routing` is {layers, experts, counts}. */
   show(routing) {
-    this.canvas.hidden = !routing;
-    if (!routing) return void (this.under.textContent = "What tokens choose is not recorded here.");
+    this.canvas.hidden = false;
     this.total = routing.counts.reduce((sum, row) => sum + row.reduce((one, other) => one + other, 0), 0);
     this.#shares = routing.counts.map(sharesOf);
     this.#draw(routing);
@@ -48,7 +53,8 @@ export class Heat {
     const layer = Math.floor(((event.clientY - at.top) / at.height) * this.#shares.length);
     const expert = Math.floor(((event.clientX - at.left) / at.width) * (this.#shares[0]?.length ?? 0));
     const share = this.#shares[layer]?.[expert];
-    if (share !== undefined) this.under.textContent = `Layer ${layer}, expert ${expert}: chosen in ${percent(share)} of the cases.`;
+    if (share !== undefined)
+      this.under.textContent = `Layer ${layer}, expert ${expert}: chosen in ${percent(share)} of the cases.`;
   }
 
   #summarise() {
@@ -60,7 +66,8 @@ export class Heat {
   #hottest() {
     const all = this.#shares.flatMap((row, layer) => row.map((share, expert) => ({ layer, expert, share })));
     const { layer, expert, share } = all.reduce((best, each) => (each.share > best.share ? each : best));
-    return `${this.total.toLocaleString("en")} choices. The one chosen most: expert ${expert} of layer ${layer}, in ${percent(share)} of the cases.`;
+    const most = `expert ${expert} of layer ${layer}, in ${percent(share)} of the cases`;
+    return `${this.total.toLocaleString("en")} choices. The one chosen most: ${most}.`;
   }
 }
 

@@ -46,8 +46,13 @@ export class Machine {
     const { model, context, parallel, plan, now, experts } = await getJson("/local/machine");
     this.#plan(plan);
     this.speeds.add(now.tokens_per_second);
-    const facts = { "machine-model": model, "machine-now": `${figure(now.tokens_per_second)}`, "machine-doing": doing(now) };
-    for (const [id, text] of Object.entries({ ...facts, "machine-room": room(context, parallel) })) byId(id).textContent = text;
+    const facts = {
+      "machine-model": model,
+      "machine-now": `${figure(now.tokens_per_second)}`,
+      "machine-doing": doing(now),
+    };
+    for (const [id, text] of Object.entries({ ...facts, "machine-room": room(context, parallel) }))
+      byId(id).textContent = text;
     byId("streaming").replaceChildren(...streamingParts(experts));
   }
 
@@ -67,7 +72,7 @@ export class Machine {
     } catch (error) {
       if (error.status !== 404) throw error;
       this.#isRecorded = false;
-      this.heat.show(null);
+      this.heat.explain(error.message);
     }
   }
 }

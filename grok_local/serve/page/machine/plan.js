@@ -3,7 +3,12 @@
 import { make } from "../shared/dom.js";
 import { figure, percent, size } from "../shared/words.js";
 
-const PARTS = [["dense", "dense"], ["experts", "experts"], ["kv", "KV cache"], ["compute", "compute"]];
+const PARTS = [
+  ["dense", "dense"],
+  ["experts", "experts"],
+  ["kv", "KV cache"],
+  ["compute", "compute"],
+];
 
 export function planParts(plan) {
   const widest = Math.max(...plan.places.map(({ capacity, used }) => Math.max(capacity, used)), plan.disk);
@@ -23,7 +28,9 @@ function placeRow(place, widest) {
   const parts = PARTS.filter(([key]) => place[key]).map(([key]) => part(key, place[key] / place.capacity));
   const bar = make("div", { class: "place-bar", "aria-hidden": "true" }, ...parts);
   bar.style.setProperty("--width", place.capacity / widest);
-  const held = PARTS.filter(([key]) => place[key]).map(([key, name]) => `${name} ${size(place[key])}`).join(", ");
+  const held = PARTS.filter(([key]) => place[key])
+    .map(([key, name]) => `${name} ${size(place[key])}`)
+    .join(", ");
   const share = `${percent(place.used / place.capacity)} of ${size(place.capacity)}`;
   return row(place.place, bar, `${share}: ${held}`);
 }
@@ -31,7 +38,11 @@ function placeRow(place, widest) {
 function diskRow({ disk, bytes, streamed }, widest) {
   const bar = make("div", { class: "place-bar", "aria-hidden": "true" }, part("disk", 1));
   bar.style.setProperty("--width", disk / widest);
-  return row("disk", bar, `${size(disk)} of the experts, ${percent(disk / bytes)} of the model, ${streamed ? "streamed as chosen" : "mapped"}`);
+  return row(
+    "disk",
+    bar,
+    `${size(disk)} of the experts, ${percent(disk / bytes)} of the model, ${streamed ? "streamed" : "mapped"}`,
+  );
 }
 
 function row(name, bar, words) {
@@ -55,7 +66,11 @@ function tokenTable({ token, tokens_per_second: speed }) {
     const bar = make("span", { class: "bar" });
     bar.style.setProperty("--share", seconds / whole);
     const name = place === "between" ? "between: norms, attention, moving on" : `read from ${place}`;
-    const cells = [make("td", {}, bytes ? size(bytes) : ""), make("td", {}, time(seconds)), make("td", { class: "share" }, bar)];
+    const cells = [
+      make("td", {}, bytes ? size(bytes) : ""),
+      make("td", {}, time(seconds)),
+      make("td", { class: "share" }, bar),
+    ];
     return make("tr", {}, make("th", { scope: "row" }, name), ...cells);
   });
   const caption = make("caption", {}, `${time(whole)} a token, ${figure(speed)} tokens a second, as planned`);

@@ -14,7 +14,9 @@ export class Speeds {
   add(value) {
     this.#values = [...this.#values.slice(1 - KEPT), value];
     const most = Math.max(...this.#values, 1e-9);
-    const points = this.#values.map((each, index) => `${index + KEPT - this.#values.length},${38 - (36 * each) / most}`);
+    const points = this.#values.map(
+      (each, index) => `${index + KEPT - this.#values.length},${38 - (36 * each) / most}`,
+    );
     this.line.setAttribute("points", points.join(" "));
   }
 }

@@ -16,5 +16,7 @@ let said = false;
 export function announceFull() {
   if (said) return;
   said = true;
-  notify("The browser's store is full: what comes now is lost when the page is closed. Export the tree, then start a new text.");
+  notify(
+    "The browser's store is full: what comes now is lost when the page is closed. Export the tree, begin a new text.",
+  );
 }

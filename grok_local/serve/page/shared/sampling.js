@@ -5,23 +5,48 @@ import { keep, recall } from "./store.js";
 
 const FIELDS = [
   {
-    name: "temperature", label: "Boldness", usual: 0.9, min: 0, max: 2, step: 0.05,
+    name: "temperature",
+    label: "Boldness",
+    usual: 0.9,
+    min: 0,
+    max: 2,
+    step: 0.05,
     help: "0 always takes the likeliest word, 1 chooses as the model would, more is wilder. (temperature)",
   },
   {
-    name: "min_p", label: "Leave out the unlikely", usual: 0.05, min: 0, max: 1, step: 0.01,
+    name: "min_p",
+    label: "Leave out the unlikely",
+    usual: 0.05,
+    min: 0,
+    max: 1,
+    step: 0.01,
     help: "Words less likely than this share of the likeliest are not taken; 0 is off. (min_p)",
   },
   {
-    name: "top_p", label: "Keep to the likeliest part", usual: 1, min: 0.05, max: 1, step: 0.05,
+    name: "top_p",
+    label: "Keep to the likeliest part",
+    usual: 1,
+    min: 0.05,
+    max: 1,
+    step: 0.05,
     help: "Chooses among the likeliest words that have this much of the probability together; 1 is off. (top_p)",
   },
   {
-    name: "top_k", label: "Keep to so many words", usual: 0, min: 0, max: 1000, step: 1,
+    name: "top_k",
+    label: "Keep to so many words",
+    usual: 0,
+    min: 0,
+    max: 1000,
+    step: 1,
     help: "Chooses among this many; 0 is off. (top_k)",
   },
   {
-    name: "seed", label: "Repeatable", usual: "", min: 0, max: 2147483647, step: 1,
+    name: "seed",
+    label: "Repeatable",
+    usual: "",
+    min: 0,
+    max: 2147483647,
+    step: 1,
     help: "The same number and the same text give the same continuation. Empty: always another. (seed)",
   },
 ];
@@ -34,7 +59,9 @@ export class Sampling {
     this.kept = kept;
     const values = recall(kept, {});
     for (const field of FIELDS) place.append(this.#field(field, values[field.name] ?? field.usual));
-    place.append(make("button", { type: "button", class: "quiet", onclick: () => this.#reset() }, "As they were at first"));
+    place.append(
+      make("button", { type: "button", class: "quiet", onclick: () => this.#reset() }, "As they were at first"),
+    );
   }
 
   #field({ name, label, help, min, max, step }, value) {

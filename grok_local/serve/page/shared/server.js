@@ -47,7 +47,8 @@ async function ask(path, options) {
     const response = await reached(path, { ...options, headers: { ...options.headers, ...credentials() } });
     if (response.ok) return response;
     if (response.status !== 401) throw await refusal(response);
-    sessionStorage.setItem(KEY, await askedForKey());
+    const { message } = await refusal(response);
+    sessionStorage.setItem(KEY, await askedForKey(credentials().Authorization ? message : ""));
   }
 }
 
@@ -79,8 +80,8 @@ async function refusal(response) {
 
 let asking = null;
 
-/** One dialog, however many requests wait for its answer. */
-function askedForKey() {
+/** One dialog, however many requests wait for its answer; `trouble` is what was wrong with the last one. */
+function askedForKey(trouble) {
   asking ??= new Promise((resolve, reject) => {
     const dialog = byId("key-dialog");
     dialog.onclose = () => {
@@ -89,6 +90,7 @@ function askedForKey() {
       if (dialog.returnValue === "use" && key) resolve(key);
       else reject(new ServerError("The server wants its API key.", { status: 401 }));
     };
+    byId("key-trouble").textContent = trouble;
     dialog.returnValue = "";
     dialog.showModal();
   });

@@ -35,16 +35,27 @@ export function progressWords(progress, wanted) {
 }
 
 const PHASES = {
-  queued: ({ place_in_queue: place }) => ({ words: place > 1 ? `Waiting: number ${place} in the queue` : "Waiting for a place", share: null }),
-  prompt: ({ prompt_tokens_done: done, prompt_tokens: all }) => ({ words: `Reading the text: ${done} of ${counted(all, "token")}`, share: done / all }),
-  answer: ({ tokens }, wanted) => ({ words: `Writing: ${tokens} of ${counted(wanted, "token")}`, share: Math.min(tokens / wanted, 1) }),
+  queued: ({ place_in_queue: place }) => ({
+    words: place > 1 ? `Waiting: number ${place} in the queue` : "Waiting for a place",
+    share: null,
+  }),
+  prompt: ({ prompt_tokens_done: done, prompt_tokens: all }) => ({
+    words: `Reading the text: ${done} of ${counted(all, "token")}`,
+    share: done / all,
+  }),
+  answer: ({ tokens }, wanted) => ({
+    words: `Writing: ${tokens} of ${counted(wanted, "token")}`,
+    share: Math.min(tokens / wanted, 1),
+  }),
 };
 
 /** What went wrong, and what helps. */
 export function failureWords(error) {
   if (error.status === 0) return `${error.message} Is “grok-local serve” still running?`;
-  if (error.status === 429) return `Too many requests are waiting${error.wait ? `; there is room in about ${duration(error.wait)}` : ""}.`;
-  if (error.code === "context_length_exceeded") return `${sentence(error.message)} Shorten what stands before the cursor, or ask for fewer tokens.`;
+  if (error.status === 429)
+    return `Too many requests are waiting${error.wait ? `; there is room in about ${duration(error.wait)}` : ""}.`;
+  if (error.code === "context_length_exceeded")
+    return `${sentence(error.message)} Shorten what stands before the cursor, or ask for fewer tokens.`;
   return sentence(error.message);
 }
 

@@ -87,7 +87,8 @@ export class Work {
 
   /** What went wrong, with a button for what helps. */
   say(sentence, help = null) {
-    const button = help && make("button", { onclick: () => (this.problem.replaceChildren(), help.onclick()) }, help.label);
+    const button =
+      help && make("button", { onclick: () => (this.problem.replaceChildren(), help.onclick()) }, help.label);
     this.problem.replaceChildren(make("p", {}, sentence), ...(button ? [button] : []));
   }
 }

@@ -29,7 +29,13 @@ export class Branches {
     const last = nodes.at(-1);
     const written = last.kind === "written";
     const classes = ["branch", last.kind, onPath.has(last.id) ? "on-path" : ""].join(" ");
-    const how = { class: classes, role: "treeitem", tabIndex: isHere ? 0 : -1, "aria-level": level, "aria-selected": isHere };
+    const how = {
+      class: classes,
+      role: "treeitem",
+      tabIndex: isHere ? 0 : -1,
+      "aria-level": level,
+      "aria-selected": isHere,
+    };
     const label = make("span", { class: "snippet" }, snippetOf(nodes));
     const away = make("span", { class: "away", title: "Throw away (Delete)", "aria-hidden": "true" }, "×");
     const row = make("li", { ...how, "data-id": last.id }, label, ...(written ? [away] : []));
@@ -92,7 +98,10 @@ function parentOf(row) {
 /** Rows from the root on: {nodes, level}. Typing that goes on from typing shares a row. */
 export function rowsOf(tree) {
   const rows = [];
-  const open = tree.children(0).map((node) => ({ node, level: 1, row: null })).reverse();
+  const open = tree
+    .children(0)
+    .map((node) => ({ node, level: 1, row: null }))
+    .reverse();
   while (open.length) {
     const { node, level, row } = open.pop();
     const own = row ?? { nodes: [], level };
@@ -111,7 +120,13 @@ function below(tree, node, row) {
 }
 
 function snippetOf(nodes) {
-  const text = nodes.map((node) => node.text).join("").trim();
-  const line = text.slice(0, 4 * SNIPPET).replace(/\s+/g, " ").slice(0, SNIPPET);
+  const text = nodes
+    .map((node) => node.text)
+    .join("")
+    .trim();
+  const line = text
+    .slice(0, 4 * SNIPPET)
+    .replace(/\s+/g, " ")
+    .slice(0, SNIPPET);
   return line || (nodes.some(({ cut }) => cut) ? "(something taken out)" : "…");
 }

@@ -42,7 +42,8 @@ export function forkAt(path, { node, index }) {
   const later = path.slice(path.indexOf(node) + 1);
   const start = node.tokens[index][0];
   const region = later.reduce(grown, { start: node.at + start, end: node.at + node.text.length, alone: true });
-  if (!region.alone) return { parent: path.at(-1).id, at: region.start, cut: region.end - region.start, text: "", tokens: [] };
+  if (!region.alone)
+    return { parent: path.at(-1).id, at: region.start, cut: region.end - region.start, text: "", tokens: [] };
   const { parent, at, cut } = node;
   return { parent, at, cut, text: node.text.slice(0, start), tokens: node.tokens.slice(0, index) };
 }

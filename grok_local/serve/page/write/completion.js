@@ -30,7 +30,8 @@ export class Choice {
     this.text += text ?? "";
     this.end = end ?? this.end;
     const { tokens = [], token_logprobs: values, top_logprobs: tops } = logprobs ?? {};
-    for (const [index, token] of tokens.entries()) this.expect(token, values[index], Object.entries(tops?.[index] ?? {}));
+    for (const [index, token] of tokens.entries())
+      this.expect(token, values[index], Object.entries(tops?.[index] ?? {}));
     this.#lay();
     return this;
   }

@@ -93,7 +93,12 @@ export const spanOf = ({ band, text }) => make("span", band ? { class: band } : 
 
 function boxAt(place, origin) {
   const box = make("div");
-  const sizes = { left: place.left - origin.left, top: place.top - origin.top, width: place.width, height: place.height };
+  const sizes = {
+    left: place.left - origin.left,
+    top: place.top - origin.top,
+    width: place.width,
+    height: place.height,
+  };
   for (const [name, value] of Object.entries(sizes)) box.style[name] = `${value}px`;
   return box;
 }

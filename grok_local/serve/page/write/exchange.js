@@ -15,7 +15,10 @@ function lineOf(manuscript, node, body) {
 
 /** Takes lines in; returns how many were {prompts, answers, left} out. */
 export function takeIn(manuscript, text) {
-  const lines = text.split("\n").filter((line) => line.trim()).map(parsed);
+  const lines = text
+    .split("\n")
+    .filter((line) => line.trim())
+    .map(parsed);
   const prompts = lines.filter((line) => typeof line?.prompt === "string" && line.prompt);
   const answers = lines.filter((line) => typeof line?.text === "string" && "id" in line);
   addPrompts(manuscript, prompts);
@@ -46,7 +49,11 @@ function addText(manuscript, states, text) {
   const fitting = states.filter((state) => text.startsWith(state.text));
   const parent = fitting.reduce((best, state) => (state.text.length > best.text.length ? state : best));
   if (parent.text === text) return manuscript.tree.node(parent.id);
-  const node = manuscript.add(parent.id, { at: parent.text.length, text: text.slice(parent.text.length), kind: "typed" });
+  const node = manuscript.add(parent.id, {
+    at: parent.text.length,
+    text: text.slice(parent.text.length),
+    kind: "typed",
+  });
   states.push({ id: node.id, text });
   return node;
 }
@@ -74,7 +81,11 @@ function addAnswer(manuscript, { id, text, logprobs }) {
 function laid(text, logprobs) {
   const choice = new Choice();
   for (const { top = [], ...chosen } of logprobs) {
-    choice.expect(named(chosen), chosen.logprob, top.map((rival) => [named(rival), rival.logprob]));
+    choice.expect(
+      named(chosen),
+      chosen.logprob,
+      top.map((rival) => [named(rival), rival.logprob]),
+    );
   }
   return choice.take({ text }).tokens;
 }

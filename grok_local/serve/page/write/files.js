@@ -18,7 +18,7 @@ export class Files {
   export() {
     const lines = linesOf(this.manuscript, batchFields(this.body()));
     if (!lines.length) return this.work.tell("There is nothing to export yet.");
-    download("branches.jsonl", lines.map((line) => `${JSON.stringify(line)}\n`).join(""));
+    download("prompts.jsonl", lines.map((line) => `${JSON.stringify(line)}\n`).join(""));
     return this.work.tell(`Exported: ${counted(lines.length, "branch", "branches")}, for grok-local batch.`);
   }
 
@@ -26,7 +26,9 @@ export class Files {
     const text = await input.files[0].text();
     input.value = "";
     const { prompts, answers, left } = takeIn(this.manuscript, text);
-    const found = [prompts && counted(prompts, "branch", "branches"), answers && counted(answers, "answer")].filter(Boolean);
+    const found = [prompts && counted(prompts, "branch", "branches"), answers && counted(answers, "answer")].filter(
+      Boolean,
+    );
     const without = left ? ` ${counted(left, "line")} had no text for this tree and stayed out.` : "";
     this.work.say(`Taken in: ${found.join(" and ") || "nothing"}.${without}`);
     this.onReplaced();
@@ -45,7 +47,7 @@ export class Files {
   }
 }
 
-/** A line of a batch draws its own random numbers, and answers that come with log-probabilities come back in colours. */
+/** A line of a batch draws its own random numbers, and answers with log-probabilities come back in colours. */
 function batchFields({ seed, ...fields }) {
   return { ...fields, logprobs: 5 };
 }

@@ -22,7 +22,9 @@ export class Manuscript {
 
   #recall() {
     const { current = 0, past = [], future = [] } = recall("write", {});
-    const nodes = kept("write/").map((name) => recall(name)).filter(Boolean);
+    const nodes = kept("write/")
+      .map((name) => recall(name))
+      .filter(Boolean);
     this.tree = new Tree(nodes);
     this.#past = past;
     this.#future = future;

@@ -9,8 +9,7 @@ export function changed(pieces, node) {
 /** The pieces of the text at the end of a path through the tree. */
 export const piecesOf = (path) => path.reduce(changed, []);
 
-export const textOf = (pieces) =>
-  pieces.map(({ node, from, length }) => node.text.slice(from, from + length)).join("");
+export const textOf = (pieces) => pieces.map(({ node, from, length }) => node.text.slice(from, from + length)).join("");
 
 function upTo(pieces, end) {
   const found = [];

@@ -34,9 +34,19 @@ export class Rivals {
     const word = make("span", { class: "word" }, shown(text));
     const bar = make("span", { class: "bar" });
     bar.style.setProperty("--share", share);
-    const how = { type: "button", disabled: !isText(text), onclick: () => this.#choose(token, { text, logprob, chosen }) };
+    const how = {
+      type: "button",
+      disabled: !isText(text),
+      onclick: () => this.#choose(token, { text, logprob, chosen }),
+    };
     const label = `${spoken(text)}, ${percent(share)}${chosen ? ", taken" : ""}`;
-    const button = make("button", { ...how, "aria-label": label, class: chosen ? "chosen" : "" }, word, bar, percent(share));
+    const button = make(
+      "button",
+      { ...how, "aria-label": label, class: chosen ? "chosen" : "" },
+      word,
+      bar,
+      percent(share),
+    );
     return make("li", {}, button);
   }
 
@@ -57,7 +67,8 @@ export class Rivals {
 }
 
 /** A word with its blanks to be seen. */
-const shown = (text) => (isText(text) ? text.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥") : unwritten(text));
+const shown = (text) =>
+  isText(text) ? text.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥") : unwritten(text);
 
 const unwritten = (token) => (token.startsWith("bytes:") ? "(part of a sign)" : "(the end)");
 

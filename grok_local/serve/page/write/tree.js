@@ -3,7 +3,8 @@
  *
  * A node is a change of its parent's text: at `at`, `cut` characters go and `text` comes. `kind` says whose it is:
  * "typed" or "written" (by the model, with `tokens`: [start in the text, log-probability, [[rival, its
- * log-probability]]], and `end`, why there are no more). `cursor` is where writing goes on, `gone` that it was thrown away.
+ * log-probability]]], and `end`, why there are no more). `cursor` is where writing goes on, `gone` that it was thrown
+ * away.
  */
 
 const ROOT = { id: 0, parent: null, at: 0, cut: 0, text: "", kind: "typed", cursor: 0 };

@@ -31,8 +31,14 @@ export class Write {
       onThrowAway: (node) => this.#throwAway(node.id),
       onClose: () => this.#closeAlternatives(),
     });
-    this.branches = new Branches(this.manuscript, { onGo: (id) => this.#go(id), onThrowAway: (id) => this.#throwAway(id) });
-    this.files = new Files(this.manuscript, this.work, { body: () => this.choices.body, onReplaced: () => this.#stand() });
+    this.branches = new Branches(this.manuscript, {
+      onGo: (id) => this.#go(id),
+      onThrowAway: (id) => this.#throwAway(id),
+    });
+    this.files = new Files(this.manuscript, this.work, {
+      body: () => this.choices.body,
+      onReplaced: () => this.#stand(),
+    });
     this.show = everyPicture(() => this.#show());
     this.#listen();
     this.#stand();
@@ -55,7 +61,7 @@ export class Write {
     for (const node of [this.manuscript.current, ...this.writing.nodes]) this.manuscript.save(node);
   }
 
-  // -- what is shown ---------------------------------------------------------------------------------------------------
+  // -- what is shown -----------------------------------------------------------------------------------------------
 
   #changed(what) {
     this.show?.();
@@ -92,7 +98,7 @@ export class Write {
     this.branches.update();
   }
 
-  // -- typing and moving -----------------------------------------------------------------------------------------------
+  // -- typing and moving -------------------------------------------------------------------------------------------
 
   #typed() {
     this.rivals.close();
@@ -142,7 +148,7 @@ export class Write {
     this.#stand();
   }
 
-  // -- the model writes ------------------------------------------------------------------------------------------------
+  // -- the model writes --------------------------------------------------------------------------------------------
 
   /** Continues the text at the cursor: in it, or as alternatives beside. */
   async continue() {
@@ -187,17 +193,23 @@ export class Write {
     if (current.kind !== "written") return;
     await this.writing.stop();
     const { parent, at, cut, given = 0 } = current;
-    const change = { at, cut, text: current.text.slice(0, given), tokens: current.tokens.filter(([start]) => start < given) };
+    const change = {
+      at,
+      cut,
+      text: current.text.slice(0, given),
+      tokens: current.tokens.filter(([start]) => start < given),
+    };
     this.manuscript.go(parent);
     await this.#continueFrom(tree.node(parent).id, { ...change, given, kind: "written" });
   }
 
   async #take(node) {
+    if (!node.text) return this.work.say("Nothing has come of that one yet.");
     const wasGrowing = this.writing.nodes.includes(node) && !node.end;
     await this.#move(() => this.manuscript.go(node.id));
     this.editor.area.focus();
     const missing = this.choices.length - node.tokens.length;
-    if (wasGrowing && missing > 0) await this.#write([node], missing);
+    return wasGrowing && missing > 0 ? this.#write([node], missing) : undefined;
   }
 
   async #throwAway(id) {
@@ -219,13 +231,15 @@ export class Write {
     this.editor.area.focus();
   }
 
-  // -- other words -----------------------------------------------------------------------------------------------------
+  // -- other words -------------------------------------------------------------------------------------------------
 
   /** The word that was clicked on; one that was not written by the model has no rivals. */
   #openRivals({ clientX: x, clientY: y }) {
     const { cursor, isSelecting } = this.editor;
     const near = isSelecting ? [] : [cursor, cursor - 1].map((place) => tokenAt(this.manuscript.pieces, place));
-    const hit = near.find((token) => token && this.editor.placesOf(token.start, token.end).some((at) => holds(at, x, y)));
+    const hit = near.find(
+      (token) => token && this.editor.placesOf(token.start, token.end).some((at) => holds(at, x, y)),
+    );
     if (hit) this.#openAt(hit);
     else this.rivals.close();
   }
