@@ -1,0 +1,41 @@
+/** What the browser keeps between visits; where it keeps nothing, the page works on without. */
+
+import { announceFull } from "./notices.js";
+
+const PREFIX = "grok-local:";
+
+export function recall(name, otherwise = null) {
+  try {
+    const text = localStorage.getItem(PREFIX + name);
+    return text === null ? otherwise : JSON.parse(text);
+  } catch {
+    return otherwise;
+  }
+}
+
+export function keep(name, value) {
+  try {
+    localStorage.setItem(PREFIX + name, JSON.stringify(value));
+  } catch {
+    announceFull();
+  }
+}
+
+export function forget(name) {
+  try {
+    localStorage.removeItem(PREFIX + name);
+  } catch {
+    // Nothing is kept here, so there is nothing to forget.
+  }
+}
+
+/** The names under which something is kept that begin with `start`. */
+export function kept(start) {
+  try {
+    return Object.keys(localStorage)
+      .filter((name) => name.startsWith(PREFIX + start))
+      .map((name) => name.slice(PREFIX.length));
+  } catch {
+    return [];
+  }
+}

@@ -1,0 +1,97 @@
+/** The tree as lines for `grok-local batch`, and lines back into the tree: prompts, and what a batch answered. */
+
+import { Choice } from "./completion.js";
+
+/** A line for the end of every branch; its `id` is the node's name from then on. */
+export function linesOf(manuscript, body) {
+  const ends = manuscript.tree.nodes.filter((node) => !node.gone && !manuscript.tree.children(node.id).length);
+  return ends.map((node) => lineOf(manuscript, node, body)).filter(({ prompt }) => prompt);
+}
+
+function lineOf(manuscript, node, body) {
+  manuscript.name(node, node.name ?? `branch-${node.id.toString(36)}`);
+  return { id: node.name, prompt: manuscript.textAt(node.id).slice(0, node.cursor), ...body };
+}
+
+/** Takes lines in; returns how many were {prompts, answers, left} out. */
+export function takeIn(manuscript, text) {
+  const lines = text
+    .split("\n")
+    .filter((line) => line.trim())
+    .map(parsed);
+  const prompts = lines.filter((line) => typeof line?.prompt === "string" && line.prompt);
+  const answers = lines.filter((line) => typeof line?.text === "string" && "id" in line);
+  addPrompts(manuscript, prompts);
+  const found = answers.map((line) => addAnswer(manuscript, line)).filter(Boolean).length;
+  return { prompts: prompts.length, answers: found, left: lines.length - prompts.length - found };
+}
+
+function parsed(line) {
+  try {
+    return JSON.parse(line);
+  } catch {
+    return null;
+  }
+}
+
+/** Prompts become branches, which part where their texts do. */
+function addPrompts(manuscript, lines) {
+  const states = manuscript.tree.nodes.map(({ id }) => ({ id, text: manuscript.textAt(id) }));
+  const names = new Map(lines.map(({ prompt, id }) => [prompt, id]));
+  const texts = new Set([...names.keys(), ...forksOf([...names.keys()])]);
+  for (const text of [...texts].sort((one, other) => one.length - other.length)) {
+    const node = addText(manuscript, states, text);
+    if (node && names.has(text)) manuscript.name(node, names.get(text));
+  }
+}
+
+function addText(manuscript, states, text) {
+  const fitting = states.filter((state) => text.startsWith(state.text));
+  const parent = fitting.reduce((best, state) => (state.text.length > best.text.length ? state : best));
+  if (parent.text === text) return manuscript.tree.node(parent.id);
+  const node = manuscript.add(parent.id, {
+    at: parent.text.length,
+    text: text.slice(parent.text.length),
+    kind: "typed",
+  });
+  states.push({ id: node.id, text });
+  return node;
+}
+
+/** Where texts part, at the end of a word. */
+function forksOf(texts) {
+  const sorted = [...texts].sort();
+  const forks = sorted.slice(1).map((text, index) => commonStart(sorted[index], text));
+  return forks.map((fork) => fork.replace(/\S*$/, "").trimEnd()).filter(Boolean);
+}
+
+function commonStart(one, other) {
+  let count = 0;
+  while (count < Math.min(one.length, other.length) && one[count] === other[count]) count++;
+  return one.slice(0, count);
+}
+
+function addAnswer(manuscript, { id, text, logprobs }) {
+  const parent = manuscript.tree.nodes.find((node) => node.name === id && !node.gone);
+  if (!parent || !text) return null;
+  const tokens = logprobs ? laid(text, logprobs) : [];
+  return manuscript.add(parent.id, { at: parent.cursor, text, kind: "written", tokens });
+}
+
+function laid(text, logprobs) {
+  const choice = new Choice();
+  for (const { top = [], ...chosen } of logprobs) {
+    choice.expect(
+      named(chosen),
+      chosen.logprob,
+      top.map((rival) => [named(rival), rival.logprob]),
+    );
+  }
+  return choice.take({ text }).tokens;
+}
+
+/** A token as the server names it: part of a character by its bytes. */
+function named({ token, bytes }) {
+  if (!token.includes("\ufffd")) return token;
+  return `bytes:${bytes.map((byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("")}`;
+}

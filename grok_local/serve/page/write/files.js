@@ -1,0 +1,53 @@
+/** The tree out to a file and in again, and a new text. */
+
+import { byId, download } from "../shared/dom.js";
+import { notify } from "../shared/notices.js";
+import { counted } from "../shared/words.js";
+import { linesOf, takeIn } from "./exchange.js";
+
+export class Files {
+  /** `body()` has the fields that every line gets, `onReplaced()` is told when another text is there. */
+  constructor(manuscript, work, { body, onReplaced }) {
+    Object.assign(this, { manuscript, work, body, onReplaced });
+    byId("export").addEventListener("click", () => this.export());
+    byId("import").addEventListener("click", () => byId("import-file").click());
+    byId("import-file").addEventListener("change", (event) => this.#import(event.target));
+    byId("new-text").addEventListener("click", () => this.#begin());
+  }
+
+  export() {
+    const lines = linesOf(this.manuscript, batchFields(this.body()));
+    if (!lines.length) return this.work.tell("There is nothing to export yet.");
+    download("prompts.jsonl", lines.map((line) => `${JSON.stringify(line)}\n`).join(""));
+    return this.work.tell(`Exported: ${counted(lines.length, "branch", "branches")}, for grok-local batch.`);
+  }
+
+  async #import(input) {
+    const text = await input.files[0].text();
+    input.value = "";
+    const { prompts, answers, left } = takeIn(this.manuscript, text);
+    const found = [prompts && counted(prompts, "branch", "branches"), answers && counted(answers, "answer")].filter(
+      Boolean,
+    );
+    const without = left ? ` ${counted(left, "line")} had no text for this tree and stayed out.` : "";
+    this.work.say(`Taken in: ${found.join(" and ") || "nothing"}.${without}`);
+    this.onReplaced();
+  }
+
+  #begin() {
+    const old = this.manuscript.replace();
+    this.onReplaced();
+    byId("text").focus();
+    notify("This is a new text.", { label: "Bring the old one back", onclick: () => this.#back(old) });
+  }
+
+  #back(old) {
+    this.manuscript.replace(old);
+    this.onReplaced();
+  }
+}
+
+/** A line of a batch draws its own random numbers, and answers with log-probabilities come back in colours. */
+function batchFields({ seed, ...fields }) {
+  return { ...fields, logprobs: 5 };
+}

@@ -1,0 +1,97 @@
+"""The second tab with the real model."""
+
+from __future__ import annotations
+
+import time
+
+from tests.serve.page.desk import Desk
+
+_CONTROL, _ENTER = "\ue009", "\ue007"
+
+
+def _said(desk: Desk) -> list[str]:
+    return desk.texts("#turns .said")
+
+
+def _ask(desk: Desk, text: str) -> None:
+    desk.find("#message").send_keys(text)
+    desk.press(_CONTROL, _ENTER)
+    desk.wait()
+
+
+def test_a_conversation_goes_on_and_stays(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.fill("#chat-sampling-temperature", 0)
+    _ask(desk, "How many layers has Grok-1?")
+    _ask(desk, "And how many experts?")
+    said = _said(desk)
+    messages = [{"role": "user", "content": "How many layers has Grok-1?"}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 128, "min_p": 0.05, "top_p": 1, "top_k": 0}
+    assert said[1] == desk.posts("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    assert len(said) == 4
+    desk.reload()
+    assert _said(desk) == said
+
+
+def test_another_answer_stands_beside_the_first(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.fill("#chat-sampling-temperature", 1.5)
+    _ask(desk, "Who made Grok-1?")
+    first = _said(desk)[1]
+    desk.click(".turn:last-child footer button:last-child")
+    desk.wait()
+    assert "2 of 2" in desk.find(".turn:last-child footer").text
+    desk.click("[aria-label='The answer before']")
+    desk.until(lambda: _said(desk)[1] == first)
+
+
+def test_a_message_is_edited_and_sent_again_and_that_undone(desk: Desk) -> None:
+    desk.visit("chat")
+    _ask(desk, "Who made Grok-1?")
+    _ask(desk, "When?")
+    before = _said(desk)
+    desk.click(".turn:first-child footer button")
+    area = desk.focused
+    area.clear()
+    area.send_keys("What is Grok-1?")
+    desk.press(_CONTROL, _ENTER)
+    desk.until(lambda: len(_said(desk)) == 2)
+    desk.wait()
+    assert _said(desk)[0] == "What is Grok-1?"
+    desk.click("#chat-undo")  # the answer
+    desk.click("#chat-undo")  # the other message
+    desk.until(lambda: _said(desk) == before)
+
+
+def test_the_system_text_goes_first(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.click("#chat details summary")
+    desk.find("#system").send_keys("Answers are numbers.")
+    found = desk.computes(
+        """
+        const { Conversation } = await load("chat/conversation.js");
+        const conversation = new Conversation(() => {});
+        conversation.say("How many?");
+        return conversation.messages;
+        """
+    )
+    assert found == [
+        {"role": "system", "content": "Answers are numbers."},
+        {"role": "user", "content": "How many?"},
+    ]
+
+
+def test_escape_stops_an_answer_and_what_came_stays(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.fill("#chat-sampling-temperature", 2)
+    desk.fill("#chat-sampling-min_p", 0)
+    desk.choose("#chat-length", 256)
+    desk.find("#message").send_keys("Tell me everything.")
+    desk.press(_CONTROL, _ENTER)
+    desk.until(lambda: len(_said(desk)) == 2 and _said(desk)[1])
+    began = time.monotonic()
+    desk.press("\ue00c")
+    desk.until(lambda: not desk.find_all(".dock.working") and desk.is_idle())
+    assert time.monotonic() - began < 1
+    desk.reload()
+    assert len(_said(desk)) == 2
