@@ -73,20 +73,56 @@ def let_threads_rest() -> None:
 
 
 _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+_TERMINATE = ctypes.CFUNCTYPE(None)
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _installed: list[object] = []
 _installed_handlers: list[object] = []
 
 
 def on_abort(handle: Callable[[str], None]) -> None:
-    """Have `handle` called with ggml's message before it aborts the process; it must not return to survive."""
+    """Have `handle` called with ggml's message before it aborts the process; it must not return to survive.
+
+    Also where a C++ exception would end it, as of a GPU's driver whose memory ran out: with the exception's type.
+    """
 
     def call(message: bytes) -> None:
         handle(message.decode("utf-8", "replace"))
 
-    callback = _ABORT(call)
-    _installed[:] = [callback]  # C keeps no reference
-    open_library("ggml-base").ggml_set_abort_callback(callback)
+    callback, terminate = _ABORT(call), _TERMINATE(lambda: handle(_uncaught()))
+    _installed[:] = [callback, terminate]  # C keeps no reference
+    open_library("ggml-base").ggml_set_abort_callback(callback)  # which, as it is opened, sets a handler of its own
+    if runtime := _cxx_runtime():
+        runtime._ZSt13set_terminatePFvvE(terminate)
+
+
+@cache
+def _cxx_runtime() -> ctypes.CDLL | None:
+    """The C++ library that llama.cpp's are linked with, where it is one of the usual two."""
+    name = "/usr/lib/libc++abi.dylib" if sys.platform == "darwin" else "libstdc++.so.6"
+    try:
+        library = ctypes.CDLL(name)
+        prototype(library, "_ZSt13set_terminatePFvvE", ctypes.c_void_p, _TERMINATE)
+        prototype(library, "__cxa_current_exception_type", ctypes.c_void_p)
+        arguments = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
+        prototype(library, "__cxa_demangle", ctypes.c_char_p, *arguments)
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def _uncaught() -> str:
+    """What is thrown and caught by nobody."""
+    runtime = _cxx_runtime()
+    kind = runtime.__cxa_current_exception_type() if runtime else None
+    if not (runtime and kind):
+        return "it gave up without an exception"
+    return f"an exception, {(runtime.__cxa_demangle(_type_name(kind), None, None, None) or b'unknown').decode()}"
+
+
+def _type_name(kind: int) -> bytes:
+    """As the compiler has it: the second pointer of a std::type_info, whose highest bit is a mark on some systems."""
+    pointer = ctypes.cast(kind, ctypes.POINTER(ctypes.c_size_t))[1] & ~(1 << 63)
+    return ctypes.string_at(pointer)
 
 
 def exit_on_abort() -> None:
