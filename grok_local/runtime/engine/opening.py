@@ -9,7 +9,6 @@ import ctypes
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,17 @@ import llama_cpp
 from grok_local.errors import ModelError
 from grok_local.files import first_part
 from grok_local.formats.gguf_file import Header
+from grok_local.ggml import log
 from grok_local.ggml.devices import (
     BackendDevice,
     backend_devices,
     buffer_name,
     buffer_type,
+    can_allocate,
     cpu_device,
     extra_buffer_types,
 )
-from grok_local.ggml.mapping import unread_mappings
+from grok_local.ggml.libraries import kept_off_stderr
 from grok_local.machine.facts import Device, Say
 from grok_local.machine.limits import free_cores
 from grok_local.machine.this_machine import this_machine
@@ -37,8 +38,8 @@ from grok_local.placement.planner import make_plan, needs_speeds
 from grok_local.placement.runnable import remarks
 from grok_local.placement.shape import ModelShape, Role
 from grok_local.placement.wishes import RAM
-from grok_local.runtime.engine import log
 from grok_local.runtime.engine.protocol import Held, Placement
+from grok_local.runtime.engine.reading import read_once
 from grok_local.runtime.engine.watching import Watch, notes_on_routing, watch_for
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Tap
@@ -50,6 +51,7 @@ _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
 _MOST_STEPS = 8
 _TOLERANCE = 0.01
+_SCRATCH = 3  # bytes for each token at once and each element of what is multiplied: it becomes f16, and there is more
 
 
 class _Override(ctypes.Structure):
@@ -78,6 +80,7 @@ class _Target:
     """What is opened; the same whatever the plan. `abort` is llama.cpp's callback."""
 
     path: Path
+    headers: Sequence[Header]
     threads: int
     abort: Any
 
@@ -108,11 +111,13 @@ def open_planned(
     plan = make_plan(shape, this_machine(types, threads=request.threads, workers=workers, say=say), wishes)
     threads, busy = _threads_now(request)
     notes = [*plan.notes, *remarks(headers), *notes_on_routing(headers, wishes), *busy]
-    target = _Target(first_part(request.path), threads, abort)
+    target = _Target(first_part(request.path), headers, threads, abort)
     for step in range(_MOST_STEPS):
         try:
             watch = watch_for(plan, headers, interrupted=interrupted)
-            return _open(target, plan, watch=watch, notes=[*notes, *(watch.notes if watch else ())])
+            opened = _open(target, plan, watch=watch, notes=[*notes, *(watch.notes if watch else ())])
+            _prove(opened, by_a_batch=step > 0)
+            return opened
         except _OutOfMemoryError as error:
             plan, note = _step_down(plan, error, units=2**step)
             notes.append(note)
@@ -130,7 +135,7 @@ def _open(target: _Target, plan: Plan, *, watch: Watch | None, notes: Sequence[s
     log.clear()
     model = context = None
     try:
-        model = _load_model(target.path, plan)
+        model = _load_model(target, plan)
         warnings = [text for text in log.warnings() if "pre-tokenizer" not in text]  # `remarks` says that one
         if watch:
             watch.attach()
@@ -153,7 +158,7 @@ def _release(model: Any, context: Any, watch: Watch | None) -> None:
         watch.tap.close()
 
 
-def _load_model(path: Path, plan: Plan) -> Any:
+def _load_model(target: _Target, plan: Plan) -> Any:
     params = llama_cpp.llama_model_default_params()
     handles = _handles()
     used = [(d, n) for d, n, s in zip(plan.machine.devices, plan.layers, plan.shares, strict=False) if s.used]
@@ -165,12 +170,12 @@ def _load_model(path: Path, plan: Plan) -> Any:
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
     params.use_extra_bufts = bool(plan.repacked) and plan.machine.speeds.all_extra
-    # What goes to devices is read through the mapping, and would be a page at a time.
-    with unread_mappings() if plan.streamed and not used else nullcontext():
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    with read_once(plan, target.headers) as progress, kept_off_stderr():
+        params.progress_callback = progress
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(target.path), params)
     if not model:
         _raise_if_out_of_memory(plan)
-        raise ModelError(f"{path}: llama.cpp cannot load it: {log.reason()}")
+        raise ModelError(f"{target.path}: llama.cpp cannot load it: {log.reason()}")
     return model
 
 
@@ -235,7 +240,8 @@ def _new_context(model: Any, target: _Target, plan: Plan, *, tap: Tap | None) ->
     # A GPU would be given copies of experts before we know which are wanted.
     params.op_offload = not plan.streamed
     params.no_perf = True
-    context = llama_cpp.llama_init_from_model(model, params)
+    with kept_off_stderr():
+        context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         _raise_if_out_of_memory(plan)
         raise ModelError(
@@ -300,6 +306,52 @@ def _unit(plan: Plan, place: str) -> int:
     """Bytes of a step: a layer's experts where there are any, else a layer."""
     role = Role.EXPERTS if plan.expert_layers[place] else Role.DENSE
     return max(plan.model.layer_bytes(plan.model.layers - 1, role), 1_000_000)
+
+
+# -- is there room to evaluate? ----------------------------------------------------------------------------------------
+
+
+def _prove(opened: Opened, *, by_a_batch: bool) -> None:
+    """Evaluating needs memory beyond what is held: try whether it is there while a step down is possible.
+
+    Drivers throw exceptions where it is not, which end the process. Frees what is open and raises _OutOfMemoryError.
+    """
+    plan = opened.placement.plan
+    try:
+        handles = _handles()
+        for share in plan.shares[:-1]:
+            _prove_room(plan, share, handles[share.place])
+        if by_a_batch:
+            _evaluate_batch(opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _prove_room(plan: Plan, share: Share, device: BackendDevice) -> None:
+    """For what products multiply with, in a format of their own, and for the copy of a tensor of experts from RAM."""
+    scratch = _SCRATCH * min(plan.batch, plan.cells) * plan.model.hidden + (1 << 20)
+    copied = 0 if plan.streamed or not plan.ram.experts else plan.model.largest_expert_tensor
+    with kept_off_stderr():
+        if share.used and not can_allocate(device, scratch, staged=copied):
+            raise _OutOfMemoryError(share.place, "no memory is left to evaluate with")
+
+
+def _evaluate_batch(opened: Opened) -> None:
+    """As many tokens as there may be at once; alike where experts are streamed, so that few of those are read."""
+    plan, tap = opened.placement.plan, opened.watch.tap if opened.watch else None
+    count = min(plan.batch, plan.context)
+    ids = [0 if plan.streamed else i % plan.model.vocabulary for i in range(count)]
+    if tap:
+        tap.begin([Row(id_, i, 0, i == count - 1) for i, id_ in enumerate(ids)])
+    tokens = (llama_cpp.llama_token * count)(*ids)
+    status = llama_cpp.llama_decode(opened.context, llama_cpp.llama_batch_get_one(tokens, count))
+    if tap:
+        tap.finish(complete=False)  # nobody asked for it: it is in no record
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(opened.context), True)
+    if status < 0:
+        _raise_if_out_of_memory(plan)
+        raise ModelError(f"llama.cpp cannot evaluate {count} tokens: {log.reason()}")
 
 
 # -- did it come true? -------------------------------------------------------------------------------------------------
