@@ -31,7 +31,8 @@ class Desk:
         """As if for the first time, but that texts come out the same every time."""
         self.browser.get(f"{self.address}/page/icon.svg")
         self.browser.execute_script("localStorage.clear(); sessionStorage.clear()")
-        self.browser.execute_script("localStorage['grok-local:write-sampling'] = '{\"seed\": 3}'")
+        for kept in ("write-sampling", "chat-sampling"):
+            self.browser.execute_script("localStorage[arguments[0]] = '{\"seed\": 3}'", f"grok-local:{kept}")
         self.read_logs()
         self.complaints, self.strangers = [], []
         self.browser.get(f"{self.address}/#{tab}")
