@@ -12,9 +12,21 @@ from typing import Literal
 from grok_local.errors import OptionError, PlacementError
 from grok_local.placement.shape import KV_WIDTHS, ModelShape
 
-__all__ = ["RAM", "USUAL_BATCH", "Wishes", "cells_of", "check_wishes", "usual_batch", "usual_context"]
+__all__ = [
+    "ALL_LAYERS",
+    "RAM",
+    "USUAL_BATCH",
+    "Wishes",
+    "cells_of",
+    "check_wishes",
+    "may_use_devices",
+    "names_devices",
+    "usual_batch",
+    "usual_context",
+]
 
 RAM = "RAM"
+ALL_LAYERS = 10_000  # more than any model has
 _CONTEXT = 8192  # tokens, where nobody asks for more
 USUAL_BATCH = 512  # tokens at once, as in llama.cpp
 _FULL_BATCH_CELLS, _LEAST_BATCH = 8192, 64  # with more cells a batch is smaller, but no smaller than this
@@ -69,6 +81,17 @@ def usual_batch(context: int, wishes: Wishes) -> int:
     attended = context if wishes.separate else cells_of(context, wishes)
     fitting = max(USUAL_BATCH * _FULL_BATCH_CELLS // max(attended, 1), 1)
     return max(min(USUAL_BATCH, 1 << fitting.bit_length() - 1), _LEAST_BATCH, wishes.sequences)
+
+
+def names_devices(wishes: Wishes) -> bool:
+    """Whether the user says what goes to devices."""
+    placed = any(place != RAM for _, place in wishes.overrides)
+    return placed or wishes.gpu_layers is not None or wishes.experts_on not in (None, "cpu")
+
+
+def may_use_devices(wishes: Wishes) -> bool:
+    """Whether anything may go to devices."""
+    return bool(wishes.gpu_layers != 0 or wishes.experts_on not in ("cpu", 0) or wishes.overrides)
 
 
 def check_wishes(wishes: Wishes, devices: Sequence[str]) -> None:

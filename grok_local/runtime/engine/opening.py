@@ -16,11 +16,12 @@ from typing import Any
 
 import llama_cpp
 
-from grok_local.errors import ModelError
+from grok_local.errors import ModelError, PlacementError
 from grok_local.files import first_part
 from grok_local.formats.gguf_file import Header
 from grok_local.ggml.devices import (
     BackendDevice,
+    allocatable,
     backend_devices,
     buffer_name,
     buffer_type,
@@ -35,7 +36,8 @@ from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.plan import Plan, Share
 from grok_local.placement.planner import make_plan, needs_speeds
 from grok_local.placement.runnable import remarks
-from grok_local.placement.shape import ModelShape, Role
+from grok_local.placement.shape import ModelShape
+from grok_local.placement.whatif import with_less, with_smaller
 from grok_local.placement.wishes import RAM
 from grok_local.runtime.engine import log
 from grok_local.runtime.engine.protocol import Held, Placement
@@ -44,12 +46,13 @@ from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Tap
 from grok_local.units import format_bytes
 
-__all__ = ["open_planned"]
+__all__ = ["accounted", "open_planned"]
 
 _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
 _MOST_STEPS = 8
 _TOLERANCE = 0.01
+_SPARE, _SPARE_OF_WORKER, _MOST_SPARE = 16, 4, 512_000_000  # shares of a device that ran out of memory, and bytes
 
 
 class _Override(ctypes.Structure):
@@ -82,12 +85,20 @@ class _Target:
     abort: Any
 
 
-class _OutOfMemoryError(Exception):
-    """A place had not enough memory. It never leaves this module."""
+class _PlaceError(Exception):
+    """A place is otherwise than it said. It never leaves this module."""
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(reason)
         self.place = place
+
+
+class _OutOfMemoryError(_PlaceError):
+    """It had not enough memory."""
+
+
+class _HeldLessError(_PlaceError):
+    """llama.cpp left in RAM what was to be there."""
 
 
 def open_planned(
@@ -107,16 +118,19 @@ def open_planned(
     types = shape.types if needs_speeds(shape, wishes) else ()
     plan = make_plan(shape, this_machine(types, threads=request.threads, workers=workers, say=say), wishes)
     threads, busy = _threads_now(request)
-    notes = [*plan.notes, *remarks(headers), *notes_on_routing(headers, wishes), *busy]
-    target = _Target(first_part(request.path), threads, abort)
-    for step in range(_MOST_STEPS):
+    notes = [*remarks(headers), *notes_on_routing(headers, wishes), *busy]
+    target, steps = _Target(first_part(request.path), threads, abort), list[str]()
+    while len(steps) < _MOST_STEPS:
         try:
             watch = watch_for(plan, headers, interrupted=interrupted)
-            return _open(target, plan, watch=watch, notes=[*notes, *(watch.notes if watch else ())])
+            told = [*steps, *plan.notes, *notes, *(watch.notes if watch else ())]
+            return _as_planned(_open(target, plan, watch=watch, notes=told))
         except _OutOfMemoryError as error:
-            plan, note = _step_down(plan, error, units=2**step)
-            notes.append(note)
-    raise ModelError(f"{target.path}: {notes[-1]}, and less does not fit either")
+            plan, note = _step_down(plan, error, step=len(steps))
+        except _HeldLessError as error:
+            plan, note = with_smaller(plan, error.place), str(error)
+        steps.append(note)
+    raise ModelError(f"{target.path}: {steps[-1]}, and less does not fit either")
 
 
 def _threads_now(request: LoadRequest) -> tuple[int, list[str]]:
@@ -153,7 +167,7 @@ def _release(model: Any, context: Any, watch: Watch | None) -> None:
         watch.tap.close()
 
 
-def _load_model(path: Path, plan: Plan) -> Any:
+def _load_model(path: Path, plan: Plan, *, no_alloc: bool = False) -> Any:
     params = llama_cpp.llama_model_default_params()
     handles = _handles()
     used = [(d, n) for d, n, s in zip(plan.machine.devices, plan.layers, plan.shares, strict=False) if s.used]
@@ -163,7 +177,8 @@ def _load_model(path: Path, plan: Plan) -> Any:
     params.tensor_split = _tensor_split([count for _, count in used])
     params.n_gpu_layers = plan.gpu_layers
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE if no_alloc else llama_cpp.LLAMA_LOAD_MODE_MMAP
+    params.no_alloc = no_alloc
     params.use_extra_bufts = bool(plan.repacked) and plan.machine.speeds.all_extra
     # What goes to devices is read through the mapping, and would be a page at a time.
     with unread_mappings() if plan.streamed and not used else nullcontext():
@@ -277,29 +292,33 @@ def _places_by_buffer(plan: Plan) -> dict[str, str]:
     return {buffer_name(buffer_type(handles[name])): name for name in names if name in handles}
 
 
-def _step_down(plan: Plan, error: _OutOfMemoryError, *, units: int) -> tuple[Plan, str]:
-    """A plan that takes less of the place that had not enough, and what to say about it."""
+def _step_down(plan: Plan, error: _OutOfMemoryError, *, step: int) -> tuple[Plan, str]:
+    """A plan for what the place turns out to have, and what to say about it. Raises PlacementError."""
     if error.place == RAM:
         wishes = replace(plan.wishes, repack="off")
         return make_plan(plan.model, plan.machine, wishes), "RAM has no room for rearranged weights: mapped instead"
-    before = _share(plan, error.place)
-    most = before.weights + before.kv - units * _unit(plan, error.place)
-    devices = [replace(d, most=most) if d.name == error.place else d for d in plan.machine.devices]
-    lower = make_plan(plan.model, replace(plan.machine, devices=tuple(devices)), plan.wishes)
-    return lower, (
-        f"{error.place} ran out of memory with {format_bytes(before.used)}: "
-        f"tried again with {format_bytes(_share(lower, error.place).used)}"
-    )
+    before = _share(plan, error.place).used
+    having = allocatable(_handles()[error.place], before)
+    spare = _spare(plan, error.place, having) << step
+    said = f"{error.place} ran out of memory with {format_bytes(before)}"
+    try:
+        lower = with_less(plan, error.place, having - spare)
+    except PlacementError as problem:
+        raise PlacementError(f"{said}; it has {format_bytes(having)}: {problem}") from None
+    return lower, f"{said}: tried again with {format_bytes(_share(lower, error.place).used)}"
+
+
+def _spare(plan: Plan, place: str, having: int) -> int:
+    """Bytes of what a device has that drivers, and what they stage, may need: nobody knows how much.
+
+    A worker that has given its last byte crashes, and the machine is somebody else's too.
+    """
+    worker = any(device.name == place and device.kind == "worker" for device in plan.machine.devices)
+    return having // _SPARE_OF_WORKER if worker else min(having // _SPARE, _MOST_SPARE)
 
 
 def _share(plan: Plan, place: str) -> Share:
     return next(share for share in plan.shares if share.place == place)
-
-
-def _unit(plan: Plan, place: str) -> int:
-    """Bytes of a step: a layer's experts where there are any, else a layer."""
-    role = Role.EXPERTS if plan.expert_layers[place] else Role.DENSE
-    return max(plan.model.layer_bytes(plan.model.layers - 1, role), 1_000_000)
 
 
 # -- did it come true? -------------------------------------------------------------------------------------------------
@@ -314,14 +333,44 @@ def _held(plan: Plan) -> Iterator[Held]:
         yield Held(place, sizes["model"], sizes["KV"], sizes["compute"] + sizes["output"])
 
 
+def _as_planned(opened: Opened) -> Opened:
+    """Raises _HeldLessError, having closed it, where a device holds less of the weights than it was to have."""
+    placement = opened.placement
+    for share, found in zip(placement.plan.shares[:-1], placement.held, strict=False):
+        if share.weights - found.weights > _tolerance(share.weights):
+            opened.close()
+            having, planned = format_bytes(found.weights), format_bytes(share.weights)
+            raise _HeldLessError(
+                share.place, f"{share.place} took {having} of weights where {planned} were planned: planned anew"
+            )
+    return opened
+
+
 def _differences(plan: Plan, held: Sequence[Held]) -> Iterator[str]:
-    """What a place holds otherwise than planned; RAM's weights are mapped, so of RAM only the KV cache is compared."""
+    """What a place holds otherwise than planned. RAM's weights are mapped; buffers may be smaller than planned."""
     for share, found in zip(plan.shares, held, strict=True):
-        pairs = [("KV cache", share.kv, found.kv)]
+        compute = max(found.compute, share.compute)
+        pairs = [("KV cache", share.kv, found.kv), ("compute buffers", share.compute, compute)]
         if share.place != RAM:
             pairs.append(("weights", share.weights, found.weights))
         for what, planned, actual in pairs:
-            if abs(planned - actual) > _TOLERANCE * planned + (1 << 20):
+            if abs(planned - actual) > _tolerance(planned):
                 yield (
                     f"{share.place} holds {format_bytes(actual)} of {what} where {format_bytes(planned)} were planned"
                 )
+
+
+def _tolerance(planned: int) -> float:
+    return _TOLERANCE * planned + (1 << 20)
+
+
+def accounted(path: Path, plan: Plan) -> list[Held]:
+    """What llama.cpp would compute with, by its own account: nothing is allocated, and nothing read but the header."""
+    log.listen()
+    log.clear()
+    model = _load_model(path, plan, no_alloc=True)
+    context = _new_context(model, _Target(path, 1, llama_cpp.ggml_abort_callback()), plan, tap=None)
+    try:
+        return list(_held(plan))
+    finally:
+        _release(model, context, None)

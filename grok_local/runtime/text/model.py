@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
 from grok_local.errors import ContextError, OptionError
-from grok_local.placement.forecast import widest
+from grok_local.placement.whatif import widest
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.scheduling.composing import Apart
 from grok_local.runtime.scheduling.scheduler import Scheduler
