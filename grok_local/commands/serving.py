@@ -15,8 +15,8 @@ from grok_local.errors import GGUFError, OptionError
 from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
-    from grok_local.placement.forecast import Width
     from grok_local.placement.load_options import LoadOptions, LoadRequest
+    from grok_local.placement.whatif import Width
     from grok_local.runtime.text.model import Model
     from grok_local.serve.service import Service
 

@@ -49,8 +49,8 @@ class Desk:
 
     def read_logs(self) -> None:
         """What the page complained of, and what it asked others for."""
-        self.complaints += [entry["message"] for entry in self.browser.get_log("browser")]
-        for entry in self.browser.get_log("performance"):
+        self.complaints += [entry["message"] for entry in self.browser.get_log("browser")]  # type: ignore[no-untyped-call]
+        for entry in self.browser.get_log("performance"):  # type: ignore[no-untyped-call]
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 self._note(message["params"]["request"]["url"])
