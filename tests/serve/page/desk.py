@@ -49,11 +49,15 @@ class Desk:
 
     def read_logs(self) -> None:
         """What the page complained of, and what it asked others for."""
-        self.complaints += [entry["message"] for entry in self.browser.get_log("browser")]  # type: ignore[no-untyped-call]
-        for entry in self.browser.get_log("performance"):  # type: ignore[no-untyped-call]
+        self.complaints += [entry["message"] for entry in self._log("browser")]
+        for entry in self._log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 self._note(message["params"]["request"]["url"])
+
+    def _log(self, kind: str) -> list[dict[str, str]]:
+        found: list[dict[str, str]] = self.browser.get_log(kind)  # type: ignore[no-untyped-call]
+        return found
 
     def _note(self, url: str) -> None:
         if not url.startswith((f"{self.address}/", f"blob:{self.address}/", "data:", "about:")):
