@@ -101,6 +101,16 @@ class Answer:
         except asyncio.TimeoutError:
             return False
 
+    async def increments(self, seconds: float) -> AsyncIterator[Increment | None]:
+        """All of its parts as they come; None whenever none has come for so many seconds."""
+        shown = 0
+        while not (self.is_over and shown == len(self.parts)):
+            if shown == len(self.parts) and not await self.change(seconds):
+                yield None
+            for part in self.parts[shown:]:
+                yield part
+                shown += 1
+
     async def results(self) -> list[Result]:
         """What became of each task, when all have ended. Raises what the model died of, and RefusedError."""
         while not self.is_over:

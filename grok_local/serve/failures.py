@@ -1,4 +1,4 @@
-"""Failures as HTTP answers them: always OpenAI's object with its four keys, never a traceback."""
+"""Failures as HTTP answers them: OpenAI's object with its four keys, or at its paths Anthropic's; never a traceback."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import Response
 
 from grok_local.errors import ContextError, GrokLocalError, OptionError, RefusedError, WorkerError
+from grok_local.runtime.jobs import anthropic
 from grok_local.runtime.jobs.openai_results import error_body
 
 __all__ = ["Json", "answer_to", "described", "refusal_of"]
@@ -49,14 +50,15 @@ def described(error: RefusedError) -> dict[str, Any]:
     return error_body(str(error), code=error.code, type=kind, param=error.param)
 
 
-def answer_to(error: RefusedError) -> Json:
-    """The whole answer. Clients that would ask again are told where that cannot help."""
+def answer_to(error: RefusedError, *, path: str = "") -> Json:
+    """The whole answer to a request for `path`. Clients that would ask again are told where that cannot help."""
     headers = {"x-should-retry": "false" if error.is_final else "true"}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Json(described(error), error.status, headers=headers)
+    told = anthropic.failure(error.status, str(error)) if path.startswith(anthropic.MESSAGES) else described(error)
+    return Json(told, error.status, headers=headers)
 
 
 def _blamed(error: GrokLocalError, body: Any) -> str | None:

@@ -89,6 +89,10 @@ class Conversation:
             )
         return laid
 
+    def begun(self, laid: Laid, answer: str) -> list[int]:
+        """Ids of a conversation and of what its next answer begins with."""
+        return [*laid.ids, *self.engine.continue_ids(self.form.gap + answer)]
+
     def remember(self, laid: Laid, tokens: Sequence[int], shown: str) -> None:
         """Add the answer to what is known: `tokens` as generated, of which the text `shown` was given out."""
         raw = b"".join(self.engine.piece(token) for token in tokens).decode("utf-8", "replace")

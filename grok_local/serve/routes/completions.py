@@ -17,11 +17,9 @@ from grok_local.serve.bodies import answered, asked, json_of
 from grok_local.serve.engine_loop import Increment
 from grok_local.serve.failures import refusal_of
 from grok_local.serve.service import Exchange, Service, new_id, service_of
-from grok_local.serve.wire import DONE, EventStream, SlowJson, comment, event, patience_of
+from grok_local.serve.wire import DONE, LOOK_EVERY, EventStream, SlowJson, comment, event, patience_of
 
 __all__ = ["router"]
-
-_LOOK_EVERY = 1.0  # seconds of silence in a stream
 
 router = APIRouter()
 
@@ -74,14 +72,12 @@ async def _events(service: Service, request: Request, exchange: Exchange) -> Asy
     asks: Inquiry = exchange.asked
     head, teller = _head(service, exchange), _Teller(exchange)
     async with service.following(exchange, request) as answer:
-        shown = 0
-        while not (answer.is_over and shown == len(answer.parts)):
-            if shown == len(answer.parts) and not await answer.change(_LOOK_EVERY):
+        async for part in answer.increments(LOOK_EVERY):
+            if part is None:
                 for line in _progress(service, exchange):
                     yield line
-            for part in answer.parts[shown:]:
+            else:
                 yield event(chunk_of(asks, teller.piece(part), head))
-                shown += 1
         answer.check()
         exchange.is_told = True
         service.log(exchange, answer.stats)
