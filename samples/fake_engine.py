@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from grok_local.errors import ModelError, NoRoomError, OptionError
 from grok_local.runtime.engine.sampling import Sampling
-from grok_local.runtime.graph.rows import Draw, Drawn, Row, Token
+from grok_local.runtime.graph.rows import Draw, Drawn, Likely, Row, Token
 
 END = 0
 VOCABULARY = 50
@@ -20,6 +20,11 @@ VOCABULARY = 50
 def next_token(ids: Sequence[int]) -> int:
     """What the fake model finds after `ids`."""
     return zlib.crc32(bytes(ids)) % VOCABULARY
+
+
+def likelihood(ids: Sequence[int]) -> float:
+    """What the fake model says of any token after `ids`."""
+    return -float(zlib.crc32(bytes(ids)) % 1000)
 
 
 def answer(prompt: Sequence[int], count: int) -> list[int]:
@@ -74,8 +79,10 @@ class FakeEngine:
             self.cached[row.sequence].append(row.token)
         self.evaluated += len(rows)
         self.most_rows = max(self.most_rows, len({row.sequence for row in rows}))
-        outputs = {row.sequence for row in rows if row.output}
-        return [self._drawn(draw, fresh=draw.sequence in outputs) for draw in draws]
+        outputs: dict[int, list[int]] = {}
+        for row in (row for row in rows if row.output):
+            outputs.setdefault(row.sequence, []).append(row.position)
+        return [self._drawn(draw, outputs.get(draw.sequence, [])) for draw in draws]
 
     def copy(self, source: int, target: int, *, length: int) -> int:
         self.cached[target] = self.cached[source][:length]
@@ -90,11 +97,20 @@ class FakeEngine:
             self._kept[sequence] = None
         return start
 
-    def _drawn(self, draw: Draw, *, fresh: bool) -> Drawn:
-        assert draw.chain in self.chains
+    def _drawn(self, draw: Draw, outputs: Sequence[int]) -> Drawn:
         ids = self.cached[draw.sequence]
-        assert fresh or self._kept[draw.sequence] == ids
+        known = tuple(self._known(draw, outputs))
+        if draw.chain is None:
+            return Drawn((), known=known)
+        assert draw.chain in self.chains
+        assert outputs or self._kept[draw.sequence] == ids
         if draw.keep:
             self._kept[draw.sequence] = list(ids)
         token = next_token(ids)
-        return Drawn((Token(token, bytes([97 + token % 26]), token == END),))
+        return Drawn((Token(token, bytes([97 + token % 26]), token == END),), known=known)
+
+    def _known(self, draw: Draw, outputs: Sequence[int]) -> Iterator[Token]:
+        """What is likely after each token says which tokens were before it."""
+        for position, token in zip(outputs, draw.known, strict=False):
+            before = self.cached[draw.sequence][: position + 1]
+            yield Token(token, b"", False, Likely(likelihood(before), (), 1))

@@ -1,7 +1,7 @@
 """Every example of the help and of the documents runs, and says what the documents say it says.
 
 Those of `pull`, `worker` and `--ray` need other machines; tests/hub, tests/runtime/remote and
-tests/adapters/test_fleet.py have theirs.
+tests/adapters/test_fleet.py have theirs; `serve` does not end, and tests/serve has what is asked of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "cli.md")]
-ELSEWHERE = (" pull ", " worker ", "--worker", "--ray", "-m training", " demo")  # the demo has a test of its own
+ELSEWHERE = (
+    " pull ",
+    " worker ",
+    " serve ",
+    "--worker",
+    "--ray",
+    "-m training",
+    " demo",
+)  # the demo has a test of its own
 
 
 def examples() -> list[str]:

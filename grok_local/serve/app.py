@@ -37,7 +37,9 @@ def make_app(service: Service, *, host: str, key: str | None) -> ASGIApp:
 
 async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        return answer_to(_of_http(request, error), path=request.url.path)
+        answer = answer_to(_of_http(request, error), path=request.url.path)
+        answer.headers.update(error.headers or {})  # which methods may be
+        return answer
     if isinstance(error, RequestValidationError):
         return answer_to(
             RefusedError(400, "the request is not what this endpoint takes", code="invalid_value"),

@@ -111,10 +111,14 @@ class Answer:
                 yield part
                 shown += 1
 
-    async def results(self) -> list[Result]:
-        """What became of each task, when all have ended. Raises what the model died of, and RefusedError."""
+    async def ended(self) -> None:
+        """Return when all have ended."""
         while not self.is_over:
             await self.change()
+
+    async def results(self) -> list[Result]:
+        """What became of each task, when all have ended. Raises what the model died of, and RefusedError."""
+        await self.ended()
         self.check()
         return [result_of(task, done) for task, done in zip(self.tasks, self.generations, strict=True)]
 

@@ -49,7 +49,8 @@ Start = Callable[..., "contextlib.AbstractContextManager[Running]"]
 
 @contextlib.contextmanager
 def started(path: Path | str, *, seconds: float = 0.0, queue: int = 64, key: str | None = None, **options: Any) -> Any:
-    request = model_request(path, {"context": 256, "parallel": PLACES, "threads": 1, **options.pop("loading", {})})
+    loading: Any = {"context": 256, "parallel": PLACES, "threads": 1, **options.pop("loading", {})}
+    request = model_request(path, loading)
     engine = SlowEngine(request, seconds=seconds)
     figures = Figures(per_token=1.0, per_prompt_token=0.1)
     log: list[str] = []

@@ -42,12 +42,9 @@ def test_a_text_is_continued_as_the_model_does(server: Running) -> None:
 
 def test_a_stream_says_the_same(server: Running) -> None:
     expected = generated(server, PROMPT, max_tokens=9)
-    usage = {"include_usage": True}
-    chunks = list(
-        server.openai().completions.create(
-            model="tiny", prompt=PROMPT, max_tokens=9, temperature=0, stream=True, stream_options=usage
-        )
-    )
+    create = server.openai().completions.create
+    wanted: Any = {"stream_options": {"include_usage": True}, "temperature": 0}
+    chunks = list(create(model="tiny", prompt=PROMPT, max_tokens=9, stream=True, extra_body=wanted))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == expected
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
     assert not chunks[-1].choices

@@ -114,7 +114,8 @@ def test_a_hang_up_within_a_prompt(start: Start) -> None:
 def test_who_asks_now_goes_before_a_batch(start: Start) -> None:
     with start(seconds=0.02) as server, server.http() as http:
         loop: EngineLoop = server.service.loop
-        prepared = [server.service.tasks.prepare(0, {"prompt": [7 + i, 8, 9], "max_tokens": 200}) for i in range(6)]
+        tasks = [{"prompt": [7 + number, 8, 9], "max_tokens": 200} for number in range(6)]
+        prepared = asyncio.run(server.service.prepared("batch", tasks))
 
         async def batch() -> Answer:
             return loop.submit(prepared, rank=BACKGROUND)
@@ -168,7 +169,7 @@ def test_a_failure_of_the_engine_is_told_and_survived(start: Start) -> None:
                 raise ModelError("broken")
             return step(server.engine, *arguments)
 
-        server.engine.step = fail  # type: ignore[method-assign]
+        server.engine.step = fail  # type: ignore[method-assign, assignment]
         answer = http.post("/v1/completions", json={"prompt": PROMPT})
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "model_failed")
         damaged["on"] = False

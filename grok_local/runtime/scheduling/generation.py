@@ -140,9 +140,9 @@ class Generation:
         ids = len(self.request.prompt) + len(self.tokens)
         return ids if self.tokens or self.request.prompt_likely is None else len(self.read)
 
-    def follow(self, known: Sequence[Token]) -> None:
-        """Take in log-probabilities of the prompt's next tokens."""
-        self.read += known
+    def follow(self, known: Sequence[Token], *, start: int) -> None:
+        """Take in log-probabilities of the prompt's tokens after its first `start`, some of them perhaps once more."""
+        self.read[start - 1 :] = known
 
     @property
     def stopped_by(self) -> str | None:

@@ -233,9 +233,12 @@ class Scheduler:
             del one.pending[: len(chunk.ids)]
         self._forget_padding()
         for chunk, came in zip(filter(_is_drawn, step.chunks), drawn, strict=True):
-            chunk.running.generation.follow(came.known)
+            one = chunk.running
+            if came.known:
+                evaluated = len(self._sequences.ids(one.place)) - len(chunk.ids)
+                one.generation.follow(came.known, start=evaluated + 1)
             if chunk.is_last:
-                self._take(chunk.running, came)
+                self._take(one, came)
 
     def _forget_padding(self) -> None:
         for place in self._composer.padded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -14,13 +15,16 @@ from grok_local.runtime.engine.sampling import Sampling
 from grok_local.runtime.scheduling.composing import Apart
 from grok_local.runtime.scheduling.generation import Generation, Request
 from grok_local.runtime.scheduling.scheduler import Scheduler
-from samples.fake_engine import END, FakeEngine, answer
+from samples.fake_engine import END, FakeEngine, answer, likelihood
 
 SIZE = 64
 
 
-def generation(prompt: list[int], *, tokens: int = 8, grammar: str | None = None) -> Generation:
-    return Generation(Request(tuple(prompt), Sampling(), tokens, grammar=grammar), SIZE)
+def generation(
+    prompt: list[int], *, tokens: int = 8, grammar: str | None = None, rank: int = 0, scored: bool = False
+) -> Generation:
+    request = Request(tuple(prompt), Sampling(), tokens, grammar=grammar, prompt_likely=0 if scored else None)
+    return Generation(request, SIZE, rank)
 
 
 def run(scheduler: Scheduler) -> None:
@@ -33,6 +37,11 @@ def check(done: Generation) -> None:
     expected = answer(done.request.prompt, done.longest - len(done.request.prompt))
     whole = done.finish_reason in ("stop", "length", "context")
     assert done.tokens == (expected if whole else expected[: len(done.tokens)])
+    if done.request.prompt_likely is not None:
+        ids = list(done.request.prompt)
+        told = [(token.id, token.likely.chosen) for token in done.read if token.likely]
+        known = [(ids[at], likelihood(ids[:at])) for at in range(1, len(ids))]
+        assert told == (known if done.tokens else known[: len(told)])
 
 
 def test_a_shared_beginning_is_evaluated_once() -> None:
@@ -73,6 +82,59 @@ def test_a_place_is_taken_as_soon_as_it_is_left() -> None:
         check(one)
     needed = sum(len(one.tokens) or 1 for one in some)
     assert engine.steps <= needed / 4 + 8
+
+
+def test_those_of_a_lower_rank_take_places_and_the_last_come_loses_its_own() -> None:
+    engine = FakeEngine(sequences=3)
+    scheduler = Scheduler(engine, places=3)
+    later = [generation([7, number], tokens=40, rank=1) for number in range(30, 34)]
+    for one in later:
+        scheduler.submit(one)
+    tick = partial(scheduler.tick, wanted=lambda _: True, may_yield=lambda _: False)
+    for _ in range(4):
+        tick()
+    before = [len(one.tokens) for one in later]
+    first = generation([9, 9], tokens=5)
+    scheduler.submit(first)
+    tick()
+    assert len(first.tokens) == 1
+    assert [len(one.tokens) - had for one, had in zip(later, before, strict=True)] == [1, 1, 0, 0]
+    run(scheduler)
+    for one in (first, *later):
+        check(one)
+
+
+def test_what_is_held_is_not_computed_and_gives_its_place_away() -> None:
+    engine = FakeEngine(sequences=1)
+    scheduler = Scheduler(engine, places=1)
+    held, other = generation([3, 4], tokens=30), generation([5, 6], tokens=3)
+    scheduler.submit(held)
+    tick = partial(scheduler.tick, wanted=lambda one: not one.is_held, may_yield=lambda one: one.is_held)
+    tick()
+    held.is_held = True
+    assert not tick()
+    scheduler.submit(other)
+    while tick():
+        pass
+    check(other)
+    assert (other.finish_reason, len(held.tokens)) == ("length", 1)
+    held.is_held = False
+    run(scheduler)
+    check(held)
+
+
+def test_prompts_are_scored_together_and_never_from_what_is_cached() -> None:
+    engine = FakeEngine(sequences=3, batch_size=300)
+    scheduler = Scheduler(engine, places=3)
+    prompt = [1 + number % 40 for number in range(30)]
+    some = [generation([*prompt, number], tokens=2, scored=True) for number in range(41, 46)]
+    for one in some:
+        scheduler.submit(one)
+    run(scheduler)
+    for one in some:
+        check(one)
+    assert engine.evaluated >= 5 * 31
+    assert engine.steps <= 2 * 3
 
 
 def test_what_cannot_be_followed_fails_alone() -> None:
@@ -148,6 +210,8 @@ def fuzz(seed: int, *, places: int, apart: bool, steps: int) -> None:
             alive.remove(one)
             check(one)
     scheduler.look_again()  # whoever waited for the first place has given up
+    for one in alive:
+        one.is_held = False
     while alive:
         scheduler.tick(wanted=lambda _: True, may_yield=lambda _: False)
         for one in [one for one in alive if one.has_ended]:
@@ -168,11 +232,15 @@ def _something_happens(
     chance = rng.random()
     if chance < 0.2:
         tail = [rng.randrange(1, 50) for _ in range(rng.randrange(1, 12))]
-        one = generation(rng.choice(([], prefix, prefix[:3])) + tail, tokens=rng.randrange(1, 12))
+        prompt = rng.choice(([], prefix, prefix[:3])) + tail
+        one = generation(prompt, tokens=rng.randrange(1, 12), rank=rng.randrange(2), scored=rng.random() < 0.2)
         alive.append(one)
         scheduler.submit(one)
     elif chance < 0.25 and alive:
         rng.choice(alive).is_cancelled = True
+    elif chance < 0.27 and alive:
+        held = rng.choice(alive)
+        held.is_held = not held.is_held
     elif chance < 0.3 and scheduler.vacate(may_yield=lambda one: not readers.get(one, True)):
         engine.forget(0)
         engine.cached[0] += [1, 2, 3]
@@ -181,8 +249,8 @@ def _something_happens(
         readers[rng.choice(alive)] = rng.random() < 0.7
     else:
         scheduler.tick(
-            wanted=lambda one: readers.get(one, True),
-            may_yield=lambda one: not readers.get(one, True),
+            wanted=lambda one: readers.get(one, True) and not one.is_held,
+            may_yield=lambda one: not readers.get(one, True) or one.is_held,
         )
 
 

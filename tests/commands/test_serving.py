@@ -1,0 +1,107 @@
+"""`serve` as a program: what it says, how it ends, and what it needs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process, its address, and the lines it has said."""
+    command = [
+        sys.executable,
+        "-m",
+        "grok_local",
+        "serve",
+        "-m",
+        str(model),
+        "--port",
+        "0",
+        "--context",
+        "256",
+        *options,
+    ]
+    env = {**os.environ, "COLUMNS": "300", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stderr
+        said: list[str] = []
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"serving .* at (http://\S+), 2 answers together", line):
+                break
+        else:
+            raise AssertionError(said)
+        rest = threading.Thread(target=lambda: said.extend(process.stderr or ()))
+        rest.start()
+        try:
+            yield process, found[1], said
+        finally:
+            process.kill()
+            process.wait()
+            rest.join()
+
+
+def post(url: str, body: Any, **headers: str) -> tuple[int, Any]:
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30)
+    return answer.status_code, answer.json()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_it_and_what_is_under_way(packed: Path, number: signal.Signals, code: int) -> None:
+    with serving(packed, "--parallel", "2", "--routing-map") as (process, url, said):
+        assert post(url, {"prompt": "What", "max_tokens": 2})[0] == 200
+        routing = httpx.get(f"{url}/local/routing").json()
+        assert {sum(layer) % 2 for layer in routing["counts"]} == {0}
+        assert sum(routing["counts"][0]) > 0
+        machine = httpx.get(f"{url}/local/machine").json()
+        assert machine["parallel"] == 2
+        assert machine["plan"]["verdict"]
+        answers: list[tuple[int, Any]] = []
+        body = {"prompt": "What", "regex": "[a-z ]*", "n": 100, "max_tokens": 240}
+        asking = threading.Thread(target=lambda: answers.append(post(url, body)))
+        asking.start()
+        while not _running(url):
+            pass
+        process.send_signal(number)
+        assert process.wait(10) == code
+        asking.join()
+        assert (answers[0][0], answers[0][1]["error"]["code"]) in [(503, "server_stopping"), (200, "server_stopping")]
+    assert "Traceback" not in "".join(said)
+
+
+def test_elsewhere_it_makes_a_key(packed: Path) -> None:
+    with serving(packed, "--parallel", "2", "--host", "0.0.0.0") as (_, url, said):  # noqa: S104
+        here = url.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+        assert post(here, {"prompt": "x"})[0] == 401
+        while not (found := re.search(r"API key: (\S+)", "".join(said))):
+            pass
+        status, _ = post(here, {"prompt": "x"}, authorization=f"Bearer {found[1]}")
+        assert status == 200
+
+
+def test_without_fastapi_a_line_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "fastapi.py").write_text("raise ImportError")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "grok_local", "serve"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path, "COLUMNS": "300"}
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: serve needs FastAPI and uvicorn: ")
+    assert "pip install" in ended.stderr
+
+
+def _running(url: str) -> bool:
+    return "grok_local_running 2\n" in httpx.get(f"{url}/metrics").text
