@@ -9,7 +9,15 @@ import platformdirs
 
 from grok_local.errors import OutputError
 
-__all__ = ["cache_folder", "checkpoints_folder", "home", "models_folder", "scratch_folder", "server_folder", "sessions_folder"]
+__all__ = [
+    "cache_folder",
+    "checkpoints_folder",
+    "home",
+    "models_folder",
+    "scratch_folder",
+    "server_folder",
+    "sessions_folder",
+]
 
 
 def home() -> Path:

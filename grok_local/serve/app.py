@@ -16,12 +16,12 @@ from grok_local import __version__
 from grok_local.errors import GrokLocalError, RefusedError
 from grok_local.serve.failures import answer_to, refusal_of
 from grok_local.serve.guard import Guard
-from grok_local.serve.routes import about, completions, local, messages, page, tokenizing
+from grok_local.serve.routes import about, batches, completions, local, messages, page, stored_files, tokenizing
 from grok_local.serve.service import Service
 
 __all__ = ["make_app"]
 
-_ROUTERS = (completions.router, messages.router, tokenizing.router, about.router, local.router)
+_ROUTERS = tuple(one.router for one in (completions, messages, tokenizing, stored_files, batches, about, local))
 
 
 def make_app(service: Service, *, host: str, key: str | None) -> ASGIApp:

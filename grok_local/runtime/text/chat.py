@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grok_local.runtime.scheduling.turns import Turns
     from grok_local.runtime.text.structure import Structure
 
-__all__ = ["ChatReply", "Conversation"]
+__all__ = ["ChatReply", "Conversation", "Laid"]
 
 _MARK = "\ue000answer\ue000"  # private use: no message has it
 _ROLES = ("system", "user", "assistant")

@@ -21,14 +21,14 @@ class Background:
 
     def __init__(self, engine: EngineLoop) -> None:
         self._engine = engine
-        self._is_cancelled = False
+        self.is_cancelled = False
         self._flying: dict[asyncio.Task[None], Answer] = {}
 
     def run(self, tasks: Iterable[Prepared | Result], *, size: int, watch: Watch = lambda _: None) -> Iterator[Result]:
         """Results as they come, up to the end or until it is cancelled. Raises what the model died of."""
         ready, events = iter(tasks), asyncio.new_event_loop()
         try:
-            while not self._is_cancelled and self._engine.is_alive:
+            while not self.is_cancelled and self._engine.is_alive:
                 known = [*events.run_until_complete(self._begun(ready)), *events.run_until_complete(self._ended())]
                 if not known and not self._flying:
                     return
@@ -43,7 +43,7 @@ class Background:
 
     def cancel(self) -> None:
         """End with the step under way."""
-        self._is_cancelled = True
+        self.is_cancelled = True
         for answer in list(self._flying.values()):
             self._engine.cancel(answer)
 

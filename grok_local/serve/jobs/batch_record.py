@@ -21,8 +21,8 @@ _TIMED = ("in_progress", "finalizing", "completed", "failed", "cancelling", "can
 
 @dataclass
 class BatchRecord:
-    """`made_with` is what results depend on beside the lines; `note` says why nothing goes on. `times` has the unix time
-    of each status that it came to.
+    """`made_with` is what results depend on beside the lines; `note` says why nothing goes on. `times` has the unix
+    time of each status that it came to.
     """
 
     id: str
