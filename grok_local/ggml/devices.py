@@ -37,6 +37,7 @@ _F32, _I32 = 0, 26  # enum ggml_type
 _ROW, _EXPERTS, _TOKENS = 256, 8, 512  # of what a backend is asked about: elements, matrices, a usual batch
 _ROW_BYTES, _MOST_ROWS = 4 * _ROW, 1 << 34
 _MOST_TENSORS = 512
+_ENDLESS = 1 << 48  # bytes that no device has
 _LARGEST_PIECE, _PRECISION = 1 << 30, 128  # bytes, and the share of all that is let go
 _EXTRA_BUFFER_TYPES = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)
 
@@ -69,12 +70,14 @@ class Abilities:
     """What a device says that it can work with.
 
     `largest`: bytes of the largest tensor; None: any. `lacks`: GGML types that it has no matrix products for.
-    `offloads`: products of many tokens with weights in RAM are its work as well, on copies of them.
+    `offloads`: products of many tokens with weights in RAM are its work as well, on copies of them. `piece`: bytes of
+    its memory that can be had together; None: all.
     """
 
     largest: int | None = None
     lacks: frozenset[str] = frozenset()
     offloads: bool = True
+    piece: int | None = None
 
 
 class _Feature(ctypes.Structure):
@@ -99,6 +102,7 @@ def _base() -> ctypes.CDLL:
     prototype(lib, "ggml_backend_reg_get_proc_address", _P, _P, ctypes.c_char_p)
     prototype(lib, "ggml_backend_dev_host_buffer_type", _P, _P)
     prototype(lib, "ggml_backend_buft_name", ctypes.c_char_p, _P)
+    prototype(lib, "ggml_backend_buft_get_max_size", _SIZE, _P)
     prototype(lib, "ggml_backend_buft_alloc_buffer", _P, _P, _SIZE)
     prototype(lib, "ggml_backend_buffer_get_type", _P, _P)
     prototype(lib, "ggml_backend_buffer_free", None, _P)
@@ -204,8 +208,14 @@ def abilities_of(device: BackendDevice) -> Abilities:
         return Abilities(
             largest=_largest(device, make),
             lacks=frozenset(kind.name for kind in _asked_types() if not _multiplies(device, make, kind)),
+            piece=_piece(device),
             offloads=copies and bool(_base().ggml_backend_dev_offload_op(device.handle, product)),
         )
+
+
+def _piece(device: BackendDevice) -> int | None:
+    size = int(_base().ggml_backend_buft_get_max_size(buffer_type(device)))
+    return size if size < _ENDLESS else None
 
 
 def _largest(device: BackendDevice, make: _Operations) -> int | None:

@@ -62,6 +62,7 @@ class Device:
     endpoint: str = ""  # of a worker: HOST:PORT
     most: int | None = None  # all that it may hold, where more turned out not to fit
     largest: int | None = None  # the largest tensor it works with; None: any
+    piece: int | None = None  # bytes of its memory that llama.cpp can have together; None: all
     lacks: frozenset[str] = frozenset()  # GGML types it has no matrix products for
     offloads: bool = True  # long prompts' products with weights in RAM are its work as well, on copies of them
 

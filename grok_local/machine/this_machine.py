@@ -77,6 +77,7 @@ def _described(device: BackendDevice, able: Abilities) -> Device:
         device.total,
         device.free,
         largest=able.largest,
+        piece=able.piece,
         lacks=able.lacks,
         offloads=able.offloads,
     )

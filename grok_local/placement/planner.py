@@ -115,10 +115,11 @@ class _Planner:
     def plan(self) -> Plan:
         check_wishes(self.wishes, [device.name for device in self.machine.devices])
         check_taken(self.model, self.machine.devices, self.wishes.overrides)
-        placed = self._best(_Trial(min(usual_batch(self.context, self.wishes), self._widest)))
+        widest = widest_batch(self.model, self.machine, self.wishes, self.context)
+        placed = self._best(_Trial(min(usual_batch(self.context, self.wishes), widest)))
         check_devices(placed.shares)
         if self._is_streamed(placed):
-            placed = self._widened(placed)
+            placed = self._widened(placed, min(widest, self._cells))
         disk, streamed = self._disk(placed.ram), placed.trial.streamed
         ram = replace(placed.ram, experts=placed.ram.experts - disk)
         return Plan(
@@ -137,12 +138,17 @@ class _Planner:
 
     def _best(self, trial: _Trial) -> _Placed:
         """Copies of what stays in RAM need room on a device only where something does, and is not streamed."""
-        for copies in (0, 1):
-            with suppress(PlacementError):
+        errors: list[PlacementError] = []
+        for copies in (0, 1, 2):
+            try:
                 placed = self._placed(replace(trial, copies=copies))
-                if trial.streamed or copies == self._copied(placed):
-                    return placed
-        return self._placed(replace(trial, copies=2))
+            except PlacementError as error:
+                errors.append(error)
+                continue
+            if trial.streamed or copies in (2, self._copied(placed)):
+                return placed
+        # What fits is said as if nothing but experts was copied, unless layers stay in RAM.
+        raise errors[-1 if self.wishes.gpu_layers is not None else len(errors) // 2]
 
     def _copied(self, placed: _Placed) -> int:
         """What is copied from RAM: 0 nothing, 1 experts, 2 more."""
@@ -186,25 +192,19 @@ class _Planner:
         setting = self._setting(trial)
         return [0 if d.name in trial.unused else room(setting, d, trial.copies * (d.name == over)) for d in devices]
 
-    @property
-    def _widest(self) -> int:
-        """Tokens at once, at most."""
-        return widest_batch(self.model, self.machine, self.wishes, self.context)
-
     # -- streaming -----------------------------------------------------------------------------------------------------
 
     def _is_streamed(self, placed: _Placed) -> bool:
         wished, disk = self.wishes.stream, self._disk(placed.ram)
         return placed.ram.experts > 0 and wished != "off" and (disk > 0 or wished == "on")
 
-    def _widened(self, usual: _Placed) -> _Placed:
-        """Placed for streaming, for as many tokens at once as pay off. Raises PlacementError.
+    def _widened(self, usual: _Placed, most: int) -> _Placed:
+        """Placed for streaming, for as many tokens at once as pay off, `most` at most. Raises PlacementError.
 
         A wider batch of a prompt reads all experts fewer times, but its compute buffers take room from them, and on a
         device from layers, most of which stay there.
         """
         trial, disk = replace(usual.trial, streamed=True, unused=frozenset()), self._disk(usual.ram)
-        most = min(self._cells, self._widest)
         wider = [width for width in _BATCHES if trial.batch < width <= most and disk and not self.wishes.batch]
         best, fewest = None, math.inf
         for width in (trial.batch, *wider):

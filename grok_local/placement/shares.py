@@ -18,6 +18,7 @@ from grok_local.units import format_bytes
 __all__ = ["Setting", "check_devices", "ram_budget", "ram_reserve", "room", "shares_of", "widest_batch"]
 
 _ANY_BATCH = 1 << 30
+_SEVERAL_SMALL = 8 << 20  # bytes that several sequences take in RAM, whatever the batch
 _MARGIN = 512_000_000  # bytes of a device that stay free: its context, fragmentation
 
 
@@ -93,7 +94,9 @@ def room(setting: Setting, device: Device, copies: int) -> int:
     `copies` from RAM: 0 none, 1 of experts, 2 also of the output and the KV cache.
     """
     worst = _worst_copies(setting, device, copies)
-    compute = compute_bytes(setting.model, context=setting.attended, batch=setting.tokens, copies=worst)
+    compute = compute_bytes(
+        setting.model, context=setting.attended, batch=setting.tokens, copies=worst, piece=device.piece
+    )
     shared = setting.machine.unified and device.most is None
     capacity = min(_capacity(device), setting.budget - _MARGIN) if shared else _capacity(device)
     return max(capacity - compute, 0)
@@ -190,26 +193,26 @@ class _Shares:
             network=self._has_network(place) or (takes_over and self._has_network(RAM)),
             output=self._has(place, Role.OUTPUT) or (takes_over and self._outputs_in_ram),
             copies=self._copies if takes_over else Copies(piped=self._piped),
+            piece=next(device.piece for device in self.setting.machine.devices if device.name == place),
         )
 
     def _in_ram(self) -> int:
-        """Without a device that takes over: for a batch. With one: for a few tokens, and for a batch what is left."""
+        several = _SEVERAL_SMALL * (self.setting.wishes.sequences > 1)
+        return max(self._idle(), *self._works_in_ram()) + several
+
+    def _idle(self) -> int:
         setting = self.setting
-        idle = idle_bytes(
-            setting.model,
-            context=setting.attended,
-            batch=setting.tokens,
-            several=setting.wishes.sequences > 1,
-            piped=self._piped,
-        )
+        return idle_bytes(setting.model, context=setting.attended, batch=setting.tokens, piped=self._piped)
+
+    def _works_in_ram(self) -> list[int]:
+        """Without a device that takes over: for a batch. With one: for a few tokens, and for a batch what is left."""
         works = RAM in self._kv, self._has_network(RAM), self._outputs_in_ram
+        tokens = self.setting.tokens
         if not self._target:
-            return max(idle, self._busy(setting.tokens, *works))
+            return [self._busy(tokens, *works)]
         left = [weight for weight in self._multiplied_in_ram if not takes(self._target, weight)]
-        network = any(weight.layer is not None for weight in left)
-        output = any(weight.layer is None for weight in left)
-        few = min(setting.tokens, OFFLOAD_TOKENS - 1)
-        return max(idle, self._busy(few, *works), self._busy(setting.tokens, False, network, output))
+        network, output = (any((w.layer is None) == outside for w in left) for outside in (False, True))
+        return [self._busy(min(tokens, OFFLOAD_TOKENS - 1), *works), self._busy(tokens, False, network, output)]
 
     def _busy(self, batch: int, attention: bool, network: bool, output: bool) -> int:
         if not (attention or network or output):

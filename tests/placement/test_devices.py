@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,16 @@ def test_with_less_memory_experts_go_first() -> None:
         assert lower.shares[0].used <= lower.shares[0].capacity
     assert sum(with_less(plan, "GPU0", 6 * G).layers) in range(20, 64)
     assert with_less(plan, "GPU0", 0).shares[0].used == 0
+
+
+@pytest.mark.parametrize(
+    ("wish", "vram"), [("experts_on", 8), ("experts_on", 24), ("experts_on", 48), ("gpu_layers", 8), ("gpu_layers", 16)]
+)
+def test_what_is_advised_works(wish: str, vram: int) -> None:
+    with pytest.raises(PlacementError) as refused:
+        make_plan(release("grok-1"), machine(256, vram), Wishes(**{wish: 64}, kv_type="f32", context=16384))
+    advised = int(re.findall(r"say --[a-z-]+ (\d+)", str(refused.value))[0])
+    assert make_plan(release("grok-1"), machine(256, vram), Wishes(**{wish: advised}, kv_type="f32", context=16384))
 
 
 def test_with_less_memory_a_wish_is_refused_with_what_fits() -> None:

@@ -19,7 +19,7 @@ _FLOAT = 4
 # Beside the largest: activations of a token's width, and bytes whatever the batch. Without attention there are fewer.
 _ACTIVATIONS, _SMALL = 7, 17 << 20
 _NETWORK_ACTIVATIONS, _NETWORK_SMALL = 3, 1 << 20
-_IDLE_SMALL, _SEVERAL_SMALL, _COPIED_SMALL = 6 << 20, 8 << 20, 16 << 20
+_IDLE_SMALL, _COPIED_SMALL = 6 << 20, 16 << 20
 _PIPELINE = 4  # batches that are under way where devices take turns
 _PIPED_ACTIVATIONS = 9
 
@@ -45,8 +45,12 @@ def compute_bytes(
     network: bool = True,
     output: bool = True,
     copies: Copies = Copies(),
+    piece: int | None = None,
 ) -> int:
-    """Of a place that does what is named, `batch` tokens at once, each compared with `context` cells of its cache."""
+    """Of a place that does what is named, `batch` tokens at once, each compared with `context` cells of its cache.
+
+    Where its memory comes in pieces that are too small for all of it, the largest may lie in two of them in turn.
+    """
     token = _FLOAT * batch
     cache = copies.kv + _COPIED_SMALL if copies.kv else 0
     scores = (token * model.heads * padded(context) + cache) * attention
@@ -56,14 +60,15 @@ def compute_bytes(
     activations, small = (_ACTIVATIONS, _SMALL) if attention else (_NETWORK_ACTIVATIONS, _NETWORK_SMALL)
     rest = padded(context) + activations * model.width
     piped = (_PIPELINE * padded(context) + _PIPED_ACTIVATIONS * model.width) * copies.piped
-    return max(scores, inner, logits) + token * (rest + piped) + small
+    largest, beside = max(scores, inner, logits), token * (rest + piped) + small
+    return largest * (2 if piece and largest + beside > piece else 1) + beside
 
 
-def idle_bytes(model: ModelShape, *, context: int, batch: int, several: bool, piped: bool) -> int:
-    """Of RAM where devices do the work: what they are given, of one or several sequences."""
+def idle_bytes(model: ModelShape, *, context: int, batch: int, piped: bool) -> int:
+    """Of RAM where devices do the work: what they are given."""
     times, activations = (_PIPELINE, 6) if piped else (1, 2)
     inputs = _FLOAT * batch * (times * padded(context) + activations * model.width)
-    return inputs + _IDLE_SMALL + _SEVERAL_SMALL * several
+    return inputs + _IDLE_SMALL
 
 
 def largest_per_token(model: ModelShape, context: int) -> int:
