@@ -9,7 +9,15 @@ import platformdirs
 
 from grok_local.errors import OutputError
 
-__all__ = ["cache_folder", "checkpoints_folder", "home", "models_folder", "scratch_folder", "sessions_folder"]
+__all__ = [
+    "cache_folder",
+    "checkpoints_folder",
+    "home",
+    "models_folder",
+    "scratch_folder",
+    "server_folder",
+    "sessions_folder",
+]
 
 
 def home() -> Path:
@@ -47,6 +55,11 @@ def models_folder() -> Path:
 def sessions_folder() -> Path:
     """Where `chat --session` keeps conversations."""
     return home() / "sessions"
+
+
+def server_folder() -> Path:
+    """Where `serve` keeps files and batches."""
+    return home() / "server"
 
 
 def checkpoints_folder() -> Path:

@@ -67,7 +67,7 @@ class GrokLocal(llm.Model):
         threads: int | None = Field(None, description="CPU threads")
         kv_type: str | None = Field(None, description="Type of the KV cache: f16, bf16 or f32")
         memory: str | None = Field(None, description="What the model may take of RAM, such as 48G")
-        gpu_layers: int | None = Field(None, description="So many of the last layers go to devices; -1 is all")
+        gpu_layers: int | str | None = Field(None, description="So many of the last layers go to devices, or all")
         experts_on: str | None = Field(None, description="cpu, gpu, or of how many layers the experts go to devices")
         template: str | None = Field(None, description="none for a plain transcript, or a file with a Jinja template")
 

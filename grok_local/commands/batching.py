@@ -31,9 +31,9 @@ from grok_local.library.built_in import BUILT_IN
 if TYPE_CHECKING:
     from grok_local.adapters.fleet import Fleet
     from grok_local.formats.gguf_file import Header
-    from grok_local.placement.forecast import Width
     from grok_local.placement.load_options import LoadOptions, LoadRequest
     from grok_local.placement.shape import ModelShape
+    from grok_local.placement.whatif import Width
     from grok_local.runtime.jobs.batch_job import Job
     from grok_local.runtime.jobs.batch_lines import Asked, Author
     from grok_local.runtime.jobs.ledger import Ledger

@@ -139,8 +139,8 @@ def load_options(
         typer.Option(help="What it may take of RAM.  [default: what is free, less a reserve]", metavar="SIZE"),
     ] = None,
     gpu_layers: Annotated[
-        Optional[int],
-        typer.Option(help="Last layers on devices, the output as one; -1 is all.  [default: all that fit]", min=-1),
+        Optional[str],
+        typer.Option(help="Last layers on devices, the output as one.  [default: all that fit]", metavar="N|all"),
     ] = None,
     experts_on: Annotated[
         Optional[str],

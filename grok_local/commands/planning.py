@@ -91,8 +91,9 @@ def plan(
     """
     from grok_local.library.names import shown_name
     from grok_local.placement import whatif
-    from grok_local.placement.forecast import Width, forecast, widest
+    from grok_local.placement.forecast import forecast
     from grok_local.placement.planner import make_plan
+    from grok_local.placement.whatif import Width, widest
     from grok_local.views.plans import describe_plan, print_plan
 
     shape, request = _asked(model, like, type, loading or {})

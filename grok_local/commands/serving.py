@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
@@ -15,9 +15,10 @@ from grok_local.errors import GGUFError, OptionError
 from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
-    from grok_local.placement.forecast import Width
     from grok_local.placement.load_options import LoadOptions, LoadRequest
+    from grok_local.placement.whatif import Width
     from grok_local.runtime.text.model import Model
+    from grok_local.serve.jobs.batch_queue import BatchQueue
     from grok_local.serve.service import Service
 
 __all__ = ["serve"]
@@ -94,7 +95,7 @@ def _served(running: Model, name: str, request: LoadRequest, width: Width, queue
     figures = Figures(per_token=width.together.seconds, per_prompt_token=read.seconds / width.plan.batch)
     mark = fingerprint(identity(running.engine.headers), request)
     with EngineLoop(running, places=width.sequences, most_waiting=queue, figures=figures) as loop:
-        yield Service(
+        service = Service(
             running,
             name,
             loop,
@@ -102,6 +103,26 @@ def _served(running: Model, name: str, request: LoadRequest, width: Width, queue
             describe=lambda: describe_plan(running.placement.plan, width.alone, width=width),
             say=say,
         )
+        with _batches(service, request) as service.batches:
+            yield service
+
+
+def _batches(service: Service, request: LoadRequest) -> AbstractContextManager[BatchQueue | None]:
+    """The batches of this machine, which this server goes on with if no other does."""
+    from grok_local.folders import server_folder
+    from grok_local.formats.identity import identity
+    from grok_local.runtime.jobs.batch_lines import Author
+    from grok_local.serve.jobs.batch_queue import Means, kept_batches
+
+    made_with = {
+        "model": identity(service.model.engine.headers),
+        "context": service.model.context_size,
+        "kv_type": request.wishes.kv_type,
+        "template": request.template,
+    }
+    author = Author(service.name, service.fingerprint)
+    means = Means(service.loop, service.tasks, author, made_with, service.model.context_size, say)
+    return kept_batches(server_folder(), means)
 
 
 def _fitted(model: str, loading: dict[str, Any], parallel: int | None) -> tuple[LoadRequest, Width]:
@@ -124,13 +145,15 @@ def _fitted(model: str, loading: dict[str, Any], parallel: int | None) -> tuple[
 
 
 def _require_server() -> None:
-    """Raises OptionError where FastAPI or uvicorn are missing."""
+    """Raises OptionError where FastAPI, uvicorn or what reads forms are missing."""
     try:
         import fastapi  # noqa: F401  # only whether they are there
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
         raise OptionError(
-            f"serve needs FastAPI and uvicorn: {sys.executable} -m pip install 'fastapi>=0.115' 'uvicorn>=0.30'"
+            "serve needs FastAPI and uvicorn: "
+            f"{sys.executable} -m pip install 'fastapi>=0.115' 'python-multipart>=0.0.20' 'uvicorn>=0.30'"
         ) from None
 
 

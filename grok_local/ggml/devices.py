@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 
-from grok_local.ggml.libraries import open_library, prototype
+from gguf.constants import GGMLQuantizationType
+
+from grok_local.ggml.libraries import InitParams, open_library, prototype
 from grok_local.ggml.log import listen_to_backends
 
 __all__ = [
+    "Abilities",
     "BackendDevice",
     "DeviceKind",
+    "abilities_of",
+    "allocatable",
     "backend_devices",
     "backend_names",
     "buffer_name",
@@ -24,7 +32,13 @@ __all__ = [
     "extra_buffer_types",
 ]
 
-_P = ctypes.c_void_p
+_P, _I64, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
+_F32, _I32 = 0, 26  # enum ggml_type
+_ROW, _EXPERTS, _TOKENS = 256, 8, 512  # of what a backend is asked about: elements, matrices, a usual batch
+_ROW_BYTES, _MOST_ROWS = 4 * _ROW, 1 << 34
+_MOST_TENSORS = 512
+_ENDLESS = 1 << 48  # bytes that no device has
+_LARGEST_PIECE, _PRECISION = 1 << 30, 128  # bytes, and the share of all that is let go
 _EXTRA_BUFFER_TYPES = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)
 
 
@@ -51,6 +65,21 @@ class BackendDevice:
     handle: int
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What a device says that it can work with.
+
+    `largest`: bytes of the largest tensor; None: any. `lacks`: GGML types that it has no matrix products for.
+    `offloads`: products of many tokens with weights in RAM are its work as well, on copies of them. `piece`: bytes of
+    its memory that can be had together; None: all.
+    """
+
+    largest: int | None = None
+    lacks: frozenset[str] = frozenset()
+    offloads: bool = True
+    piece: int | None = None
+
+
 class _Feature(ctypes.Structure):
     """struct ggml_backend_feature."""
 
@@ -73,15 +102,28 @@ def _base() -> ctypes.CDLL:
     prototype(lib, "ggml_backend_reg_get_proc_address", _P, _P, ctypes.c_char_p)
     prototype(lib, "ggml_backend_dev_host_buffer_type", _P, _P)
     prototype(lib, "ggml_backend_buft_name", ctypes.c_char_p, _P)
-    prototype(lib, "ggml_backend_buft_alloc_buffer", _P, _P, ctypes.c_size_t)
+    prototype(lib, "ggml_backend_buft_get_max_size", _SIZE, _P)
+    prototype(lib, "ggml_backend_buft_alloc_buffer", _P, _P, _SIZE)
     prototype(lib, "ggml_backend_buffer_get_type", _P, _P)
     prototype(lib, "ggml_backend_buffer_free", None, _P)
+    prototype(lib, "ggml_backend_dev_supports_op", _BOOL, _P, _P)
+    prototype(lib, "ggml_backend_dev_supports_buft", _BOOL, _P, _P)
+    prototype(lib, "ggml_backend_dev_offload_op", _BOOL, _P, _P)
+    prototype(lib, "ggml_init", _P, InitParams)
+    prototype(lib, "ggml_free", None, _P)
+    prototype(lib, "ggml_tensor_overhead", _SIZE)
+    prototype(lib, "ggml_new_tensor", _P, _P, _INT, _INT, ctypes.POINTER(_I64))
+    prototype(lib, "ggml_mul_mat", _P, _P, _P, _P)
+    prototype(lib, "ggml_mul_mat_id", _P, _P, _P, _P, _P)
+    prototype(lib, "ggml_soft_max", _P, _P, _P)
     return lib
 
 
 @cache
 def _registry() -> ctypes.CDLL:
     listen_to_backends()
+    # In pieces of a gigabyte, which is usual, Vulkan's buffers for what is computed take up to twice the memory.
+    os.environ.setdefault("GGML_VK_SUBALLOCATION_BLOCK_SIZE", str(1 << 40))
     lib = open_library("ggml")
     prototype(lib, "ggml_backend_dev_count", ctypes.c_size_t)
     prototype(lib, "ggml_backend_dev_get", _P, ctypes.c_size_t)
@@ -142,6 +184,94 @@ def buffer_type(device: BackendDevice) -> int:
     return int(_base().ggml_backend_dev_buffer_type(device.handle))
 
 
+def extra_buffer_types() -> dict[str, int]:
+    """The CPU's buffer types that rearrange weights, by name: AMX, CPU_REPACK, ..."""
+    device = cpu_device()
+    address = _proc_address(device, b"ggml_backend_dev_get_extra_bufts")
+    found: dict[str, int] = {}
+    entries = _EXTRA_BUFFER_TYPES(address)(device.handle) if address else None
+    while entries and entries[len(found)]:
+        handle = int(entries[len(found)])
+        found[buffer_name(handle)] = handle
+    return found
+
+
+# -- what a device can do ----------------------------------------------------------------------------------------------
+
+
+def abilities_of(device: BackendDevice) -> Abilities:
+    """Ask the backend, which takes a moment where the device was not used before."""
+    plain = buffer_type(cpu_device())
+    with _operations() as make:
+        copies = not _base().ggml_backend_dev_supports_buft(device.handle, plain)
+        product = make.experts(GGMLQuantizationType.F32)
+        return Abilities(
+            largest=_largest(device, make),
+            lacks=frozenset(kind.name for kind in _asked_types() if not _multiplies(device, make, kind)),
+            piece=_piece(device),
+            offloads=copies and bool(_base().ggml_backend_dev_offload_op(device.handle, product)),
+        )
+
+
+def _piece(device: BackendDevice) -> int | None:
+    size = int(_base().ggml_backend_buft_get_max_size(buffer_type(device)))
+    return size if size < _ENDLESS else None
+
+
+def _largest(device: BackendDevice, make: _Operations) -> int | None:
+    """Bytes of the largest tensor: found by halving, down to a kilobyte."""
+    takes, refuses = 0, _MOST_ROWS
+    if _supports(device, make.scores(refuses)):
+        return None
+    while refuses - takes > 1:
+        rows = (takes + refuses) // 2
+        takes, refuses = (rows, refuses) if _supports(device, make.scores(rows)) else (takes, rows)
+    return takes * _ROW_BYTES or None  # what refuses even the smallest is asked in vain
+
+
+def _multiplies(device: BackendDevice, make: _Operations, kind: GGMLQuantizationType) -> bool:
+    return _supports(device, make.experts(kind)) and _supports(device, make.dense(kind))
+
+
+def _supports(device: BackendDevice, operation: int) -> bool:
+    return bool(_base().ggml_backend_dev_supports_op(device.handle, operation))
+
+
+def _asked_types() -> list[GGMLQuantizationType]:
+    """Types that weights come in; integers and F64 are none."""
+    return [kind for kind in GGMLQuantizationType if not re.fullmatch(r"I\d+|F64|Q8_1|Q8_K", kind.name)]
+
+
+@dataclass(frozen=True)
+class _Operations:
+    """Makes operations that are asked about and never computed: they have no memory."""
+
+    context: int
+
+    def tensor(self, kind: int, *shape: int) -> int:
+        return int(_base().ggml_new_tensor(self.context, kind, len(shape), (_I64 * len(shape))(*shape)))
+
+    def scores(self, rows: int) -> int:
+        return int(_base().ggml_soft_max(self.context, self.tensor(_F32, _ROW, rows)))
+
+    def dense(self, kind: int) -> int:
+        return int(_base().ggml_mul_mat(self.context, self.tensor(kind, _ROW, _ROW), self.tensor(_F32, _ROW, _TOKENS)))
+
+    def experts(self, kind: int) -> int:
+        weights, ids = self.tensor(kind, _ROW, _ROW, _EXPERTS), self.tensor(_I32, 2, _TOKENS)
+        return int(_base().ggml_mul_mat_id(self.context, weights, self.tensor(_F32, _ROW, 2, _TOKENS), ids))
+
+
+@contextmanager
+def _operations() -> Iterator[_Operations]:
+    base = _base()
+    context = base.ggml_init(InitParams(_MOST_TENSORS * base.ggml_tensor_overhead(), None, True))
+    try:
+        yield _Operations(context)
+    finally:
+        base.ggml_free(context)
+
+
 def can_allocate(device: BackendDevice, nbytes: int, *, staged: int = 0) -> bool:
     """Whether a device has so many bytes left, and its driver so many to stage copies in: tried, and given back.
 
@@ -163,16 +293,39 @@ def can_allocate(device: BackendDevice, nbytes: int, *, staged: int = 0) -> bool
             base.ggml_backend_buffer_free(buffer)
 
 
-def extra_buffer_types() -> dict[str, int]:
-    """The CPU's buffer types that rearrange weights, by name: AMX, CPU_REPACK, ..."""
-    device = cpu_device()
-    address = _proc_address(device, b"ggml_backend_dev_get_extra_bufts")
-    found: dict[str, int] = {}
-    entries = _EXTRA_BUFFER_TYPES(address)(device.handle) if address else None
-    while entries and entries[len(found)]:
-        handle = int(entries[len(found)])
-        found[buffer_name(handle)] = handle
+def allocatable(device: BackendDevice, most: int) -> int:
+    """Bytes of its memory, `most` at most, that a device really gives: they are taken and returned."""
+    if device.backend == "RPC":
+        return _largest_piece(device, most)  # a worker that has given its last byte crashes
+    found, piece, taken = 0, min(most, _LARGEST_PIECE), list[int]()
+    try:
+        while piece > most // _PRECISION and found < most:
+            piece = min(piece, most - found)
+            if buffer := _allocated(device, piece):
+                taken.append(buffer)
+                found += piece
+            else:
+                piece //= 2
+    finally:
+        for buffer in taken:
+            _base().ggml_backend_buffer_free(buffer)
     return found
+
+
+def _largest_piece(device: BackendDevice, most: int) -> int:
+    """Bytes of the largest buffer, found by halving."""
+    gives, refuses = 0, most + 1
+    while refuses - gives > 1 + most // _PRECISION:
+        size = (gives + refuses) // 2
+        if buffer := _allocated(device, size):
+            _base().ggml_backend_buffer_free(buffer)
+        gives, refuses = (size, refuses) if buffer else (gives, size)
+    return gives
+
+
+def _allocated(device: BackendDevice, nbytes: int) -> int:
+    """A ggml_backend_buffer_t, or 0."""
+    return int(_base().ggml_backend_buft_alloc_buffer(buffer_type(device), nbytes) or 0)
 
 
 def buffer_name(handle: int) -> str:

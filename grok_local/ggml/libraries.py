@@ -16,6 +16,7 @@ from grok_local.errors import ModelError
 
 __all__ = [
     "InitParams",
+    "backend_libraries",
     "exit_on_abort",
     "exit_on_bus_error",
     "kept_off_stderr",
@@ -46,6 +47,11 @@ def library_path(name: str) -> Path:
         raise ModelError("llama-cpp-python is not installed: run pip install llama-cpp-python==0.3.36")
     file = f"lib{name}.0.dylib" if sys.platform == "darwin" else f"lib{name}.so.0"
     return Path(next(iter(spec.submodule_search_locations))) / "lib" / file
+
+
+def backend_libraries() -> list[Path]:
+    """The files of all of ggml's backends that are installed. Raises ModelError."""
+    return sorted(library_path("ggml-base").parent.glob("libggml*"))
 
 
 @cache

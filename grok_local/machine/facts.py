@@ -60,7 +60,15 @@ class Device:
     free: int
     speed: float = 0.0  # bytes of weights a second; 0: not known
     endpoint: str = ""  # of a worker: HOST:PORT
-    most: int | None = None  # weights and KV cache it may get, where more turned out not to fit
+    most: int | None = None  # all that it may hold, where more turned out not to fit
+    largest: int | None = None  # the largest tensor it works with; None: any
+    piece: int | None = None  # bytes of its memory that llama.cpp can have together; None: all
+    lacks: frozenset[str] = frozenset()  # GGML types it has no matrix products for
+    offloads: bool = True  # long prompts' products with weights in RAM are its work as well, on copies of them
+
+    def takes(self, type: str, nbytes: int) -> bool:
+        """Whether a tensor of that GGML type and size can be there."""
+        return type not in self.lacks and (self.largest is None or nbytes <= self.largest)
 
 
 @dataclass(frozen=True)

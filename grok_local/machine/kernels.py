@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
 from grok_local.ggml import products
 from grok_local.ggml.devices import cpu_device, extra_buffer_types
-from grok_local.ggml.libraries import library_path
+from grok_local.ggml.libraries import backend_libraries, library_path
 from grok_local.machine.facts import Device, Say, Speeds
 from grok_local.machine.kept import keep, kept, kept_path
 from grok_local.machine.limits import cpu_flags
@@ -77,22 +78,44 @@ def speeds(
 
 
 def with_speeds(
-    devices: Iterable[Device], types: Sequence[str], *, say: Say | None = None, trial: Trial = run_items
+    devices: Iterable[Device],
+    types: Sequence[str],
+    *,
+    say: Say | None = None,
+    trial: Trial = run_items,
+    libraries: Iterable[Path] | None = None,
 ) -> list[Device]:
     """Local GPUs with the speed of their products with the first of `types`, where it can be measured; others as they
-    are. Remembered like the CPU's.
+    are. Remembered like the CPU's, for as long as the backends' `libraries` stay, by default those installed.
     """
-    path, name = kept_path("gpus.json"), next(iter(_known(types)), "")
-    measured = []
-    for device in devices:
-        mark = f"{_mark(1)} {device.name} {device.description} {name}"
-        speed = kept(path).get(mark)
-        if not isinstance(speed, float) and name and device.kind != "worker":
-            item = Item("device", name, device.name)
-            speed = trial([item], threads=1, say=say)[item].value or 0.0
-            keep(path, mark, speed)
-        measured.append(replace(device, speed=speed) if isinstance(speed, float) and speed > 0 else device)
-    return measured
+    name = next(iter(_known(types)), "")
+    if not name:
+        return list(devices)
+    built = _built(backend_libraries() if libraries is None else libraries)
+    return [
+        device if device.kind == "worker" else replace(device, speed=_device_speed(device, name, built, say, trial))
+        for device in devices
+    ]
+
+
+def _built(libraries: Iterable[Path]) -> str:
+    """Of these files. A GPU's are too large to be read each time."""
+    stats = [(path.name, path.stat()) for path in libraries]
+    return json.dumps(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+def _device_speed(device: Device, type: str, built: str, say: Say | None, trial: Trial) -> float:
+    """Bytes a second, 0 where it cannot be measured. What may be otherwise next time is not remembered."""
+    path, mark = kept_path("gpus.json"), f"{_mark(1)} {built} {device.name} {device.description} {type}"
+    known = kept(path).get(mark)
+    if isinstance(known, float) and math.isfinite(known) and known >= 0:
+        return known
+    item = Item("device", type, device.name)
+    outcome = trial([item], threads=1, say=say)[item]
+    speed = outcome.value or 0.0
+    if not outcome.fleeting:
+        keep(path, mark, speed)
+    return speed
 
 
 def verdicts(

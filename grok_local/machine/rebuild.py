@@ -75,11 +75,12 @@ def _find_other(root: Path) -> str:
     return ", ".join(names)
 
 
+_VULKAN_NEEDS = "Vulkan's headers (1.3.272 or newer), glslc and SPIRV-Headers, or the Vulkan SDK which has all three"
 _GPUS = (
     GPU("NVIDIA", "CUDA", "the CUDA toolkit", _find_nvidia),
     GPU("AMD", "ROCm", "ROCm", _find_amd),
     GPU("Apple", "MTL", "Xcode's command line tools", _find_apple),
-    GPU("another maker", "Vulkan", "the Vulkan SDK", _find_other),
+    GPU("another maker", "Vulkan", _VULKAN_NEEDS, _find_other),
 )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
-from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices
+from grok_local.ggml.devices import Abilities, BackendDevice, DeviceKind, abilities_of, backend_devices
 from grok_local.machine.disk import disk_speed
 from grok_local.machine.facts import Device, DeviceClass, Machine, Say, Speeds
 from grok_local.machine.kernels import speeds, with_speeds
@@ -14,6 +15,8 @@ from grok_local.machine.limits import core_count, memory_limits
 from grok_local.machine.trials import Trial, run_items
 
 __all__ = ["local_devices", "this_machine"]
+
+Ask: TypeAlias = Callable[[BackendDevice], Abilities]
 
 
 def this_machine(
@@ -25,6 +28,7 @@ def this_machine(
     say: Say | None = None,
     trial: Trial = run_items,
     devices: Callable[[], Sequence[BackendDevice]] = backend_devices,
+    ask: Ask = abilities_of,
 ) -> Machine:
     """This machine's memory, cores and devices as they are now, and `workers`, the devices of other machines.
 
@@ -32,7 +36,7 @@ def this_machine(
     `disk` is a file on the disk whose speed matters. The first time it measures for some seconds, and tells `say` what.
     """
     names, cores = tuple(types), core_count()
-    own, kernels = local_devices(devices), Speeds()
+    own, kernels = local_devices(devices, ask=ask), Speeds()
     if names:
         kernels = speeds(names, threads=threads or cores, say=say, trial=trial)
         own = with_speeds(own, names, say=say, trial=trial)
@@ -48,19 +52,35 @@ def this_machine(
     )
 
 
-def local_devices(devices: Callable[[], Sequence[BackendDevice]] = backend_devices) -> list[Device]:
-    """The GPUs of this machine that llama.cpp knows.
+def local_devices(
+    devices: Callable[[], Sequence[BackendDevice]] = backend_devices, *, ask: Ask = abilities_of
+) -> list[Device]:
+    """The GPUs of this machine that llama.cpp knows, and what each says when we `ask` what it can do.
 
     An integrated one counts only where there is no other, as llama.cpp has it: it is no faster than the processor whose
     memory it shares. Workers, which llama.cpp lists once they are registered, are other machines'.
     """
     gpus = [
-        Device(device.name, device.description, _class_of(device), device.total, device.free)
+        _described(device, ask(device))
         for device in devices()
         if device.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED) and device.backend != "RPC"
     ]
     discrete = any(device.kind == "gpu" for device in gpus)
     return [device for device in gpus if not (discrete and device.kind == "integrated")]
+
+
+def _described(device: BackendDevice, able: Abilities) -> Device:
+    return Device(
+        device.name,
+        device.description,
+        _class_of(device),
+        device.total,
+        device.free,
+        largest=able.largest,
+        piece=able.piece,
+        lacks=able.lacks,
+        offloads=able.offloads,
+    )
 
 
 def _class_of(device: BackendDevice) -> DeviceClass:

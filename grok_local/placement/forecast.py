@@ -6,17 +6,14 @@ products on each type, measured on this machine, which is the memory's bandwidth
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from grok_local.errors import PlacementError
 from grok_local.machine.facts import Device, Machine
 from grok_local.placement.plan import Plan
-from grok_local.placement.planner import make_plan
 from grok_local.placement.shape import Role, Weight
 from grok_local.placement.wishes import RAM
 
-__all__ = ["Forecast", "Width", "enough_ram", "forecast", "widest"]
+__all__ = ["Forecast", "forecast", "limit"]
 
 ASSUMED_DEVICE_SPEED = 600e9  # bytes a second, of a GPU nobody measured: two thirds of a 24 GB card's nominal 936e9
 _UNKNOWN_DISK = 2e9  # bytes a second
@@ -25,8 +22,6 @@ _UNKNOWN_RAM = 20e9  # bytes a second
 # a limit of 1.6 GB on a disk of 1.4 GB/s.
 _MAPPED_SHARE = 0.25
 _WIDE_GAIN = 4.0  # how many tokens a CPU takes through weights in the time of one, where nobody measured it
-_WIDTHS = (1, 2, 4, 8, 16)  # sequences: beyond, every expert is read in each step anyway
-_RAM_SIZES = tuple(int(gigabytes * 1e9) for gigabytes in (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536))
 _SECONDS_PER_LAYER = 35e-6  # of what is no matrix product: norms, attention of few tokens, waiting for each other
 # From one place to the next and back: of a worker measured on the loopback, of GPUs a guess.
 _SECONDS_PER_HOP = {"gpu": 30e-6, "integrated": 30e-6, "worker": 300e-6}
@@ -73,47 +68,24 @@ class Forecast:
         return sum(reading.nbytes for reading in self.readings if reading.place == "disk")
 
 
-@dataclass(frozen=True)
-class Width:
-    """How many sequences go together best, by the plan for so many, and what is predicted for them and for one."""
-
-    sequences: int
-    plan: Plan
-    together: Forecast
-    alone: Forecast
-
-
 def forecast(plan: Plan, *, together: int = 1) -> Forecast:
     """What the plan predicts for decoding, a token at a time of so many sequences."""
     return _Forecaster(plan, together).forecast()
 
 
-def widest(plan: Plan, *, most: int | None = None) -> Width:
-    """The number of sequences, at most `most`, that gives most tokens a second: more of them read the weights less
-    often, and their KV cache leaves less room to experts.
+def limit(plan: Plan) -> float:
+    """Tokens a second if nothing but reading took time, each byte at the speed of where it lies; 0 if one is unknown.
+
+    RAM's speed is the highest that was seen there.
     """
-    found = [Width(1, plan, forecast(plan), forecast(plan))]
-    for count in _WIDTHS[1:]:
-        with suppress(PlacementError):
-            wider = make_plan(plan.model, plan.machine, replace(plan.wishes, sequences=count))
-            if count <= (most or count):
-                found.append(Width(count, wider, forecast(wider, together=count), found[0].alone))
-    return max(found, key=lambda width: width.together.speed)
-
-
-def enough_ram(plan: Plan) -> tuple[int, Forecast] | None:
-    """The least RAM of those machines come with in which nothing of the model stays on the disk, and what that gives.
-
-    None where nothing does now, or no such machine would do.
-    """
-    for size in _RAM_SIZES if plan.disk else ():
-        if size > plan.machine.memory:
-            machine = replace(plan.machine, memory=size, available=size)
-            with suppress(PlacementError):
-                larger = make_plan(plan.model, machine, replace(plan.wishes, memory=None, stream="auto"))
-                if not larger.disk:
-                    return size, forecast(larger)
-    return None
+    speeds = {device.name: device.speed for device in plan.machine.devices} | {
+        RAM: plan.machine.speeds.memory,
+        "disk": plan.machine.disk_speed,
+    }
+    read = {reading.place: reading.nbytes for reading in forecast(plan).readings if reading.nbytes}
+    if not all(speeds[place] for place in read):
+        return 0.0
+    return 1 / sum(nbytes / speeds[place] for place, nbytes in read.items())
 
 
 class _Forecaster:

@@ -12,13 +12,12 @@ from typing import Any, Literal, TypedDict
 from grok_local.errors import OptionError
 from grok_local.files import is_part
 from grok_local.machine.limits import core_count
-from grok_local.placement.wishes import RAM, Wishes
+from grok_local.placement.wishes import ALL_LAYERS, RAM, Wishes
 from grok_local.units import parse_size
 
 __all__ = ["LoadOptions", "LoadRequest", "load_request"]
 
 _MAX_CONTEXT = 1 << 24
-_ALL_LAYERS = 10_000
 _SMALL = 32_000_000  # bytes of a model
 _MAX_PARALLEL = 256  # LLAMA_MAX_SEQ
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS
@@ -34,7 +33,7 @@ class LoadOptions(TypedDict, total=False):
     default one per physical core, fewer where other programs are busy, one for a small model. `kv_type`: f16, bf16 or
     f32. `memory`: what weights, KV cache and buffers may take in RAM, "48G" or bytes. `placement`: "auto" plans for the
     GPUs there are, "cpu" leaves them alone. `gpu_layers`: so many of the last layers go to devices, the output counting
-    as one; -1 is all. `experts_on`: "cpu", "gpu", or of how many layers the experts go to devices. `overrides`:
+    as one, or "all". `experts_on`: "cpu", "gpu", or of how many layers the experts go to devices. `overrides`:
     "PATTERN=PLACE", a regular expression for tensor names, and RAM or a device. `repack`: "auto", "on" or "off":
     weights rearranged in RAM for llama.cpp's faster products. `stream`: "auto", "on" or "off": experts read as they are
     chosen, into at most what `memory` leaves them; "auto" does so where they do not fit.
@@ -53,7 +52,7 @@ class LoadOptions(TypedDict, total=False):
     kv_type: str
     memory: int | str | None
     placement: Literal["auto", "cpu"]
-    gpu_layers: int | None
+    gpu_layers: int | Literal["all"] | None
     experts_on: Literal["cpu", "gpu"] | int | None
     overrides: Sequence[str] | None
     repack: Literal["auto", "on", "off"]
@@ -150,7 +149,7 @@ def _wishes(options: LoadOptions) -> Wishes:
     wishes = Wishes(
         context=options.get("context"),
         kv_type=options.get("kv_type", "f16"),
-        gpu_layers=0 if alone else _ALL_LAYERS if options.get("gpu_layers") == -1 else options.get("gpu_layers"),
+        gpu_layers=0 if alone else _gpu_layers(options),
         experts_on="cpu" if alone else _number_or_word(options.get("experts_on")),
         overrides=tuple(map(_override, options.get("overrides") or ())),
         repack=_one_of(options, "repack", ("auto", "on", "off")),
@@ -167,7 +166,7 @@ def _wishes(options: LoadOptions) -> Wishes:
 
 
 def _check_kinds(options: LoadOptions) -> None:
-    for name in ("context", "parallel", "threads", "gpu_layers"):
+    for name in ("context", "parallel", "threads"):
         value = options.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise OptionError(f"{name} {value!r}: a whole number is wanted")
@@ -191,6 +190,15 @@ def _one_of(options: LoadOptions, name: str, values: Sequence[str]) -> Any:
     value = options.get(name, values[0])
     if value not in values:
         raise OptionError(f"{name} {value!r}: choose one of {', '.join(values)}")
+    return value
+
+
+def _gpu_layers(options: LoadOptions) -> int | None:
+    value = _number_or_word(options.get("gpu_layers"))
+    if value in ("all", "-1", -1):  # -1 is what other programs call all
+        return ALL_LAYERS
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise OptionError(f"gpu_layers {value!r}: a whole number, or all")
     return value
 
 

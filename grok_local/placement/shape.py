@@ -17,12 +17,13 @@ from grok_local.errors import GGUFError
 from grok_local.formats.gguf_file import Header, Tensor
 from grok_local.placement.runnable import why_not_loaded
 
-__all__ = ["EXPERTS", "KV_WIDTHS", "ModelShape", "Role", "Weight"]
+__all__ = ["EXPERTS", "KV_WIDTHS", "ModelShape", "Role", "Weight", "padded"]
 
 KV_WIDTHS = {"f16": 2, "bf16": 2, "f32": 4}  # bytes an element
 EXPERTS = r"ffn_(gate|up|down|gate_up)_exps"
 _LAYER = re.compile(r"blk\.(\d{1,6})\.")
 _EXPERTS = re.compile(EXPERTS)
+_NETWORK = re.compile(r"ffn_(gate|up|down)\.weight")
 _MAX_LAYERS = 10_000
 
 
@@ -47,6 +48,11 @@ class Weight:
     role: Role
     layer: int | None = None
     tied: bool = False  # the embedding a second time, as output matrix: a copy only where that is on a device
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a matrix that tokens are multiplied with."""
+        return self.role is not Role.INPUT and self.rows > 1
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class ModelShape:
 
     def kv_bytes(self, layer: int, *, context: int, kv_type: str) -> int:
         """What a layer's KV cache takes."""
-        return self.kv_widths[layer] * KV_WIDTHS[kv_type] * _padded(context)
+        return self.kv_widths[layer] * KV_WIDTHS[kv_type] * padded(context)
 
     def layer_bytes(self, layer: int, role: Role) -> int:
         """All of a layer's weights of one role."""
@@ -112,6 +118,22 @@ class ModelShape:
         """Bytes, all its experts together."""
         return max((weight.nbytes for weight in self.weights if weight.role is Role.EXPERTS), default=0)
 
+    @property
+    def least_experts(self) -> int:
+        """Bytes of the experts that one token needs of a layer."""
+        return self.experts_used * self.largest_expert
+
+    @cached_property
+    def largest_expert(self) -> int:
+        """Bytes of one expert, all its tensors together, in the layer where they are largest."""
+        layers = [self.layer_bytes(layer, Role.EXPERTS) for layer in range(self.layers)]
+        return max(layers, default=0) // max(self.experts, 1)
+
+    @cached_property
+    def has_dense_network(self) -> bool:
+        """Whether layers have a feed-forward network that every token goes through."""
+        return any(_NETWORK.search(weight.name) for weight in self.weights)
+
     @cached_property
     def _by_layer(self) -> dict[tuple[int | None, Role], int]:
         totals: dict[tuple[int | None, Role], int] = {}
@@ -120,21 +142,10 @@ class ModelShape:
             totals[key] = totals.get(key, 0) + weight.nbytes
         return totals
 
-    def compute_bytes(self, *, context: int, batch: int, attention: bool, experts: bool, output: bool) -> int:
-        """An upper bound for llama.cpp's compute buffer on a device that does what is named, `batch` tokens at once.
 
-        Without flash attention, which llama.cpp does not have for Grok, the scores of all heads are the largest; then
-        come gate, up and product of the experts, then the logits. Buffers are reused, so the largest counts. Checked
-        against llama.cpp's own figures for full-size models in tests/runtime/test_plan.py.
-        """
-        scores = self.heads * _padded(context) * attention
-        hidden = 3 * self.hidden * experts
-        logits = self.vocabulary * output
-        return 4 * batch * (max(scores, hidden, logits) + _padded(context) + 7 * self.width) + (1 << 24)
-
-
-def _padded(context: int) -> int:
-    return -(-context // 256) * 256  # llama.cpp rounds it up
+def padded(context: int) -> int:
+    """Cells that llama.cpp makes of so many tokens of context."""
+    return -(-context // 256) * 256
 
 
 def _layer_of(tensor: Tensor) -> int:

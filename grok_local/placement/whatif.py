@@ -1,15 +1,23 @@
-"""Machines that are described and not measured."""
+"""What if: machines that are described and not measured, more RAM, more sequences together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from grok_local.errors import OptionError
+from grok_local.errors import OptionError, PlacementError
 from grok_local.machine.facts import Device, Machine, Speeds
+from grok_local.placement.forecast import Forecast, forecast
+from grok_local.placement.plan import Plan
+from grok_local.placement.planner import make_plan
 from grok_local.units import parse_size
 
-__all__ = ["described"]
+__all__ = ["Width", "described", "enough_ram", "spare_of", "widest", "with_less", "with_smaller"]
+
+_WIDTHS = (1, 2, 4, 8, 16)  # sequences: beyond, every expert is read in each step anyway
+_SPARE, _SPARE_OF_WORKER, _MOST_SPARE = 16, 4, 512_000_000  # shares of a device that ran out of memory, and bytes
+_RAM_SIZES = tuple(int(gigabytes * 1e9) for gigabytes in (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536))
 
 
 @dataclass(frozen=True)
@@ -81,3 +89,65 @@ def _positive(name: str, text: str | None) -> int | None:
     if size <= 0:
         raise OptionError(f"{name} {text}: must be more than 0")
     return size
+
+
+@dataclass(frozen=True)
+class Width:
+    """How many sequences go together best, by the plan for so many, and what is predicted for them and for one."""
+
+    sequences: int
+    plan: Plan
+    together: Forecast
+    alone: Forecast
+
+
+def widest(plan: Plan, *, most: int | None = None) -> Width:
+    """The number of sequences, at most `most`, that gives most tokens a second: more of them read the weights less
+    often, and their KV cache leaves less room to experts.
+    """
+    found = [Width(1, plan, forecast(plan), forecast(plan))]
+    for count in _WIDTHS[1:]:
+        with suppress(PlacementError):
+            wider = make_plan(plan.model, plan.machine, replace(plan.wishes, sequences=count))
+            if count <= (most or count):
+                found.append(Width(count, wider, forecast(wider, together=count), found[0].alone))
+    return max(found, key=lambda width: width.together.speed)
+
+
+def enough_ram(plan: Plan) -> tuple[int, Forecast] | None:
+    """The least RAM of those machines come with in which nothing of the model stays on the disk, and what that gives.
+
+    None where nothing does now, or no such machine would do.
+    """
+    for size in _RAM_SIZES if plan.disk else ():
+        if size > plan.machine.memory:
+            machine = replace(plan.machine, memory=size, available=size)
+            with suppress(PlacementError):
+                larger = make_plan(plan.model, machine, replace(plan.wishes, memory=None, stream="auto"))
+                if not larger.disk:
+                    return size, forecast(larger)
+    return None
+
+
+def with_less(plan: Plan, place: str, most: int) -> Plan:
+    """The plan for the same where a device has `most` bytes and no more. Raises PlacementError."""
+    return _with_devices(plan, [replace(d, most=max(most, 0)) if d.name == place else d for d in plan.machine.devices])
+
+
+def spare_of(plan: Plan, place: str, having: int) -> int:
+    """Bytes of what a device has that drivers, and what they stage, may need: nobody knows how much.
+
+    A worker that has given its last byte crashes, and the machine is somebody else's too.
+    """
+    worker = any(device.name == place and device.kind == "worker" for device in plan.machine.devices)
+    return having // _SPARE_OF_WORKER if worker else min(having // _SPARE, _MOST_SPARE)
+
+
+def with_smaller(plan: Plan, place: str) -> Plan:
+    """The plan for the same where a device does not take the largest tensors it was to have. Raises PlacementError."""
+    largest = max(weight.nbytes for weight in plan.model.weights if plan.place_of(weight) == place) - 1
+    return _with_devices(plan, [replace(d, largest=largest) if d.name == place else d for d in plan.machine.devices])
+
+
+def _with_devices(plan: Plan, devices: Sequence[Device]) -> Plan:
+    return make_plan(plan.model, replace(plan.machine, devices=tuple(devices)), plan.wishes)

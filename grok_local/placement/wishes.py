@@ -12,9 +12,21 @@ from typing import Literal
 from grok_local.errors import OptionError, PlacementError
 from grok_local.placement.shape import KV_WIDTHS, ModelShape
 
-__all__ = ["RAM", "USUAL_BATCH", "Wishes", "cells_of", "check_wishes", "usual_batch", "usual_context"]
+__all__ = [
+    "ALL_LAYERS",
+    "RAM",
+    "USUAL_BATCH",
+    "Wishes",
+    "cells_of",
+    "check_wishes",
+    "may_use_devices",
+    "names_devices",
+    "usual_batch",
+    "usual_context",
+]
 
 RAM = "RAM"
+ALL_LAYERS = 10_000  # more than any model has
 _CONTEXT = 8192  # tokens, where nobody asks for more
 USUAL_BATCH = 512  # tokens at once, as in llama.cpp
 _FULL_BATCH_CELLS, _LEAST_BATCH = 8192, 64  # with more cells a batch is smaller, but no smaller than this
@@ -31,8 +43,8 @@ class Wishes:
     evaluated together, each with that context. `trace_experts`: where a record of them is kept; `count_experts`: how
     often each is chosen is counted. `routing`: whose arithmetic a model has where llama.cpp's is not its release's.
     `trained_context`: tokens the model was trained on, where that is known better than its file says. With
-    `reproducible`, the numbers of a sequence do not depend on what goes on beside it. `separate`: whether each sequence
-    has a part of the KV cache to itself.
+    `reproducible`, the numbers of a sequence do not depend on what goes on beside it. `separate`: each sequence has a
+    part of the KV cache to itself; None leaves it to the plan.
     """
 
     context: int | None = None
@@ -60,18 +72,29 @@ def usual_context(model: ModelShape, wishes: Wishes) -> int:
     return trained if wishes.context == 0 else wishes.context or usual
 
 
-def cells_of(context: int, wishes: Wishes, *, separate: bool) -> int:
+def cells_of(context: int, wishes: Wishes) -> int:
     """Tokens that the KV cache has room for, of all sequences together. llama.cpp pads each part of it."""
-    return (-(-context // _PADDING) * _PADDING if separate else context) * wishes.sequences
+    return (-(-context // _PADDING) * _PADDING if wishes.separate else context) * wishes.sequences
 
 
-def usual_batch(context: int, wishes: Wishes, *, separate: bool) -> int:
+def usual_batch(context: int, wishes: Wishes) -> int:
     """Tokens evaluated at once: fewer where many sequences share a long cache, for all of which each has scores."""
     if wishes.batch or wishes.sequences == 1:
         return wishes.batch or USUAL_BATCH
-    attended = context if separate else cells_of(context, wishes, separate=False)
+    attended = context if wishes.separate else cells_of(context, wishes)
     fitting = max(USUAL_BATCH * _FULL_BATCH_CELLS // max(attended, 1), 1)
     return max(min(USUAL_BATCH, 1 << fitting.bit_length() - 1), _LEAST_BATCH, wishes.sequences)
+
+
+def names_devices(wishes: Wishes) -> bool:
+    """Whether the user says what goes to devices."""
+    placed = any(place != RAM for _, place in wishes.overrides)
+    return placed or wishes.gpu_layers is not None or wishes.experts_on not in (None, "cpu")
+
+
+def may_use_devices(wishes: Wishes) -> bool:
+    """Whether anything may go to devices."""
+    return bool(wishes.gpu_layers != 0 or wishes.experts_on not in ("cpu", 0) or wishes.overrides)
 
 
 def check_wishes(wishes: Wishes, devices: Sequence[str]) -> None:

@@ -16,12 +16,12 @@ from grok_local import __version__
 from grok_local.errors import GrokLocalError, RefusedError
 from grok_local.serve.failures import answer_to, refusal_of
 from grok_local.serve.guard import Guard
-from grok_local.serve.routes import about, completions, local, page, tokenizing
+from grok_local.serve.routes import about, batches, completions, local, messages, page, stored_files, tokenizing
 from grok_local.serve.service import Service
 
 __all__ = ["make_app"]
 
-_ROUTERS = (completions.router, tokenizing.router, about.router, local.router)
+_ROUTERS = tuple(one.router for one in (completions, messages, tokenizing, stored_files, batches, about, local))
 
 
 def make_app(service: Service, *, host: str, key: str | None) -> ASGIApp:
@@ -37,14 +37,17 @@ def make_app(service: Service, *, host: str, key: str | None) -> ASGIApp:
 
 async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        answer = answer_to(_of_http(request, error))
+        answer = answer_to(_of_http(request, error), path=request.url.path)
         answer.headers.update(error.headers or {})  # which methods may be
         return answer
     if isinstance(error, RequestValidationError):
-        return answer_to(RefusedError(400, "the request is not what this endpoint takes", code="invalid_value"))
+        return answer_to(
+            RefusedError(400, "the request is not what this endpoint takes", code="invalid_value"),
+            path=request.url.path,
+        )
     if not isinstance(error, GrokLocalError):
         request.app.state.service.say("".join(traceback.format_exception(error)))
-    return answer_to(refusal_of(error))
+    return answer_to(refusal_of(error), path=request.url.path)
 
 
 def _of_http(request: Request, error: HTTPException) -> RefusedError:

@@ -101,10 +101,24 @@ class Answer:
         except asyncio.TimeoutError:
             return False
 
-    async def results(self) -> list[Result]:
-        """What became of each task, when all have ended. Raises what the model died of, and RefusedError."""
+    async def increments(self, seconds: float) -> AsyncIterator[Increment | None]:
+        """All of its parts as they come; None whenever none has come for so many seconds."""
+        shown = 0
+        while not (self.is_over and shown == len(self.parts)):
+            if shown == len(self.parts) and not await self.change(seconds):
+                yield None
+            for part in self.parts[shown:]:
+                yield part
+                shown += 1
+
+    async def ended(self) -> None:
+        """Return when all have ended."""
         while not self.is_over:
             await self.change()
+
+    async def results(self) -> list[Result]:
+        """What became of each task, when all have ended. Raises what the model died of, and RefusedError."""
+        await self.ended()
         self.check()
         return [result_of(task, done) for task, done in zip(self.tasks, self.generations, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Failures as HTTP answers them: always OpenAI's object with its four keys, never a traceback."""
+"""Failures as HTTP answers them: OpenAI's object with its four keys, or at its paths Anthropic's; never a traceback."""
 
 from __future__ import annotations
 
@@ -9,12 +9,26 @@ from typing import Any
 
 from starlette.responses import Response
 
-from grok_local.errors import ContextError, GrokLocalError, OptionError, RefusedError, WorkerError
+from grok_local.errors import ContextError, GrokLocalError, InUseError, OptionError, RefusedError, WorkerError
+from grok_local.runtime.jobs import anthropic
 from grok_local.runtime.jobs.openai_results import error_body
 
 __all__ = ["Json", "answer_to", "described", "refusal_of"]
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+_KINDS: tuple[tuple[type[GrokLocalError], int, str], ...] = (
+    (ContextError, 400, "context_length_exceeded"),
+    (OptionError, 400, "invalid_value"),
+    (InUseError, 409, "in_use"),
+    (WorkerError, 503, "worker_lost"),
+    (GrokLocalError, 500, "model_failed"),
+)
 _FIELD = re.compile(r"'?(\w+)'?[ :\[]")
 
 
@@ -32,15 +46,10 @@ def refusal_of(error: Exception, *, body: Any = None) -> RefusedError:
     """What status and code tell a failure; `body` is what was asked, of which a field may be to blame."""
     if isinstance(error, RefusedError):
         return error
-    if isinstance(error, ContextError):
-        return RefusedError(400, str(error), code="context_length_exceeded", param=_blamed(error, body))
-    if isinstance(error, OptionError):
-        return RefusedError(400, str(error), code="invalid_value", param=_blamed(error, body))
-    if isinstance(error, WorkerError):
-        return RefusedError(503, str(error), code="worker_lost")
-    if isinstance(error, GrokLocalError):
-        return RefusedError(500, str(error), code="model_failed")
-    return RefusedError(500, "an error of grok-local's own: the log has more", code="internal_error")
+    if not isinstance(error, GrokLocalError):
+        return RefusedError(500, "an error of grok-local's own: the log has more", code="internal_error")
+    status, code = next((status, code) for kind, status, code in _KINDS if isinstance(error, kind))
+    return RefusedError(status, str(error), code=code, param=_blamed(error, body) if status == 400 else None)
 
 
 def described(error: RefusedError) -> dict[str, Any]:
@@ -49,14 +58,15 @@ def described(error: RefusedError) -> dict[str, Any]:
     return error_body(str(error), code=error.code, type=kind, param=error.param)
 
 
-def answer_to(error: RefusedError) -> Json:
-    """The whole answer. Clients that would ask again are told where that cannot help."""
+def answer_to(error: RefusedError, *, path: str = "") -> Json:
+    """The whole answer to a request for `path`. Clients that would ask again are told where that cannot help."""
     headers = {"x-should-retry": "false" if error.is_final else "true"}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Json(described(error), error.status, headers=headers)
+    told = anthropic.failure(error.status, str(error)) if path.startswith(anthropic.MESSAGES) else described(error)
+    return Json(told, error.status, headers=headers)
 
 
 def _blamed(error: GrokLocalError, body: Any) -> str | None:

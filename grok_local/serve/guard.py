@@ -55,7 +55,7 @@ class Guard:
         try:
             self._check(scope["path"], Headers(scope=scope))
         except RefusedError as error:
-            await answer_to(error)(scope, receive, guarded)
+            await answer_to(error, path=scope["path"])(scope, receive, guarded)
             return
         await self._app(scope, receive, guarded)
 

@@ -19,12 +19,14 @@ from starlette.requests import Request
 
 from grok_local.errors import ContextError, RefusedError
 from grok_local.runtime.text.batch import Prepared
-from grok_local.serve.engine_loop import INTERACTIVE, Answer, EngineLoop
+from grok_local.serve.engine_loop import Answer, EngineLoop
 
 if TYPE_CHECKING:
     from grok_local.runtime.scheduling.generation import Stats
     from grok_local.runtime.text.batch import Tasks
     from grok_local.runtime.text.model import Model
+    from grok_local.runtime.text.session import SessionTurn
+    from grok_local.serve.jobs.batch_queue import BatchQueue
 
 __all__ = ["Exchange", "Service", "new_id", "service_of"]
 
@@ -33,7 +35,9 @@ _GRACE = 15.0  # seconds that a client may take to ask again
 
 @dataclass(eq=False)
 class Exchange:
-    """A body that is being answered: `asked` is what it says, in the words of whoever answers."""
+    """A body that is being answered: `asked` is what it says, in the words of whoever answers; `turn` its place in a
+    session, if it has one.
+    """
 
     key: str
     id: str
@@ -43,11 +47,14 @@ class Exchange:
     began: float = field(default_factory=time.monotonic)
     readers: int = 0
     is_told: bool = False  # somebody has all of it
+    turn: SessionTurn | None = None
 
 
 @dataclass(eq=False)
 class Service:
-    """A loaded model behind HTTP. `name` is what it is called, `describe` tells its plan."""
+    """A loaded model behind HTTP. `name` is what it is called, `describe` tells its plan; `batches` are None where
+    another server keeps them.
+    """
 
     model: Model
     name: str
@@ -57,6 +64,7 @@ class Service:
     say: Callable[[str], None]
     is_lenient: bool = False
     logs_prompts: bool = False
+    batches: BatchQueue | None = None
     exchanges: dict[str, Exchange] = field(default_factory=dict)
     requests: dict[tuple[str, int], int] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
@@ -102,12 +110,12 @@ class Service:
         id: str,
         is_streamed: bool = False,
         timeout: float | None = None,
-        rank: int = INTERACTIVE,
+        turn: SessionTurn | None = None,
     ) -> Exchange:
         """Have a body answered, within `timeout` seconds. Raises RefusedError."""
         limit = timeout if timeout is not None else _seconds(request.headers.get("x-timeout"))
-        answer = self.loop.submit(tasks, rank=rank, is_streamed=is_streamed)
-        exchange = Exchange(_key(request, data), id, asked, answer)
+        answer = self.loop.submit(tasks, is_streamed=is_streamed)
+        exchange = Exchange(_key(request, data), id, asked, answer, turn=turn)
         self.exchanges[exchange.key] = exchange
         asyncio.get_running_loop().call_later(_GRACE, self._give_up, exchange)  # if nobody ever follows it
         if limit is not None:
@@ -138,6 +146,8 @@ class Service:
     def _give_up(self, exchange: Exchange) -> None:
         if not exchange.readers:
             self.loop.cancel(exchange.answer)
+            if exchange.turn:
+                exchange.turn.close()
             if self.exchanges.get(exchange.key) is exchange:
                 del self.exchanges[exchange.key]
 

@@ -20,6 +20,7 @@ __all__ = ["EventStream", "SlowJson", "comment", "event", "patience_of"]
 
 _PATIENCE = 2.0  # seconds of silence that every client bears
 _LEAST = 0.2
+LOOK_EVERY = 1.0  # seconds of silence in a stream
 DONE = b"data: [DONE]\n\n"
 
 

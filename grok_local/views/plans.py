@@ -10,15 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from grok_local.placement.forecast import enough_ram
+from grok_local.placement.whatif import enough_ram
 from grok_local.placement.wishes import USUAL_BATCH
 from grok_local.units import format_bytes, format_figure, format_seconds, printable
 from grok_local.views.tables import new_table, output_width
 
 if TYPE_CHECKING:
     from grok_local.machine.doctor import Finding
-    from grok_local.placement.forecast import Forecast, Width
+    from grok_local.placement.forecast import Forecast
     from grok_local.placement.plan import Plan, Share
+    from grok_local.placement.whatif import Width
     from grok_local.runtime.jobs.batch_job import Job
     from grok_local.runtime.jobs.bench import BenchReport
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -105,3 +106,39 @@ def test_without_fastapi_a_line_says_how_to_get_it(tmp_path: Path) -> None:
 
 def _running(url: str) -> bool:
     return "grok_local_running 2\n" in httpx.get(f"{url}/metrics").text
+
+
+def test_a_batch_survives_a_kill_and_every_line_is_there_once(packed: Path) -> None:
+    count = 40
+    lines = [
+        {
+            "custom_id": str(n),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": f"line {n}", "max_tokens": 150, "regex": "[a-z ]{150,}"},
+        }
+        for n in range(count)
+    ]
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    with serving(packed, "--parallel", "2") as (process, url, _):
+        file = httpx.post(f"{url}/v1/files", files={"file": data}, data={"purpose": "batch"}).json()["id"]
+        body = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = httpx.post(f"{url}/v1/batches", json=body).json()["id"]
+        for least in (2, 5):
+            while _batch(url, batch)["request_counts"]["completed"] < least:
+                pass
+        process.kill()
+    with serving(packed, "--parallel", "2") as (process, url, _):
+        while _batch(url, batch)["request_counts"]["completed"] < 12:
+            pass
+        process.kill()
+    with serving(packed, "--parallel", "2") as (_, url, _):
+        while (found := _batch(url, batch))["status"] != "completed":
+            pass
+        results = httpx.get(f"{url}/v1/files/{found['output_file_id']}/content").text.splitlines()
+    assert found["request_counts"] == {"total": count, "completed": count, "failed": 0}
+    assert sorted(int(json.loads(line)["custom_id"]) for line in results) == list(range(count))
+
+
+def _batch(url: str, id: str) -> Any:
+    return httpx.get(f"{url}/v1/batches/{id}").json()

@@ -157,6 +157,13 @@ def test_a_gpu_that_this_build_cannot_use(
     assert finding.remedy.endswith(rebuilt(option, backends=backends))
 
 
+def test_what_vulkan_is_compiled_with_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    root = machine(tmp_path, {"dev/dri/renderD128": ""})
+    finding = only("GPU", examined(root=root, devices=list, backends=lambda: ["CPU", "RPC"]))
+    assert "headers (1.3.272 or newer), glslc and SPIRV-Headers, or the Vulkan SDK" in finding.remedy
+
+
 def test_a_gpu_whose_backend_sees_none(tmp_path: Path) -> None:
     root = machine(tmp_path, {"proc/driver/nvidia/gpus/0/information": "Model: X9\n"})
     finding = only("GPU", examined(root=root, devices=list, backends=lambda: ["CPU", "CUDA", "RPC"]))

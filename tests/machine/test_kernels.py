@@ -113,16 +113,39 @@ def test_the_first_run_measures_and_the_second_starts_no_child() -> None:
 
 def test_a_device_is_measured_like_any_other_and_once() -> None:
     # The CPU stands in for a GPU: ggml has both behind the same functions.
-    given = [
-        Device("CPU", "stand-in", "gpu", 1, 1),
-        Device("GPU7", "", "gpu", 1, 1),
-        Device("RPC0", "", "worker", 1, 1),
-    ]
+    given = [Device("CPU", "stand-in", "gpu", 1, 1), Device("RPC0", "", "worker", 1, 1)]
     first = with_speeds(given, ["Q8_0"], trial=partial(run_items, size=1))
     assert 1e8 < first[0].speed < 1e13
-    assert [device.speed for device in first[1:]] == [0.0, 0.0]
     assert first[1:] == given[1:]
     assert with_speeds(given, ["Q8_0"], trial=no_trial) == first
+
+
+def test_a_device_is_measured_again_after_a_bad_moment(canned: Canned) -> None:
+    gpu, item = Device("GPU0", "", "gpu", 1, 1), Item("device", "Q8_0", "GPU0")
+    canned.answers[item] = Outcome(failure="failed (out of memory)", fleeting=True)
+    assert with_speeds([gpu], ["Q8_0"], trial=canned) == [gpu]
+    canned.answers[item] = Outcome(4e11)
+    assert [device.speed for device in with_speeds([gpu], ["Q8_0"], trial=canned)] == [4e11]
+    assert [device.speed for device in with_speeds([gpu], ["Q8_0"], trial=no_trial)] == [4e11]
+
+
+def test_a_device_that_crashes_is_left_alone(canned: Canned) -> None:
+    gpu = Device("GPU0", "", "gpu", 1, 1)
+    canned.answers[Item("device", "Q8_0", "GPU0")] = Outcome(failure="crashed (SIGSEGV)")
+    assert with_speeds([gpu], ["Q8_0"], trial=canned) == [gpu]
+    assert with_speeds([gpu], ["Q8_0"], trial=no_trial) == [gpu]
+
+
+def test_a_device_is_measured_again_with_another_build_of_its_library(canned: Canned, tmp_path: Path) -> None:
+    gpu, library = Device("GPU0", "", "gpu", 1, 1), tmp_path / "libggml-vulkan.so.0"
+    library.write_bytes(b"one build")
+    canned.answers[Item("device", "Q8_0", "GPU0")] = Outcome(1e11)
+    with_speeds([gpu], ["Q8_0"], trial=canned, libraries=[library])
+    library.write_bytes(b"another, with better kernels")
+    canned.answers[Item("device", "Q8_0", "GPU0")] = Outcome(2e11)
+    (measured,) = with_speeds([gpu], ["Q8_0"], trial=canned, libraries=[library])
+    assert measured.speed == 2e11
+    assert with_speeds([gpu], ["Q8_0"], trial=no_trial, libraries=[library]) == [measured]
 
 
 def test_a_broken_buffer_type_is_given_up_within_a_run() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grok_local.ggml.devices import BackendDevice, DeviceKind
+from grok_local.ggml.devices import Abilities, BackendDevice, DeviceKind
 from grok_local.machine.facts import Device, Speeds
 from grok_local.machine.limits import core_count, memory_limits
 from grok_local.machine.this_machine import local_devices, this_machine
@@ -17,6 +17,10 @@ from grok_local.machine.trials import Item, Outcome
 
 def known(name: str, backend: str, kind: DeviceKind) -> BackendDevice:
     return BackendDevice(name, "described", backend, kind, free=1, total=2, handle=0)
+
+
+def able(_: BackendDevice) -> Abilities:
+    return Abilities(largest=1 << 32, lacks=frozenset({"TQ1_0"}), offloads=False)
 
 
 def test_devices_are_what_is_no_processor_and_no_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,9 +33,9 @@ def test_devices_are_what_is_no_processor_and_no_other_machines(monkeypatch: pyt
         known("BLAS", "BLAS", DeviceKind.ACCELERATOR),
     ]
     monkeypatch.setattr("platform.machine", lambda: "arm64")
-    kinds = [(device.name, device.kind) for device in local_devices(lambda: devices)]
+    kinds = [(device.name, device.kind) for device in local_devices(lambda: devices, ask=able)]
     assert kinds == [("CUDA0", "gpu")]  # integrated ones count where there is no other
-    kinds = [(device.name, device.kind) for device in local_devices(lambda: [*devices[:1], *devices[2:]])]
+    kinds = [(device.name, device.kind) for device in local_devices(lambda: [*devices[:1], *devices[2:]], ask=able)]
     assert kinds == [("Vulkan0", "integrated"), ("MTL0", "integrated")]
 
 
@@ -45,12 +49,14 @@ def test_it_is_put_together(tmp_path: Path) -> None:
     worker = Device("RPC0", "box:50052", "worker", 2, 1, endpoint="box:50052")
     gpu = known("CUDA0", "CUDA", DeviceKind.GPU)
     machine = this_machine(
-        ["Q4_K"], threads=3, disk=tmp_path / "none", workers=[worker], trial=trial, devices=lambda: [gpu]
+        ["Q4_K"], threads=3, disk=tmp_path / "none", workers=[worker], trial=trial, devices=lambda: [gpu], ask=able
     )
     assert (Item("speed", "Q4_K"), 3) in asked
     assert (Item("device", "Q4_K", "CUDA0"), 1) in asked
     assert machine.speeds.plain == {"Q4_K": 7.0}
-    assert machine.devices == (Device("CUDA0", "described", "gpu", 2, 1, 7.0), worker)
+    lacks = frozenset({"TQ1_0"})
+    found = Device("CUDA0", "described", "gpu", 2, 1, 7.0, largest=1 << 32, lacks=lacks, offloads=False)
+    assert machine.devices == (found, worker)
     assert (machine.unified, machine.disk_speed) == (False, 0.0)
     assert machine.cores == core_count()
     assert machine.memory == memory_limits()[0]
@@ -60,6 +66,6 @@ def test_without_types_nothing_is_measured() -> None:
     def trial(*_: Any, **__: Any) -> dict[Item, Outcome]:
         raise AssertionError("something was measured")
 
-    machine = this_machine(trial=trial, devices=lambda: [known("CUDA0", "CUDA", DeviceKind.GPU)])
+    machine = this_machine(trial=trial, devices=lambda: [known("CUDA0", "CUDA", DeviceKind.GPU)], ask=able)
     assert machine.speeds == Speeds()
     assert [device.speed for device in machine.devices] == [0.0]

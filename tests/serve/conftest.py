@@ -14,10 +14,12 @@ import pytest
 import grok_local
 from grok_local.library.built_in import CHECKPOINT
 from grok_local.library.names import model_request
+from grok_local.runtime.jobs.batch_lines import Author
 from grok_local.runtime.text.model import Model
 from grok_local.serve.app import make_app
 from grok_local.serve.engine_loop import EngineLoop
 from grok_local.serve.figures import Figures
+from grok_local.serve.jobs.batch_queue import Means, kept_batches
 from grok_local.serve.listening import Server, bound
 from grok_local.serve.service import Service
 from samples.slow_engine import SlowEngine
@@ -48,7 +50,15 @@ Start = Callable[..., "contextlib.AbstractContextManager[Running]"]
 
 
 @contextlib.contextmanager
-def started(path: Path | str, *, seconds: float = 0.0, queue: int = 64, key: str | None = None, **options: Any) -> Any:
+def started(
+    path: Path | str,
+    *,
+    seconds: float = 0.0,
+    queue: int = 64,
+    key: str | None = None,
+    home: Path | None = None,
+    **options: Any,
+) -> Any:
     loading: Any = {"context": 256, "parallel": PLACES, "threads": 1, **options.pop("loading", {})}
     request = model_request(path, loading)
     engine = SlowEngine(request, seconds=seconds)
@@ -58,8 +68,13 @@ def started(path: Path | str, *, seconds: float = 0.0, queue: int = 64, key: str
         Model(request, engine) as model,
         bound("127.0.0.1", 0) as sock,
         EngineLoop(model, places=PLACES, most_waiting=queue, figures=figures) as loop,
+        contextlib.ExitStack() as stack,
     ):
         service = Service(model, "tiny", loop, "fp_test", lambda: {"verdict": "it fits"}, log.append, **options)
+        if home:
+            made_with = {"model": str(path), "context": model.context_size}
+            means = Means(loop, service.tasks, Author("tiny", "fp_test"), made_with, model.context_size, log.append)
+            service.batches = stack.enter_context(kept_batches(home, means))
         app = make_app(service, host="127.0.0.1", key=key)
         ready = threading.Event()
         server = Server(app, ready=ready.set, leaving=lambda: None)
@@ -91,9 +106,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained_server(trained: Path) -> Iterator[Running]:
-    """A server of it. Shared by a module's tests."""
-    with started(trained) as running:
+def trained_server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of it, with batches. Shared by a module's tests."""
+    with started(trained, home=tmp_path_factory.mktemp("home")) as running:
         yield running
 
 

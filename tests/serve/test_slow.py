@@ -39,6 +39,19 @@ def test_an_answer_of_six_seconds_outlasts_a_client_of_two(start: Start) -> None
         assert server.service.requests == {("/v1/completions", 200): 1}
 
 
+def test_an_error_after_the_white_space_is_told_in_the_body(start: Start) -> None:
+    with start(seconds=0.3) as server, server.http() as http:
+        headers = {"x-stainless-read-timeout": "1"}
+        body = {"prompt": PROMPT, "max_tokens": 200}
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(http.post, "/v1/completions", json=body, headers=headers)
+            until(lambda: server.engine.steps == 4)
+            server.service.loop.stop()
+        answer = asked.result()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (200, "server_stopping")
+    assert answer.text.startswith(" ")
+
+
 def test_a_stream_says_how_far_it_is_from_the_first_second(start: Start) -> None:
     with start(seconds=1.3) as server, server.http() as http:
         body = {"prompt": PROMPT, "max_tokens": 2, "stream": True, "progress": True}

@@ -8,19 +8,21 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
-from grok_local.errors import ModelError
+from grok_local.errors import ModelError, PlacementError
 from grok_local.files import first_part
 from grok_local.formats.gguf_file import Header
 from grok_local.ggml import log
 from grok_local.ggml.devices import (
     BackendDevice,
+    allocatable,
     backend_devices,
     buffer_name,
     buffer_type,
@@ -33,10 +35,11 @@ from grok_local.machine.facts import Device, Say
 from grok_local.machine.limits import free_cores
 from grok_local.machine.this_machine import this_machine
 from grok_local.placement.load_options import LoadRequest
-from grok_local.placement.plan import Plan, Share
+from grok_local.placement.plan import Plan, Share, patterns_of
 from grok_local.placement.planner import make_plan, needs_speeds
 from grok_local.placement.runnable import remarks
-from grok_local.placement.shape import ModelShape, Role
+from grok_local.placement.shape import ModelShape
+from grok_local.placement.whatif import spare_of, with_less, with_smaller
 from grok_local.placement.wishes import RAM
 from grok_local.runtime.engine.protocol import Held, Placement
 from grok_local.runtime.engine.reading import read_once
@@ -45,12 +48,13 @@ from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Tap
 from grok_local.units import format_bytes
 
-__all__ = ["open_planned"]
+__all__ = ["accounted", "open_planned"]
 
 _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
 _MOST_STEPS = 8
 _TOLERANCE = 0.01
+_STAGES = "Vulkan"  # the backend that copies from RAM by way of memory of the driver's, and throws where there is none
 _SCRATCH = 3  # bytes for each token at once and each element of what is multiplied: it becomes f16, and there is more
 
 
@@ -85,12 +89,20 @@ class _Target:
     abort: Any
 
 
-class _OutOfMemoryError(Exception):
-    """A place had not enough memory. It never leaves this module."""
+class _PlaceError(Exception):
+    """A place is otherwise than it said. It never leaves this module."""
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(reason)
         self.place = place
+
+
+class _OutOfMemoryError(_PlaceError):
+    """It had not enough memory."""
+
+
+class _HeldLessError(_PlaceError):
+    """llama.cpp left in RAM what was to be there."""
 
 
 def open_planned(
@@ -110,18 +122,19 @@ def open_planned(
     types = shape.types if needs_speeds(shape, wishes) else ()
     plan = make_plan(shape, this_machine(types, threads=request.threads, workers=workers, say=say), wishes)
     threads, busy = _threads_now(request)
-    notes = [*plan.notes, *remarks(headers), *notes_on_routing(headers, wishes), *busy]
-    target = _Target(first_part(request.path), headers, threads, abort)
-    for step in range(_MOST_STEPS):
+    notes = [*remarks(headers), *notes_on_routing(headers, wishes), *busy]
+    target, steps = _Target(first_part(request.path), headers, threads, abort), list[str]()
+    while len(steps) < _MOST_STEPS:
         try:
             watch = watch_for(plan, headers, interrupted=interrupted)
-            opened = _open(target, plan, watch=watch, notes=[*notes, *(watch.notes if watch else ())])
-            _prove(opened, by_a_batch=step > 0)
-            return opened
+            told = [*steps, *plan.notes, *notes, *(watch.notes if watch else ())]
+            return _proven(_as_planned(_open(target, plan, watch=watch, notes=told)), by_a_batch=bool(steps))
         except _OutOfMemoryError as error:
-            plan, note = _step_down(plan, error, units=2**step)
-            notes.append(note)
-    raise ModelError(f"{target.path}: {notes[-1]}, and less does not fit either")
+            plan, note = _step_down(plan, error, step=len(steps))
+        except _HeldLessError as error:
+            plan, note = with_smaller(plan, error.place), str(error)
+        steps.append(note)
+    raise ModelError(f"{target.path}: {steps[-1]}, and less does not fit either")
 
 
 def _threads_now(request: LoadRequest) -> tuple[int, list[str]]:
@@ -158,7 +171,7 @@ def _release(model: Any, context: Any, watch: Watch | None) -> None:
         watch.tap.close()
 
 
-def _load_model(target: _Target, plan: Plan) -> Any:
+def _load_model(target: _Target, plan: Plan, *, no_alloc: bool = False) -> Any:
     params = llama_cpp.llama_model_default_params()
     handles = _handles()
     used = [(d, n) for d, n, s in zip(plan.machine.devices, plan.layers, plan.shares, strict=False) if s.used]
@@ -168,9 +181,11 @@ def _load_model(target: _Target, plan: Plan) -> Any:
     params.tensor_split = _tensor_split([count for _, count in used])
     params.n_gpu_layers = plan.gpu_layers
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE if no_alloc else llama_cpp.LLAMA_LOAD_MODE_MMAP
+    params.no_alloc = no_alloc
     params.use_extra_bufts = bool(plan.repacked) and plan.machine.speeds.all_extra
-    with read_once(plan, target.headers) as progress, kept_off_stderr():
+    nothing = nullcontext(llama_cpp.llama_progress_callback())
+    with nothing if no_alloc else read_once(plan, target.headers) as progress, kept_off_stderr():
         params.progress_callback = progress
         model = llama_cpp.llama_model_load_from_file(os.fsencode(target.path), params)
     if not model:
@@ -190,40 +205,15 @@ def _tensor_split(counts: Sequence[int]) -> Any:
 
 def _overrides(plan: Plan, handles: dict[str, BackendDevice]) -> Any:
     """The plan's exceptions as llama.cpp takes them: the first that matches holds."""
-    pairs = [] if plan.machine.speeds.all_extra else [(text, "") for text in _patterns(plan.repacked)]
+    pairs = [] if plan.machine.speeds.all_extra else [(text, "") for text in patterns_of(plan.repacked)]
     places = {name: buffer_type(device) for name, device in handles.items()}
     places |= {RAM: buffer_type(cpu_device()), "": extra_buffer_types().get("CPU_REPACK", 0)}
-    for place, names in _exceptions(plan).items():
-        pairs += [(text, place) for text in _patterns(names)]
+    for place, names in plan.exceptions.items():
+        pairs += [(text, place) for text in patterns_of(names)]
     array = (_Override * (len(pairs) + 1))()
     for entry, (pattern, place) in zip(array, pairs, strict=False):
         entry.pattern, entry.buft = pattern.encode(), places[place]
     return array
-
-
-def _exceptions(plan: Plan) -> dict[str, list[str]]:
-    """By place, the tensors that are not where their layer is.
-
-    The user's expressions are matched here: std::regex means something else by some, and others overflow its stack.
-    """
-    usual = replace(plan, overrides=())
-    found: dict[str, list[str]] = {}
-    for weight in plan.model.weights:
-        place = plan.place_of(weight)
-        if place != usual.place_of(weight):
-            found.setdefault(place, []).append(weight.name)
-    return found
-
-
-def _patterns(names: Iterable[str]) -> Iterator[str]:
-    """Patterns that match these tensors, and no other."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(set(names)):
-        found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-        groups.setdefault(found[2] if found else name, []).append(found[1] if found else "")
-    for rest, layers in groups.items():
-        prefix = rf"blk\.({'|'.join(layers)})\." if layers != [""] else ""
-        yield f"^{prefix}{re.escape(rest)}$"
 
 
 def _new_context(model: Any, target: _Target, plan: Plan, *, tap: Tap | None) -> Any:
@@ -231,7 +221,7 @@ def _new_context(model: Any, target: _Target, plan: Plan, *, tap: Tap | None) ->
     params.n_ctx = plan.cells
     params.n_batch = params.n_ubatch = plan.batch
     params.n_seq_max = plan.wishes.sequences
-    params.kv_unified = plan.wishes.sequences > 1 and not plan.separate
+    params.kv_unified = plan.wishes.sequences > 1 and not plan.wishes.separate
     params.n_threads = params.n_threads_batch = target.threads
     params.type_k = params.type_v = _KV_TYPES[plan.wishes.kv_type]
     params.abort_callback = target.abort
@@ -283,35 +273,29 @@ def _places_by_buffer(plan: Plan) -> dict[str, str]:
     return {buffer_name(buffer_type(handles[name])): name for name in names if name in handles}
 
 
-def _step_down(plan: Plan, error: _OutOfMemoryError, *, units: int) -> tuple[Plan, str]:
-    """A plan that takes less of the place that had not enough, and what to say about it."""
+def _step_down(plan: Plan, error: _OutOfMemoryError, *, step: int) -> tuple[Plan, str]:
+    """A plan for what the place turns out to have, and what to say about it. Raises PlacementError."""
     if error.place == RAM:
         wishes = replace(plan.wishes, repack="off")
         return make_plan(plan.model, plan.machine, wishes), "RAM has no room for rearranged weights: mapped instead"
-    before = _share(plan, error.place)
-    most = before.weights + before.kv - units * _unit(plan, error.place)
-    devices = [replace(d, most=most) if d.name == error.place else d for d in plan.machine.devices]
-    lower = make_plan(plan.model, replace(plan.machine, devices=tuple(devices)), plan.wishes)
-    return lower, (
-        f"{error.place} ran out of memory with {format_bytes(before.used)}: "
-        f"tried again with {format_bytes(_share(lower, error.place).used)}"
-    )
+    before = _share(plan, error.place).used
+    having = allocatable(_handles()[error.place], before)
+    said = f"{error.place} ran out of memory with {format_bytes(before)}"
+    try:
+        lower = with_less(plan, error.place, having - (spare_of(plan, error.place, having) << step))
+    except PlacementError as problem:
+        raise PlacementError(f"{said}; it has {format_bytes(having)}: {problem}") from None
+    return lower, f"{said}: tried again with {format_bytes(_share(lower, error.place).used)}"
 
 
 def _share(plan: Plan, place: str) -> Share:
     return next(share for share in plan.shares if share.place == place)
 
 
-def _unit(plan: Plan, place: str) -> int:
-    """Bytes of a step: a layer's experts where there are any, else a layer."""
-    role = Role.EXPERTS if plan.expert_layers[place] else Role.DENSE
-    return max(plan.model.layer_bytes(plan.model.layers - 1, role), 1_000_000)
-
-
 # -- is there room to evaluate? ----------------------------------------------------------------------------------------
 
 
-def _prove(opened: Opened, *, by_a_batch: bool) -> None:
+def _proven(opened: Opened, *, by_a_batch: bool) -> Opened:
     """Evaluating needs memory beyond what is held: try whether it is there while a step down is possible.
 
     Drivers throw exceptions where it is not, which end the process. Frees what is open and raises _OutOfMemoryError.
@@ -319,21 +303,25 @@ def _prove(opened: Opened, *, by_a_batch: bool) -> None:
     plan = opened.placement.plan
     try:
         handles = _handles()
+        own = [device.name for device in plan.machine.devices if device.kind != "worker"]  # a try may end a worker
         for share in plan.shares[:-1]:
-            _prove_room(plan, share, handles[share.place])
-        if by_a_batch:
+            if share.place in own:
+                _prove_room(plan, share, handles[share.place])
+        if by_a_batch and own:
             _evaluate_batch(opened)
     except BaseException:
         opened.close()
         raise
+    return opened
 
 
 def _prove_room(plan: Plan, share: Share, device: BackendDevice) -> None:
     """For what products multiply with, in a format of their own, and for the copy of a tensor of experts from RAM."""
     scratch = _SCRATCH * min(plan.batch, plan.cells) * plan.model.hidden + (1 << 20)
-    copied = 0 if plan.streamed or not plan.ram.experts else plan.model.largest_expert_tensor
+    copied = plan.model.largest_expert_tensor if plan.ram.experts and not plan.streamed else 0
+    staged = copied if device.backend == _STAGES else 0
     with kept_off_stderr():
-        if share.used and not can_allocate(device, scratch, staged=copied):
+        if share.used and not can_allocate(device, scratch, staged=staged):
             raise _OutOfMemoryError(share.place, "no memory is left to evaluate with")
 
 
@@ -366,14 +354,45 @@ def _held(plan: Plan) -> Iterator[Held]:
         yield Held(place, sizes["model"], sizes["KV"], sizes["compute"] + sizes["output"])
 
 
+def _as_planned(opened: Opened) -> Opened:
+    """Raises _HeldLessError, having closed it, where a device holds less of the weights than it was to have."""
+    placement = opened.placement
+    for share, found in zip(placement.plan.shares[:-1], placement.held, strict=False):
+        if share.weights - found.weights > _tolerance(share.weights):
+            opened.close()
+            having, planned = format_bytes(found.weights), format_bytes(share.weights)
+            raise _HeldLessError(
+                share.place, f"{share.place} took {having} of weights where {planned} were planned: planned anew"
+            )
+    return opened
+
+
 def _differences(plan: Plan, held: Sequence[Held]) -> Iterator[str]:
-    """What a place holds otherwise than planned; RAM's weights are mapped, so of RAM only the KV cache is compared."""
+    """What a place holds otherwise than planned. RAM's weights are mapped; buffers may be smaller than planned."""
     for share, found in zip(plan.shares, held, strict=True):
-        pairs = [("KV cache", share.kv, found.kv)]
+        compute = max(found.compute, share.compute)
+        pairs = [("KV cache", share.kv, found.kv), ("compute buffers", share.compute, compute)]
         if share.place != RAM:
             pairs.append(("weights", share.weights, found.weights))
         for what, planned, actual in pairs:
-            if abs(planned - actual) > _TOLERANCE * planned + (1 << 20):
+            if abs(planned - actual) > _tolerance(planned):
                 yield (
                     f"{share.place} holds {format_bytes(actual)} of {what} where {format_bytes(planned)} were planned"
                 )
+
+
+def _tolerance(planned: int) -> float:
+    return _TOLERANCE * planned + (1 << 20)
+
+
+def accounted(path: Path, plan: Plan) -> list[Held]:
+    """What llama.cpp would compute with, by its own account: nothing is allocated, and nothing read but the header."""
+    log.listen()
+    log.clear()
+    target = _Target(path, (), 1, llama_cpp.ggml_abort_callback())
+    model = _load_model(target, plan, no_alloc=True)
+    context = _new_context(model, target, plan, tap=None)
+    try:
+        return list(_held(plan))
+    finally:
+        _release(model, context, None)

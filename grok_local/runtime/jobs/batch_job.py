@@ -11,8 +11,9 @@ import llama_cpp
 
 from grok_local.errors import GrokLocalError
 from grok_local.machine.this_machine import this_machine
-from grok_local.placement.forecast import Width, forecast, widest
+from grok_local.placement.forecast import forecast
 from grok_local.placement.planner import make_plan
+from grok_local.placement.whatif import Width, widest
 from grok_local.runtime.jobs.batch_lines import Asked, Author
 from grok_local.runtime.remote.probing import probe_workers
 from grok_local.runtime.scheduling.generation import Generation

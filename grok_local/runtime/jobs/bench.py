@@ -13,7 +13,7 @@ from typing import Any
 
 from grok_local.errors import ContextError
 from grok_local.machine.facts import Machine
-from grok_local.placement.forecast import forecast
+from grok_local.placement.forecast import forecast, limit
 from grok_local.runtime.text.model import Model
 
 __all__ = ["BenchReport", "bench"]
@@ -39,8 +39,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """`predicted` and `limit` are for generation, tokens a second; the limit is RAM's bandwidth over what a token reads
-    there, 0 where that is not known.
+    """`predicted` and `limit` are for generation, tokens a second; with the limit each
+    byte that a token reads comes as fast as the place where it lies can give it; 0 where that is not known.
     """
 
     model: str
@@ -86,7 +86,7 @@ def bench(
         prompt=read,
         generation=generated,
         predicted=forecast(plan).speed,
-        limit=machine.speeds.memory / plan.model.read_per_token,
+        limit=limit(plan),
         experts=after.since(before).described(tokens * (repeats + 1)) if before and after else None,
     )
 

@@ -69,6 +69,7 @@ _SERVED: dict[str, Schema] = {  # of a server alone
     "timeout": {"type": "number", "exclusiveMinimum": 0},
     "progress": _FLAG,
 }
+_SERVED_CHAT: dict[str, Schema] = {**_SERVED, "session": _TEXT_}
 _MESSAGE: Schema = {"type": "object", "properties": {"role": _TEXT_}, "required": ["role", "content"]}
 _FIELDS: dict[str, dict[str, Schema]] = {
     CHAT: {
@@ -111,7 +112,8 @@ _NAMES = {
 
 def fields_of(url: str, *, served: bool = False) -> dict[str, Schema]:
     """What a body may have, as JSON Schema describes it; `served`: by a server, and not in a batch."""
-    return {**_FIELDS[url], **(_SERVED if served else {})}
+    extra = _SERVED_CHAT if url == CHAT else _SERVED
+    return {**_FIELDS[url], **(extra if served else {})}
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,8 @@ def _check_options(url: str, body: Mapping[str, Any], *, served: bool) -> None:
         raise OptionError("top_logprobs: only with logprobs true")
     if "max_tokens" in body and "max_completion_tokens" in body:
         raise OptionError("max_tokens and max_completion_tokens: give one of the two")
+    if "session" in body and _tries(body) > 1:
+        raise OptionError("session: one answer is kept, so n has to be 1")
     if body.get("timeout", 1) <= 0:
         raise OptionError("timeout: seconds are wanted, more than 0")
     best_of, n = body.get("best_of"), body.get("n", 1)

@@ -98,6 +98,7 @@ def probe_worker(endpoint: str, *, timeout: float = _TIMEOUT) -> list[Device]:
             total=total,
             free=min(free, total),
             endpoint=f"{host}:{port}",
+            offloads=False,
         )
         for number, (free, total) in enumerate(memories)
     ]

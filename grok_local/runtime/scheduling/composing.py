@@ -79,7 +79,7 @@ class Together:
 
 class InParts:
     """For a KV cache in parts: llama.cpp evaluates together as many tokens of each sequence as of the others, and only
-    those whose places follow each other. So a step has answers, or it has as many tokens each of some prompts, in turns.
+    of those whose places follow each other. So a step has answers, or as many tokens each of some prompts, in turns.
     """
 
     padded: list[int] = []  # noqa: RUF012  # never any

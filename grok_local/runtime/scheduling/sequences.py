@@ -28,9 +28,9 @@ class Sequences:
     """The cache's first `count` places, each free or taken. What a free one held stays there until its room is needed.
 
     Knows what the engine's places hold without asking: whoever evaluates says so. A beginning shorter than
-    `worth_copying` is rather evaluated again than copied from one place to another. In `strict` mode only tokens are used
-    again that were evaluated as a prompt's, two of them at least, and two at least are evaluated after them: by those
-    numbers llama.cpp chooses its kernels.
+    `worth_copying` is rather evaluated again than copied from one place to another. In `strict` mode only tokens are
+    used again that were evaluated as a prompt's, two of them at least, and two at least are evaluated after them: by
+    those numbers llama.cpp chooses its kernels.
     """
 
     def __init__(self, cache: Cache, count: int, *, strict: bool = False, worth_copying: int = 1) -> None:

@@ -23,7 +23,7 @@ __all__ = ["TASK_FIELDS", "Prepared", "Result", "Tasks", "Watch", "prompt_logpro
 
 _SAMPLING = tuple(Sampling.__dataclass_fields__)
 _ANSWERING = ("max_tokens", "stop", "logprobs", "schema", "regex", "choice", "grammar")
-TASK_FIELDS = ("id", "prompt", "messages", "special", "echo", "prompt_logprobs", *_ANSWERING, *_SAMPLING)
+TASK_FIELDS = ("id", "prompt", "messages", "prefix", "special", "echo", "prompt_logprobs", *_ANSWERING, *_SAMPLING)
 _SEEDS = 1 << 31
 
 Watch = Callable[[Collection[Stats]], None]
@@ -103,6 +103,8 @@ class Tasks:
             request, echo = self._of_messages(fields, how), ""
         else:
             ids = self._ids(fields.get("prompt"), special=bool(fields.get("special")))
+            if fields.get("prefix"):
+                raise OptionError("prefix: of an answer to messages alone, and this is a prompt")
             request, echo = how.request(ids), self._echo(fields, ids)
         check_room(request.prompt, self._engine.context_size)
         request = replace(request, prompt_likely=fields.get("prompt_logprobs"))
@@ -132,10 +134,12 @@ class Tasks:
             raise OptionError("prompt and messages: give one of the two")
         if fields.get("echo"):
             raise OptionError("echo: of a prompt alone, and these are messages")
+        prefix = _prefix(fields)
         laid = self._conversation.lay_out(fields["messages"], reserve=1)
         if laid.dropped:
             raise ContextError(f"the conversation does not fit the context of {self._engine.context_size} tokens")
-        return how.request(laid.ids, strip=True, stop=self._conversation.form.stop)
+        ids = self._conversation.begun(laid, prefix) if prefix else laid.ids
+        return how.request(ids, strip=not prefix, stop=self._conversation.form.stop)
 
     def _ids(self, prompt: Any, *, special: bool) -> list[int]:
         if isinstance(prompt, str):
@@ -144,6 +148,14 @@ class Tasks:
             self._engine.detokenize(prompt)
             return list(prompt)
         raise OptionError("prompt: a text, or a list of token ids, is wanted")
+
+
+def _prefix(fields: Mapping[str, Any]) -> str:
+    """What an answer to messages begins with. Raises OptionError."""
+    found = fields.get("prefix") or ""
+    if not isinstance(found, str) or found != found.rstrip():
+        raise OptionError(f"prefix {found!r:.60}: a text is wanted that does not end in white space")
+    return found
 
 
 def check_room(ids: Sequence[int], size: int) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grok_local.runtime.scheduling.turns import Turns
     from grok_local.runtime.text.structure import Structure
 
-__all__ = ["ChatReply", "Conversation"]
+__all__ = ["ChatReply", "Conversation", "Laid"]
 
 _MARK = "\ue000answer\ue000"  # private use: no message has it
 _ROLES = ("system", "user", "assistant")
@@ -88,6 +88,10 @@ class Conversation:
                 f"the message has {len(laid.ids)} tokens and the context {size}: shorten it, or take a larger context"
             )
         return laid
+
+    def begun(self, laid: Laid, answer: str) -> list[int]:
+        """Ids of a conversation and of what its next answer begins with."""
+        return [*laid.ids, *self.engine.continue_ids(self.form.gap + answer)]
 
     def remember(self, laid: Laid, tokens: Sequence[int], shown: str) -> None:
         """Add the answer to what is known: `tokens` as generated, of which the text `shown` was given out."""

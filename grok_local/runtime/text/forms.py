@@ -40,9 +40,12 @@ class Segment(NamedTuple):
 
 
 class ChatForm(Protocol):
-    """How messages become text that ends where the assistant's answer begins. `notes` are what the user should know."""
+    """How messages become text that ends where the assistant's answer begins; `gap` is what stands before the answer
+    then. `notes` are what the user should know.
+    """
 
     stop: tuple[str, ...]
+    gap: str
     notes: list[str]
 
     def render(self, messages: Sequence[Message]) -> list[Segment]: ...
@@ -53,6 +56,7 @@ class Transcript:
 
     # With the empty line before a name first: it belongs to the answer as little as the name.
     stop: tuple[str, ...] = ("\n\nHuman:", "\n\nAssistant:", "\nHuman:", "\nAssistant:")
+    gap: str = " "
     _names: ClassVar = {"user": "Human", "assistant": "Assistant"}
 
     def __init__(self, *notes: str) -> None:
@@ -71,6 +75,7 @@ class Template:
     """
 
     stop: tuple[str, ...] = ()
+    gap: str = ""
 
     def __init__(
         self, source: str, *, tokens: Mapping[str, str] | None = None, control: Callable[[], Sequence[str]] = tuple

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
 from grok_local.errors import ContextError, OptionError
-from grok_local.placement.forecast import widest
+from grok_local.placement.whatif import widest
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.scheduling.composing import Apart, InParts, Together
 from grok_local.runtime.scheduling.scheduler import Scheduler
@@ -279,7 +279,7 @@ class Model:
 def _scheduler(engine: Engine, request: LoadRequest) -> Scheduler:
     if request.reproducible:
         return Scheduler(engine, places=request.parallel, composer=Apart(), strict=True)
-    composer = InParts() if engine.placement.plan.separate else Together()
+    composer = InParts() if engine.placement.plan.wishes.separate else Together()
     return Scheduler(engine, places=request.parallel, composer=composer)
 
 

@@ -22,10 +22,11 @@ from grok_local.formats.identity import identity
 from grok_local.runtime.graph.deviations import deviations_of
 
 if TYPE_CHECKING:
+    from grok_local.runtime.text.chat import Laid
     from grok_local.runtime.text.forms import Message
     from grok_local.runtime.text.model import Model
 
-__all__ = ["Session", "read_conversation"]
+__all__ = ["Session", "SessionTurn", "read_conversation"]
 
 _CONVERSATION, _STATE, _LOCK = "conversation.json", "state.bin", "lock"
 _FORMAT = 1
@@ -72,6 +73,10 @@ class Session:
         self._model.conversation.recall(self._kept.get("answered"))
         return None
 
+    def lay_out(self, messages: Sequence[Message], *, reserve: int) -> Laid:
+        """As the model's conversation does it."""
+        return self._model.conversation.lay_out(messages, reserve=reserve)
+
     def keep(self, messages: Sequence[Message], system: str | None) -> None:
         """Write what was said. Raises OutputError."""
         self._kept |= {"format": _FORMAT, "model": self._model.path.name, "messages": list(messages), "system": system}
@@ -115,6 +120,34 @@ class Session:
 
     def _trouble(self, error: OSError) -> OutputError:
         return OutputError(f"{self.folder}: the session cannot be kept ({error.strerror or error})")
+
+
+class SessionTurn:
+    """What comes next in a session that is open: `messages` are those that the model is asked, the session's before
+    those that are `given`. A text of the system's takes the place of the one before. Where all of it and `reserve`
+    tokens do not fit the context, the `dropped` oldest messages are left out, and kept all the same.
+
+    Raises ContextError, OptionError.
+    """
+
+    def __init__(self, session: Session, given: Sequence[Message], *, reserve: int) -> None:
+        kept = [{"role": "system", "content": session.system}] if session.system else []
+        system = [message for message in given if message.get("role") == "system"] or kept
+        self._said = [*session.messages, *(message for message in given if message not in system)]
+        laid = session.lay_out([*system, *self._said], reserve=reserve)
+        self.messages, self.dropped = laid.messages, laid.dropped
+        self._session, self._system = session, "\n\n".join(message["content"] for message in system) or None
+        self._is_kept = False
+
+    def keep(self, answer: str) -> None:
+        """Write what was said and answered, once. Raises OutputError."""
+        if not self._is_kept:
+            self._is_kept = True
+            self._session.keep([*self._said, {"role": "assistant", "content": answer}], self._system)
+
+    def close(self) -> None:
+        """Let the next one have the session; safe to call twice."""
+        self._session.close()
 
 
 def read_conversation(folder: Path) -> dict[str, Any]:

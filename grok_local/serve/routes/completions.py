@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,17 +13,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from grok_local.errors import GrokLocalError
+from grok_local.library.sessions import session_folder
 from grok_local.runtime.jobs.openai import CHAT, TEXT, Inquiry, fields_of, inquiry
 from grok_local.runtime.jobs.openai_results import Head, StreamedPiece, body_of, chunk_of, usage_chunk
+from grok_local.runtime.text.session import Session, SessionTurn
 from grok_local.serve.bodies import answered, asked, json_of
 from grok_local.serve.engine_loop import Increment
 from grok_local.serve.failures import refusal_of
 from grok_local.serve.service import Exchange, Service, new_id, service_of
-from grok_local.serve.wire import DONE, EventStream, SlowJson, comment, event, patience_of
+from grok_local.serve.wire import DONE, LOOK_EVERY, EventStream, SlowJson, comment, event, patience_of
 
 __all__ = ["router"]
-
-_LOOK_EVERY = 1.0  # seconds of silence in a stream
 
 router = APIRouter()
 
@@ -52,18 +54,51 @@ async def _answered(request: Request, url: str) -> Response:
 
 async def _begun(service: Service, request: Request, data: bytes, body: Any, url: str) -> Exchange:
     asks = inquiry(url, body, served=True, lenient=service.is_lenient)
-    id_ = new_id("chatcmpl" if url == CHAT else "cmpl")
+    if "session" not in asks.body:
+        return await _submitted(service, request, data, asks)
+    turn = await asyncio.to_thread(_turn, service, asks)
+    try:
+        return await _submitted(service, request, data, _within(asks, turn), turn=turn)
+    except BaseException:
+        turn.close()
+        raise
+
+
+async def _submitted(
+    service: Service, request: Request, data: bytes, asks: Inquiry, *, turn: SessionTurn | None = None
+) -> Exchange:
+    id_ = new_id("chatcmpl" if asks.url == CHAT else "cmpl")
     prepared = await service.prepared(id_, list(asks.tasks))
     service.check_room(prepared, asks.needs)
+    timeout = asks.body.get("timeout")
     return service.begin(
-        request, data, asks, prepared, id=id_, is_streamed=asks.is_streamed, timeout=asks.body.get("timeout")
+        request, data, asks, prepared, id=id_, is_streamed=asks.is_streamed, timeout=timeout, turn=turn
     )
+
+
+def _turn(service: Service, asks: Inquiry) -> SessionTurn:
+    """What the messages are in their session. Raises InUseError where another answer to it is under way."""
+    (task,) = asks.tasks
+    session = Session(session_folder(asks.body["session"]), service.model)
+    try:
+        return SessionTurn(session, task["messages"], reserve=max(asks.needs, 1))
+    except BaseException:
+        session.close()
+        raise
+
+
+def _within(asks: Inquiry, turn: SessionTurn) -> Inquiry:
+    """The same with the session's messages before."""
+    left = f"the context is full: the {turn.dropped} oldest messages of the session were left out"
+    warnings = (*asks.warnings, *([left] if turn.dropped else []))
+    return replace(asks, tasks=({**asks.tasks[0], "messages": turn.messages},), warnings=warnings)
 
 
 async def _whole(service: Service, request: Request, exchange: Exchange) -> dict[str, Any]:
     asks: Inquiry = exchange.asked
     async with service.following(exchange, request) as answer:
         results = await answer.results()
+        _keep(exchange, results[0].text)
         exchange.is_told = True
         service.log(exchange, [result.stats for result in results])
         return body_of(asks, results, _head(service, exchange))
@@ -74,20 +109,24 @@ async def _events(service: Service, request: Request, exchange: Exchange) -> Asy
     asks: Inquiry = exchange.asked
     head, teller = _head(service, exchange), _Teller(exchange)
     async with service.following(exchange, request) as answer:
-        shown = 0
-        while not (answer.is_over and shown == len(answer.parts)):
-            if shown == len(answer.parts) and not await answer.change(_LOOK_EVERY):
+        async for part in answer.increments(LOOK_EVERY):
+            if part is None:
                 for line in _progress(service, exchange):
                     yield line
-            for part in answer.parts[shown:]:
+            else:
                 yield event(chunk_of(asks, teller.piece(part), head))
-                shown += 1
         answer.check()
+        _keep(exchange, answer.generations[0].text)
         exchange.is_told = True
         service.log(exchange, answer.stats)
         if asks.has_usage:
             yield event(usage_chunk(asks, answer.stats, head))
         yield DONE
+
+
+def _keep(exchange: Exchange, text: str) -> None:
+    if exchange.turn:
+        exchange.turn.keep(text)
 
 
 def _progress(service: Service, exchange: Exchange) -> list[bytes]:

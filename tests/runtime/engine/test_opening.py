@@ -163,7 +163,7 @@ def test_a_context_that_does_not_fit_is_refused_with_one_that_does(packed: Path)
         {"overrides": [None]},
         {"context": "many"},
         {"threads": 1.5},
-        {"gpu_layers": "all"},
+        {"gpu_layers": "many"},
     ],
 )
 def test_options_that_make_no_sense(packed: Path, options: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import grok_local
 from grok_local.formats import gguf_file
 from grok_local.placement.shape import ModelShape, Role
+from grok_local.placement.sizes.compute import compute_bytes
 
 CONTEXT = 1024
 IDS = random.Random(1).choices(range(5, 2000), k=700)
@@ -24,7 +25,7 @@ def memory_for(path: Path, held: float, context: int = CONTEXT, batch: int = 512
     shape = ModelShape.from_headers(gguf_file.read_model(path))
     dense = sum(weight.nbytes for weight in shape.weights if weight.role is not Role.EXPERTS and not weight.tied)
     kv = sum(shape.kv_bytes(layer, context=context, kv_type="f16") for layer in range(shape.layers))
-    compute = shape.compute_bytes(context=context, batch=batch, attention=True, experts=True, output=True)
+    compute = compute_bytes(shape, context=context, batch=batch)
     return dense + kv + compute + int(held * shape.layer_bytes(0, Role.EXPERTS) / shape.experts)
 
 

@@ -21,6 +21,7 @@ from grok_local.errors import ModelError, OptionError
 from grok_local.formats.gguf_file import Header, read_model
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.shape import ModelShape, Role
+from grok_local.placement.sizes.compute import compute_bytes
 from grok_local.placement.wishes import Wishes
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.engine.sampling import Sampling
@@ -109,7 +110,7 @@ def memory_for(path: Path, experts: int) -> int:
     shape = ModelShape.from_headers(read_model(path))
     rest = sum(weight.nbytes for weight in shape.weights if weight.role is not Role.EXPERTS and not weight.tied)
     kv = sum(shape.kv_bytes(layer, context=128, kv_type="f32") for layer in range(shape.layers))
-    compute = shape.compute_bytes(context=128, batch=512, attention=True, experts=True, output=True)
+    compute = compute_bytes(shape, context=128, batch=512)
     return rest + kv + compute + experts * shape.layer_bytes(0, Role.EXPERTS) // shape.experts
 
 

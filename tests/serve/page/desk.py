@@ -31,7 +31,8 @@ class Desk:
         """As if for the first time, but that texts come out the same every time."""
         self.browser.get(f"{self.address}/page/icon.svg")
         self.browser.execute_script("localStorage.clear(); sessionStorage.clear()")
-        self.browser.execute_script("localStorage['grok-local:write-sampling'] = '{\"seed\": 3}'")
+        for kept in ("write-sampling", "chat-sampling"):
+            self.browser.execute_script("localStorage[arguments[0]] = '{\"seed\": 3}'", f"grok-local:{kept}")
         self.read_logs()
         self.complaints, self.strangers = [], []
         self.browser.get(f"{self.address}/#{tab}")
@@ -48,11 +49,15 @@ class Desk:
 
     def read_logs(self) -> None:
         """What the page complained of, and what it asked others for."""
-        self.complaints += [entry["message"] for entry in self.browser.get_log("browser")]
-        for entry in self.browser.get_log("performance"):
+        self.complaints += [entry["message"] for entry in self._log("browser")]
+        for entry in self._log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 self._note(message["params"]["request"]["url"])
+
+    def _log(self, kind: str) -> list[dict[str, str]]:
+        found: list[dict[str, str]] = self.browser.get_log(kind)  # type: ignore[no-untyped-call]
+        return found
 
     def _note(self, url: str) -> None:
         if not url.startswith((f"{self.address}/", f"blob:{self.address}/", "data:", "about:")):

@@ -18,10 +18,10 @@ export function size(bytes) {
 /** Three digits. */
 export const figure = (value) => String(Number(value.toPrecision(3)));
 
-/** "12 %", "0.4 %", "under 0.1 %". */
+/** "12 %", "0.4 %", "< 0.1 %". */
 export function percent(share) {
   const value = 100 * share;
-  if (value < 0.1) return "under 0.1 %";
+  if (value < 0.1) return "< 0.1 %";
   return `${value < 1 ? value.toFixed(1) : Math.round(value)} %`;
 }
 

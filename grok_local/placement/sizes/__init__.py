@@ -1,0 +1,1 @@
+"""Arithmetic on bytes: what computing takes, and how layers fill rooms."""
