@@ -50,7 +50,7 @@ _LISTS = {
     "option": (
         "--mlock --flash-attn --n-predict --ctx-size --mirostat --lora --rope-scaling --draft --embedding "
         "--numa --no-mmap --grp-attn-n --hf-repo --cache-type-k --tensor-split --main-gpu --no-warmup --slots "
-        "--num-gpu --verbose-prompt --rope-freq-base --pooling --cont-batching --defrag-thold --verbosity --ubatch-size "
+        "--num-gpu --verbose-prompt --rope-freq-base --pooling --cont-batching --defrag-thold --verbosity "
         "--tensor-parallel-size --max-model-len --enforce-eager --swap-space --load-in-4bit --trust-remote-code"
     ),
 }
