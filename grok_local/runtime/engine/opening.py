@@ -279,7 +279,8 @@ def _step_down(plan: Plan, error: _OutOfMemoryError, *, step: int) -> tuple[Plan
         wishes = replace(plan.wishes, repack="off")
         return make_plan(plan.model, plan.machine, wishes), "RAM has no room for rearranged weights: mapped instead"
     before = _share(plan, error.place).used
-    having = allocatable(_handles()[error.place], before)
+    with kept_off_stderr():
+        having = allocatable(_handles()[error.place], before)
     said = f"{error.place} ran out of memory with {format_bytes(before)}"
     try:
         lower = with_less(plan, error.place, having - (spare_of(plan, error.place, having) << step))
