@@ -21,7 +21,15 @@ from grok_local.serve.service import Service
 
 __all__ = ["make_app"]
 
-_ROUTERS = tuple(one.router for one in (completions, messages, tokenizing, stored_files, batches, about, local))
+_ROUTERS = (
+    completions.router,
+    messages.router,
+    tokenizing.router,
+    stored_files.router,
+    batches.router,
+    about.router,
+    local.router,
+)
 
 
 def make_app(service: Service, *, host: str, key: str | None) -> ASGIApp:

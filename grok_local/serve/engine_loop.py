@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from grok_local.runtime.text.batch import Prepared, Result
     from grok_local.runtime.text.model import Model
 
-__all__ = ["INTERACTIVE", "Answer", "EngineLoop", "Increment"]
+__all__ = ["BACKGROUND", "Answer", "EngineLoop", "Increment"]
 
 INTERACTIVE, BACKGROUND = 0, 1  # ranks: who asks now goes before batches
 

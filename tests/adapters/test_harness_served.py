@@ -4,6 +4,7 @@ Needs lm_eval, aiohttp and tenacity.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from grok_local.adapters.harness import GrokLocalLM
 
 QUESTIONS = ["What is an expert?", "What does the router do?", "Which command packs a checkpoint?", "Who made Grok-1?"]
-_HAIR = 4e-6  # of a sum: what is as good as impossible has logits that f32 tells less exactly
 CHOICES = [" One of the parallel feed-forward networks.", " grok-local quantize", " A café in Zürich – 東京 🙂"]
 
 
@@ -42,7 +42,8 @@ def lm(tiny: Path) -> Iterator[GrokLocalLM]:
 
 @pytest.fixture(scope="module")
 def served(tiny: Path) -> Iterator[Running]:
-    with started(tiny, loading={"kv_type": "f32"}) as running:
+    """With one place: where in the KV cache a sequence lies changes sums by a hair, and a hair may change an expert."""
+    with started(tiny, loading={"kv_type": "f32", "parallel": 1}) as running:
         yield running
 
 
@@ -57,26 +58,39 @@ def asked(kind: Any, *arguments: Any) -> list[Instance]:
     return [Instance(request_type=kind, doc={}, arguments=given, idx=n) for n, given in enumerate(arguments)]
 
 
-def test_scores_are_those_in_the_process(lm: GrokLocalLM, remote: LocalCompletionsAPI) -> None:
-    greedy = asked(
-        "generate_until", *[(_prompt(question), {"until": [], "max_gen_toks": 60}) for question in QUESTIONS]
-    )
-    answers = lm.generate_until(greedy, disable_tqdm=True)  # the model ends each of them: EOS is what comes next
+def pairs_for(lm: GrokLocalLM) -> list[tuple[str, str]]:
+    """Likely and unlikely, and what the model ends: EOS is what comes next."""
+    greedy = [(_prompt(question), {"until": [], "max_gen_toks": 60}) for question in QUESTIONS]
+    answers = lm.generate_until(asked("generate_until", *greedy), disable_tqdm=True)
     pairs = [(_prompt(question), choice) for question in QUESTIONS for choice in CHOICES]
-    pairs += [(_prompt(question), answer) for question, answer in zip(QUESTIONS, answers, strict=True)]
-    pairs += [("", "It begins"), ("x " * 100, " x")]
-    expected = lm.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
+    return [*pairs, *((_prompt(question), answer) for question, answer in zip(QUESTIONS, answers, strict=True))]
+
+
+def test_scores_are_those_of_the_whole_text(tiny: Path, lm: GrokLocalLM, remote: LocalCompletionsAPI) -> None:
+    pairs = pairs_for(lm)
     found = remote.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
-    assert any(is_greedy for _, is_greedy in expected)
+    with grok_local.load(tiny, context=256, kv_type="f32") as model:
+        for (context, continuation), (value, _) in zip(pairs, found, strict=True):
+            (score,) = model.score([context + continuation])
+            expected = sum(one or 0.0 for one in score.logprobs[len(model.tokenize(context)) :])
+            assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_scores_are_those_in_the_process(lm: GrokLocalLM, remote: LocalCompletionsAPI) -> None:
+    """It reads a context and then what follows, in other widths: that changes sums by a hair, and seldom by more."""
+    pairs = asked("loglikelihood", *pairs_for(lm), ("", "It begins"), ("x " * 100, " x"))
+    expected, found = (one.loglikelihood(pairs, disable_tqdm=True) for one in (lm, remote))
+    assert sum(is_greedy for _, is_greedy in expected) >= len(QUESTIONS)
     assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
-    for (ours, _), (theirs, _) in zip(expected, found, strict=True):
-        assert theirs == pytest.approx(ours, abs=1e-4, rel=_HAIR)
+    differences = [abs(ours - theirs) for (ours, _), (theirs, _) in zip(expected, found, strict=True)]
+    assert statistics.median(differences) < 1e-4
+    assert max(differences) < 0.005
 
 
 def test_texts_as_a_whole(lm: GrokLocalLM, remote: LocalCompletionsAPI) -> None:
     texts = asked("loglikelihood_rolling", *[(f"{question} It is known. " * 20,) for question in QUESTIONS])
     expected = lm.loglikelihood_rolling(texts, disable_tqdm=True)
-    assert remote.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(expected, rel=_HAIR)
+    assert remote.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(expected, rel=4e-6)
 
 
 def test_answers(lm: GrokLocalLM, remote: LocalCompletionsAPI) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 from grok_local.files import write_whole
 from grok_local.runtime.jobs.batch_lines import Asked
 
-__all__ = ["MOST_LINES", "BatchRecord", "problems_of"]
+__all__ = ["BatchRecord", "problem", "problems_of"]
 
-MOST_LINES = 50_000
+_MOST_LINES = 50_000
 _MOST_PROBLEMS = 100  # that are told of one file
 _TIMED = ("in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled")
 
@@ -83,8 +83,8 @@ def problems_of(asked: Sequence[Asked], endpoint: str) -> list[dict[str, Any]]:
     """Why a file is no batch, line by line. What is wrong with a body costs its own line only, and is none of it."""
     if not asked:
         return [problem("empty_file", "no line has a request")]
-    if len(asked) > MOST_LINES:
-        return [problem("too_many_lines", f"{len(asked)} lines: at most {MOST_LINES} make a batch")]
+    if len(asked) > _MOST_LINES:
+        return [problem("too_many_lines", f"{len(asked)} lines: at most {_MOST_LINES} make a batch")]
     found = [
         problem("invalid_line", text, line=one.line.number, param=param)
         for one in asked

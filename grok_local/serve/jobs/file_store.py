@@ -20,7 +20,7 @@ from typing import IO, Any
 from grok_local.errors import OutputError, RefusedError
 from grok_local.files import partial_of, write_whole
 
-__all__ = ["MOST_FILE_BYTES", "FileStore", "StoredFile"]
+__all__ = ["MOST_FILE_BYTES", "FileStore"]
 
 MOST_FILE_BYTES = 64 << 20  # a batch's lines are all in memory
 _MOST_FILES = 1000

@@ -34,6 +34,7 @@ _FORM = {
 }
 _FORM_FIELDS: dict[str, Schema] = {"file": {}, "purpose": {}}
 _UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
+_CONTENT: dict[str, Any] = {"description": "The file", "content": {"application/octet-stream": {}}}
 _ENVELOPE = 64 << 10  # bytes around the file
 _PAGE = 20
 _MOST_OF_A_PAGE = 10_000
@@ -72,7 +73,7 @@ async def one_file(request: Request, id: str) -> Json:
     return Json(queue_of(request).files.get(id).described())
 
 
-@router.get("/v1/files/{id}/content", responses=answered())
+@router.get("/v1/files/{id}/content", responses={**answered(), 200: _CONTENT})
 async def content(request: Request, id: str) -> FileResponse:
     """What is in it."""
     return FileResponse(queue_of(request).files.path(id), media_type="application/octet-stream")

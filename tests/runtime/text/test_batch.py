@@ -145,3 +145,15 @@ def test_a_cancelled_task_ends_its_answer(wide: grok_local.Model) -> None:
 def test_logprobs_that_nobody_can_have(wide: grok_local.Model, likely: int) -> None:
     with pytest.raises(OptionError, match="logprobs"):
         wide.generate("x", logprobs=likely)
+
+
+def test_an_answer_goes_on_from_its_beginning(wide: grok_local.Model) -> None:
+    messages = [{"role": "user", "content": "What is an expert?"}]
+    task = {"messages": messages, "temperature": 0, "max_tokens": 6, "logprobs": 0}
+    results = wide.batch([{**task, "prefix": "It is"}, {**task, "prefix": "It is "}, {"prompt": "x", "prefix": "It"}])
+    begun, refused, alone = sorted(results, key=lambda result: result.index)
+    laid = wide.conversation.lay_out(messages, reserve=1)
+    ids = [*laid.ids, *wide.engine.continue_ids(" It is")]
+    assert begun.text == "".join(wide.generate(ids, max_tokens=6, temperature=0, stop=wide.conversation.form.stop))
+    assert "white space" in str(refused.error)
+    assert "messages alone" in str(alone.error)
