@@ -9,6 +9,7 @@ from enum import IntEnum
 from functools import cache
 
 from grok_local.ggml.libraries import open_library, prototype
+from grok_local.ggml.log import listen_to_backends
 
 __all__ = [
     "BackendDevice",
@@ -75,6 +76,7 @@ def _base() -> ctypes.CDLL:
 
 @cache
 def _registry() -> ctypes.CDLL:
+    listen_to_backends()
     lib = open_library("ggml")
     prototype(lib, "ggml_backend_dev_count", ctypes.c_size_t)
     prototype(lib, "ggml_backend_dev_get", _P, ctypes.c_size_t)

@@ -37,7 +37,7 @@ from grok_local.placement.planner import make_plan, needs_speeds
 from grok_local.placement.runnable import remarks
 from grok_local.placement.shape import ModelShape, Role
 from grok_local.placement.wishes import RAM
-from grok_local.runtime.engine import log
+from grok_local.ggml import log
 from grok_local.runtime.engine.protocol import Held, Placement
 from grok_local.runtime.engine.watching import Watch, notes_on_routing, watch_for
 from grok_local.runtime.graph.rows import Row
