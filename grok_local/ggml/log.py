@@ -50,7 +50,6 @@ class Buffer:
     nbytes: int
 
 
-@_CALLBACK
 def _collect(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", "replace").strip()
     if level == _ERROR and line:
@@ -63,18 +62,21 @@ def _collect(level: int, text: bytes, _: Any) -> None:
         _buffers.append(line)
 
 
+_collected = _CALLBACK(_collect)
+
+
 def listen() -> None:
     """From now on llama.cpp's log comes here, and nowhere else."""
     import llama_cpp  # which has a copy of that library to itself
 
-    llama_cpp.llama_log_set(_collect, None)
+    llama_cpp.llama_log_set(_collected, None)
 
 
 def listen_to_backends() -> None:
     """Likewise the log of the backends alone, without llama.cpp itself: each says what it finds as it is opened."""
     library = open_library("ggml-base")
     prototype(library, "ggml_log_set", None, _CALLBACK, ctypes.c_void_p)
-    library.ggml_log_set(_collect, None)
+    library.ggml_log_set(_collected, None)
 
 
 def tell_errors(say: Callable[[str], None]) -> None:

@@ -76,7 +76,7 @@ def other_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def on_other(other_device: Path, device: BackendDevice) -> Program:
-    """Runs a Python program, or with `-m` a module, on a device with these settings: on_other({"LIMIT": 10**8}, ...)."""
+    """Runs Python with these arguments on a device with these settings: on_other({"LIMIT": 10**8}, "-c", "...")."""
     if device.backend != "Vulkan":
         pytest.skip("settings are changed in front of Vulkan")
 

@@ -9,7 +9,6 @@ import ctypes
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from grok_local.ggml.devices import (
     cpu_device,
     extra_buffer_types,
 )
-from grok_local.ggml.mapping import unread_mappings
 from grok_local.machine.facts import Device, Say
 from grok_local.machine.limits import free_cores
 from grok_local.machine.this_machine import this_machine
@@ -39,6 +37,7 @@ from grok_local.placement.shape import ModelShape, Role
 from grok_local.placement.wishes import RAM
 from grok_local.ggml import log
 from grok_local.runtime.engine.protocol import Held, Placement
+from grok_local.runtime.engine.reading import read_once
 from grok_local.runtime.engine.watching import Watch, notes_on_routing, watch_for
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Tap
@@ -78,6 +77,7 @@ class _Target:
     """What is opened; the same whatever the plan. `abort` is llama.cpp's callback."""
 
     path: Path
+    headers: Sequence[Header]
     threads: int
     abort: Any
 
@@ -108,7 +108,7 @@ def open_planned(
     plan = make_plan(shape, this_machine(types, threads=request.threads, workers=workers, say=say), wishes)
     threads, busy = _threads_now(request)
     notes = [*plan.notes, *remarks(headers), *notes_on_routing(headers, wishes), *busy]
-    target = _Target(first_part(request.path), threads, abort)
+    target = _Target(first_part(request.path), headers, threads, abort)
     for step in range(_MOST_STEPS):
         try:
             watch = watch_for(plan, headers, interrupted=interrupted)
@@ -130,7 +130,7 @@ def _open(target: _Target, plan: Plan, *, watch: Watch | None, notes: Sequence[s
     log.clear()
     model = context = None
     try:
-        model = _load_model(target.path, plan)
+        model = _load_model(target, plan)
         warnings = [text for text in log.warnings() if "pre-tokenizer" not in text]  # `remarks` says that one
         if watch:
             watch.attach()
@@ -153,7 +153,7 @@ def _release(model: Any, context: Any, watch: Watch | None) -> None:
         watch.tap.close()
 
 
-def _load_model(path: Path, plan: Plan) -> Any:
+def _load_model(target: _Target, plan: Plan) -> Any:
     params = llama_cpp.llama_model_default_params()
     handles = _handles()
     used = [(d, n) for d, n, s in zip(plan.machine.devices, plan.layers, plan.shares, strict=False) if s.used]
@@ -165,12 +165,12 @@ def _load_model(path: Path, plan: Plan) -> Any:
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
     params.use_extra_bufts = bool(plan.repacked) and plan.machine.speeds.all_extra
-    # What goes to devices is read through the mapping, and would be a page at a time.
-    with unread_mappings() if plan.streamed and not used else nullcontext():
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    with read_once(plan, target.headers) as progress:
+        params.progress_callback = progress
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(target.path), params)
     if not model:
         _raise_if_out_of_memory(plan)
-        raise ModelError(f"{path}: llama.cpp cannot load it: {log.reason()}")
+        raise ModelError(f"{target.path}: llama.cpp cannot load it: {log.reason()}")
     return model
 
 
