@@ -18,6 +18,7 @@ import llama_cpp
 from grok_local.errors import ModelError
 from grok_local.files import first_part
 from grok_local.formats.gguf_file import Header
+from grok_local.ggml import log
 from grok_local.ggml.devices import (
     BackendDevice,
     backend_devices,
@@ -35,7 +36,6 @@ from grok_local.placement.planner import make_plan, needs_speeds
 from grok_local.placement.runnable import remarks
 from grok_local.placement.shape import ModelShape, Role
 from grok_local.placement.wishes import RAM
-from grok_local.ggml import log
 from grok_local.runtime.engine.protocol import Held, Placement
 from grok_local.runtime.engine.reading import read_once
 from grok_local.runtime.engine.watching import Watch, notes_on_routing, watch_for
