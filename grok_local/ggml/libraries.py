@@ -7,7 +7,8 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ __all__ = [
     "InitParams",
     "exit_on_abort",
     "exit_on_bus_error",
+    "kept_off_stderr",
     "let_threads_rest",
     "library_path",
     "on_abort",
@@ -76,6 +78,7 @@ _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _TERMINATE = ctypes.CFUNCTYPE(None)
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _installed: list[object] = []
+_terminal = [2]  # where the last words go
 _installed_handlers: list[object] = []
 
 
@@ -142,9 +145,30 @@ def exit_on_bus_error() -> None:
     libc.signal(signal.SIGBUS, callback)
 
 
+@contextmanager
+def kept_off_stderr() -> Iterator[None]:
+    """For programs that have said what happens on an abort: what C code prints to stderr by itself is not seen.
+
+    Drivers do so where memory runs out, whether or not llama.cpp goes on without it.
+    """
+    if not _installed:
+        yield
+        return
+    with suppress(OSError):  # there may be no stderr
+        _terminal.append(os.dup(2))
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        if len(_terminal) > 1:
+            os.dup2(_terminal[-1], 2)
+            os.close(_terminal.pop())
+
+
 def _exit_on_bus_error(_: int) -> None:
     text = "a file became shorter while it was read, or its disk failed: check the model with grok-local verify"
-    os.write(2, f"\nerror: {text}\n".encode())
+    os.write(_terminal[-1], f"\nerror: {text}\n".encode())
     os._exit(1)
 
 
@@ -152,5 +176,5 @@ def _exit(message: str) -> None:
     # abort() follows whatever happens here: leave as every other failure does, without a core dump.
     reason = message.rpartition("/")[2]
     advice = "memory ran out, the model is damaged (grok-local verify tells), or llama.cpp has a bug"
-    os.write(2, f"error: llama.cpp gave up ({reason}): {advice}\n".encode())
+    os.write(_terminal[-1], f"error: llama.cpp gave up ({reason}): {advice}\n".encode())
     os._exit(1)

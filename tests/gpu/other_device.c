@@ -4,11 +4,13 @@
    OTHER_HEAP   bytes of memory that the device says it has
    OTHER_TYPE   1 an integrated GPU, 2 a discrete one (VkPhysicalDeviceType)
    OTHER_RANGE  bytes that a shader may see of a buffer (maxStorageBufferRange)
+   OTHER_PEAK   a file that is told at the end how many bytes were allocated at most
    OTHER_KEEPS  buffers are never destroyed: Mesa 22.3's device still touches those that were */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <vulkan/vulkan.h>
@@ -18,7 +20,7 @@
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct { VkDeviceMemory memory; VkDeviceSize size; } held[1 << 16];
 static size_t holding;
-static VkDeviceSize total;
+static VkDeviceSize total, peak;
 
 /* What stands behind each function that is answered here; filled when somebody asks for it. */
 enum { ALLOCATE, FREE, DESTROY, PROPERTIES, PROPERTIES2, MEMORY, MEMORY2, DEVICE_PROC, REAL_COUNT };
@@ -40,6 +42,7 @@ static VkResult allocate(VkDevice device, const VkMemoryAllocateInfo *info, cons
         held[holding].memory = *memory;
         held[holding++].size = info->allocationSize;
         total += info->allocationSize;
+        peak = total > peak ? total : peak;
     }
     pthread_mutex_unlock(&lock);
     return result;
@@ -135,4 +138,12 @@ VKAPI_ATTR PFN_vkVoidFunction VKAPI_CALL vkGetInstanceProcAddr(VkInstance instan
         next = (PFN_vkGetInstanceProcAddr)dlsym(dlopen("libvulkan.so.1", RTLD_NOW), "vkGetInstanceProcAddr");
     return strcmp(name, "vkGetInstanceProcAddr") ? answer(name, next(instance, name))
                                                  : (PFN_vkVoidFunction)vkGetInstanceProcAddr;
+}
+
+__attribute__((destructor)) static void report(void) {
+    FILE *file = getenv("OTHER_PEAK") ? fopen(getenv("OTHER_PEAK"), "w") : NULL;
+    if (file) {
+        fprintf(file, "%llu\n", (unsigned long long)peak);
+        fclose(file);
+    }
 }

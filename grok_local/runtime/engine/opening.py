@@ -24,9 +24,11 @@ from grok_local.ggml.devices import (
     backend_devices,
     buffer_name,
     buffer_type,
+    can_allocate,
     cpu_device,
     extra_buffer_types,
 )
+from grok_local.ggml.libraries import kept_off_stderr
 from grok_local.machine.facts import Device, Say
 from grok_local.machine.limits import free_cores
 from grok_local.machine.this_machine import this_machine
@@ -49,6 +51,7 @@ _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
 _MOST_STEPS = 8
 _TOLERANCE = 0.01
+_SCRATCH = 3  # bytes for each token at once and each element of what is multiplied: it becomes f16, and there is more
 
 
 class _Override(ctypes.Structure):
@@ -112,7 +115,9 @@ def open_planned(
     for step in range(_MOST_STEPS):
         try:
             watch = watch_for(plan, headers, interrupted=interrupted)
-            return _open(target, plan, watch=watch, notes=[*notes, *(watch.notes if watch else ())])
+            opened = _open(target, plan, watch=watch, notes=[*notes, *(watch.notes if watch else ())])
+            _prove(opened, by_a_batch=step > 0)
+            return opened
         except _OutOfMemoryError as error:
             plan, note = _step_down(plan, error, units=2**step)
             notes.append(note)
@@ -165,7 +170,7 @@ def _load_model(target: _Target, plan: Plan) -> Any:
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
     params.use_extra_bufts = bool(plan.repacked) and plan.machine.speeds.all_extra
-    with read_once(plan, target.headers) as progress:
+    with read_once(plan, target.headers) as progress, kept_off_stderr():
         params.progress_callback = progress
         model = llama_cpp.llama_model_load_from_file(os.fsencode(target.path), params)
     if not model:
@@ -235,7 +240,8 @@ def _new_context(model: Any, target: _Target, plan: Plan, *, tap: Tap | None) ->
     # A GPU would be given copies of experts before we know which are wanted.
     params.op_offload = not plan.streamed
     params.no_perf = True
-    context = llama_cpp.llama_init_from_model(model, params)
+    with kept_off_stderr():
+        context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         _raise_if_out_of_memory(plan)
         raise ModelError(
@@ -300,6 +306,52 @@ def _unit(plan: Plan, place: str) -> int:
     """Bytes of a step: a layer's experts where there are any, else a layer."""
     role = Role.EXPERTS if plan.expert_layers[place] else Role.DENSE
     return max(plan.model.layer_bytes(plan.model.layers - 1, role), 1_000_000)
+
+
+# -- is there room to evaluate? ----------------------------------------------------------------------------------------
+
+
+def _prove(opened: Opened, *, by_a_batch: bool) -> None:
+    """Evaluating needs memory beyond what is held: try whether it is there while a step down is possible.
+
+    Drivers throw exceptions where it is not, which end the process. Frees what is open and raises _OutOfMemoryError.
+    """
+    plan = opened.placement.plan
+    try:
+        handles = _handles()
+        for share in plan.shares[:-1]:
+            _prove_room(plan, share, handles[share.place])
+        if by_a_batch:
+            _evaluate_batch(opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _prove_room(plan: Plan, share: Share, device: BackendDevice) -> None:
+    """For what products multiply with, in a format of their own, and for the copy of a tensor of experts from RAM."""
+    scratch = _SCRATCH * min(plan.batch, plan.cells) * plan.model.hidden + (1 << 20)
+    copied = 0 if plan.streamed or not plan.ram.experts else plan.model.largest_expert_tensor
+    with kept_off_stderr():
+        if share.used and not can_allocate(device, scratch, staged=copied):
+            raise _OutOfMemoryError(share.place, "no memory is left to evaluate with")
+
+
+def _evaluate_batch(opened: Opened) -> None:
+    """As many tokens as there may be at once; alike where experts are streamed, so that few of those are read."""
+    plan, tap = opened.placement.plan, opened.watch.tap if opened.watch else None
+    count = min(plan.batch, plan.context)
+    ids = [0 if plan.streamed else i % plan.model.vocabulary for i in range(count)]
+    if tap:
+        tap.begin([Row(id_, i, 0, i == count - 1) for i, id_ in enumerate(ids)])
+    tokens = (llama_cpp.llama_token * count)(*ids)
+    status = llama_cpp.llama_decode(opened.context, llama_cpp.llama_batch_get_one(tokens, count))
+    if tap:
+        tap.finish(complete=False)  # nobody asked for it: it is in no record
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(opened.context), True)
+    if status < 0:
+        _raise_if_out_of_memory(plan)
+        raise ModelError(f"llama.cpp cannot evaluate {count} tokens: {log.reason()}")
 
 
 # -- did it come true? -------------------------------------------------------------------------------------------------
