@@ -2,7 +2,8 @@
 
 The installed llama-cpp-python plus two libraries is enough: one that registers the backend, and the backend. They are
 compiled once from the source of that version, and kept in a cache; a folder that begins with a copy of the package and
-has them is laid beside it. The last line on stdout is that folder, for PYTHONPATH.
+has them is laid beside it. The last line on stdout is that folder, for PYTHONPATH. Code 77 says that something is
+lacking here that cannot be had.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from setup import BUILD, LLAMA, ROOT, CompileError, compile_watched, fail, find_compilers, run, say
 
@@ -27,6 +29,7 @@ LIBRARIES = ("libggml.so.0", "libggml-vulkan.so.0")
 PACKAGES = "mesa-vulkan-drivers libvulkan-dev glslc spirv-headers"
 OVERLAY = ROOT / "build" / "vulkan"
 _INCLUDE = Path("/usr/include")
+_LACKING = 77  # as automake's tests say that they were skipped
 _LEAST_HEADERS = (1, 3, 272)  # which brought VK_EXT_layer_settings
 _NEWER = "trixie"  # Debian's release whose headers are new enough for all that llama.cpp names
 _OPTIONS = (
@@ -43,7 +46,7 @@ _OPTIONS = (
 
 def main() -> None:
     if missing := _missing():
-        fail(f"tests/gpu needs {', '.join(missing)}: apt-get install {PACKAGES}")
+        give_up(f"{', '.join(missing)}: apt-get install {PACKAGES}")
     started = time.monotonic()
     include = _headers()
     folder = _cache() / _key(include)
@@ -57,6 +60,11 @@ def main() -> None:
     _lay_over(folder / "lib")
     say(f"llama.cpp's Vulkan backend: {words} in {folder} ({time.monotonic() - started:.0f} s)")
     print(OVERLAY)
+
+
+def give_up(lacking: str) -> NoReturn:
+    say(f"tests/gpu: not run, there is no {lacking}")
+    raise SystemExit(_LACKING)
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------
@@ -142,7 +150,7 @@ def _write_sources(state: Path) -> None:
     """The system's own sources with the newer release's name."""
     old = re.search(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE)
     if not old:
-        fail("Vulkan headers here are too old, and only Debian's newer ones can be fetched")
+        give_up("Vulkan headers of 1.3.272 or newer, which can be fetched on Debian alone")
     apt = Path("/etc/apt")
     for name, files in (
         ("newer.sources", apt.glob("sources.list.d/*.sources")),
@@ -156,7 +164,7 @@ def _quietly(*command: str | Path, cwd: Path | None = None) -> None:
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
-        fail(f"{' '.join(words)}: {done.stderr.strip()[-500:]}")
+        give_up(f"newer Vulkan headers: {' '.join(words)}: {done.stderr.strip()[-500:]}")
 
 
 # -- the libraries -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ products round what they multiply with to eight bits.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 # Relative RMS error of the median position; f16 is what a device rounds to.
 MOST = {"f32": 5e-3, "bf16": 2e-2, "q8_0": 4e-2, "q4_k": 4e-2, "q4_0": 4e-2, "iq4_xs": 4e-2, "mxfp4": 4e-2}
+CASES = [*((each, "all") for each in MOST), *itertools.product(("f32", "q4_k"), ("half", "dense", "experts"))]
 
 
 def error(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
@@ -48,8 +50,7 @@ def exact_logits(exact_of: Callable[[str], Path]) -> Callable[[str], npt.NDArray
     return of
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("type", MOST)
+@pytest.mark.parametrize(("type", "placement"), CASES)
 def test_logits_and_what_is_held(
     packed_as: Callable[[str], Path],
     exact_logits: Callable[[str], npt.NDArray[np.float32]],
@@ -61,9 +62,24 @@ def test_logits_and_what_is_held(
         found = model.logits(IDS)
         assert model.placement.notes == ()
         held, planned = model.placement.held[0], model.placement.plan.shares[0]
-    print(type, placement, error(found, exact_logits(type)), held, planned)
     assert error(found, exact_logits(type)) < MOST[type]
     assert held.place == planned.place == device.name
     assert abs(held.weights - planned.weights) < 10_000
     assert held.kv == planned.kv
     assert 0 < held.compute <= planned.compute
+
+
+@pytest.mark.parametrize("type", ["q8_0", "q4_k", "iq4_xs"])
+def test_it_is_nearer_than_the_processor(
+    packed_as: Callable[[str], Path], exact_logits: Callable[[str], npt.NDArray[np.float32]], type: str
+) -> None:
+    here, there = (logits(packed_as(type), **wishes) for wishes in ({"placement": "cpu"}, {"experts_on": "cpu"}))
+    assert error(there, exact_logits(type)) < error(here, exact_logits(type))
+
+
+def test_the_same_again(packed_as: Callable[[str], Path]) -> None:
+    """Contexts that grow and shrink leave nothing behind."""
+    with grok_local.load(packed_as("q4_k"), **OPTIONS) as model:
+        first = model.logits(IDS)
+        model.logits(IDS[:3])
+        assert np.array_equal(model.logits(IDS), first)
