@@ -79,7 +79,7 @@ def main() -> None:
 def _show(limited: Limited, limit: int, best: float) -> None:
     started = time.monotonic()
     done, _ = limited.run(limit)
-    found = json.loads(done.stdout) if done.returncode == 0 else {"held": 0, "notes": [], "experts": "-"}
+    found: dict[str, Any] = json.loads(done.stdout or '{"held": 0, "notes": [], "experts": "no"}')
     text = f"code {done.returncode}, {done.stderr.count(chr(10))} lines of stderr, {len(found['notes'])} steps"
     used = f"{found['held'] / 1e6:7.1f} MB of {best / 1e6:7.1f}: {found['held'] / best:4.0%}"
     print(f"{limit / 1e6:7.1f} MB: {text}, {found['experts']} layers, {used}, {time.monotonic() - started:.0f} s")

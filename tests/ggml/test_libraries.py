@@ -38,6 +38,25 @@ def test_an_exception_of_a_driver_is_an_error_line() -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="throws by a function of GNU's library")
+def test_what_drivers_print_is_not_seen_and_the_last_words_are() -> None:
+    silenced = """
+import os
+from grok_local.ggml.libraries import kept_off_stderr
+os.write(2, b"before\\n")
+with kept_off_stderr():
+    os.write(2, b"a driver's\\n")
+os.write(2, b"after\\n")
+kept_off_stderr().__enter__()
+"""
+    installed, thrown = THROWN.split("exit_on_abort()\n")
+    program = f"{installed}exit_on_abort()\n{silenced}{thrown}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    before, after, last = done.stderr.splitlines()
+    assert (done.returncode, before, after) == (1, "before", "after")
+    assert last.startswith("error: llama.cpp gave up (an exception, std::out_of_range)")
+
+
 def test_a_mapped_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(10000))

@@ -73,7 +73,7 @@ def test_logits_and_what_is_held(
 def test_it_is_nearer_than_the_processor(
     packed_as: Callable[[str], Path], exact_logits: Callable[[str], npt.NDArray[np.float32]], type: str
 ) -> None:
-    here, there = (logits(packed_as(type), **wishes) for wishes in ({"placement": "cpu"}, {"experts_on": "cpu"}))
+    here, there = logits(packed_as(type), placement="cpu"), logits(packed_as(type))
     assert error(there, exact_logits(type)) < error(here, exact_logits(type))
 
 
