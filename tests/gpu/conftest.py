@@ -74,7 +74,7 @@ def other_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def on_other(other_device: Path, device: BackendDevice) -> Program:
     """Runs Python with these arguments on a device with these settings: on_other({"LIMIT": 10**8}, "-c", "...")."""
     if device.backend != "Vulkan":

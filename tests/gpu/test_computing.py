@@ -80,6 +80,6 @@ def test_it_is_nearer_than_the_processor(
 def test_the_same_again(packed_as: Callable[[str], Path]) -> None:
     """Contexts that grow and shrink leave nothing behind."""
     with grok_local.load(packed_as("q4_k"), **OPTIONS) as model:
-        first = model.logits(IDS)
+        first = model.logits(IDS[:12])
         model.logits(IDS[:3])
-        assert np.array_equal(model.logits(IDS), first)
+        assert np.array_equal(model.logits(IDS[:12]), first)

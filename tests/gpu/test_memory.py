@@ -42,8 +42,13 @@ def found(on_other: Program, path: Path, limit: int, **options: Any) -> Any:
     return json.loads(done.stdout)
 
 
-def test_a_device_without_limits_holds_everything(on_other: Program, deep: Path) -> None:
-    whole = found(on_other, deep, 0)
+@pytest.fixture(scope="module")
+def whole(on_other: Program, deep: Path) -> Any:
+    """What is found without a limit."""
+    return found(on_other, deep, 0)
+
+
+def test_a_device_without_limits_holds_everything(whole: Any) -> None:
     assert (whole["layers"], whole["experts"], whole["notes"]) == (9, 8, [])
 
 
@@ -53,9 +58,8 @@ def test_a_step_down_is_said_and_leaves_room_to_evaluate(on_other: Program, deep
     assert less["notes"][0].startswith("Vulkan0 ran out of memory with ")
 
 
-def test_room_for_what_is_held_is_not_enough(on_other: Program, deep: Path) -> None:
+def test_room_for_what_is_held_is_not_enough(on_other: Program, deep: Path, whole: Any) -> None:
     """It fits, but what is allocated when it is evaluated would not: that ended in an exception of the driver's."""
-    whole = found(on_other, deep, 0)
     less = found(on_other, deep, whole["held"] + whole["compute"] + 100_000)
     assert (less["layers"], less["experts"]) == (9, 7)
     assert less["notes"][0].startswith("Vulkan0 ran out of memory with ")

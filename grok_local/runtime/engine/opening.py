@@ -51,6 +51,7 @@ _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
 _MOST_STEPS = 8
 _TOLERANCE = 0.01
+_STAGES = "Vulkan"  # the backend that copies from RAM by way of memory of the driver's, and throws where there is none
 _SCRATCH = 3  # bytes for each token at once and each element of what is multiplied: it becomes f16, and there is more
 
 
@@ -331,9 +332,10 @@ def _prove(opened: Opened, *, by_a_batch: bool) -> None:
 def _prove_room(plan: Plan, share: Share, device: BackendDevice) -> None:
     """For what products multiply with, in a format of their own, and for the copy of a tensor of experts from RAM."""
     scratch = _SCRATCH * min(plan.batch, plan.cells) * plan.model.hidden + (1 << 20)
-    copied = 0 if plan.streamed or not plan.ram.experts else plan.model.largest_expert_tensor
+    copied = plan.model.largest_expert_tensor if plan.ram.experts and not plan.streamed else 0
+    staged = copied if device.backend == _STAGES else 0
     with kept_off_stderr():
-        if share.used and not can_allocate(device, scratch, staged=copied):
+        if share.used and not can_allocate(device, scratch, staged=staged):
             raise _OutOfMemoryError(share.place, "no memory is left to evaluate with")
 
 
