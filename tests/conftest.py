@@ -16,6 +16,10 @@ from samples.grok2_release import SMALL_2, write_release
 
 TOKENIZER = REFERENCE / "small-tokenizer.model"
 
+# What is tested is the processor's arithmetic, and where it runs alone: backends look at these when they are loaded.
+if "GROK_LOCAL_TEST_GPU" not in os.environ:  # which scripts/test-gpu sets for tests/gpu
+    os.environ.update(GGML_VK_VISIBLE_DEVICES="", CUDA_VISIBLE_DEVICES="-1", HIP_VISIBLE_DEVICES="-1")
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: some tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

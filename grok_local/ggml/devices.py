@@ -14,6 +14,7 @@ from functools import cache
 from gguf.constants import GGMLQuantizationType
 
 from grok_local.ggml.libraries import InitParams, open_library, prototype
+from grok_local.ggml.log import listen_to_backends
 
 __all__ = [
     "Abilities",
@@ -25,6 +26,7 @@ __all__ = [
     "backend_names",
     "buffer_name",
     "buffer_type",
+    "can_allocate",
     "cpu_device",
     "cpu_features",
     "extra_buffer_types",
@@ -98,6 +100,7 @@ def _base() -> ctypes.CDLL:
     prototype(lib, "ggml_backend_dev_buffer_type", _P, _P)
     prototype(lib, "ggml_backend_reg_name", ctypes.c_char_p, _P)
     prototype(lib, "ggml_backend_reg_get_proc_address", _P, _P, ctypes.c_char_p)
+    prototype(lib, "ggml_backend_dev_host_buffer_type", _P, _P)
     prototype(lib, "ggml_backend_buft_name", ctypes.c_char_p, _P)
     prototype(lib, "ggml_backend_buft_get_max_size", _SIZE, _P)
     prototype(lib, "ggml_backend_buft_alloc_buffer", _P, _P, _SIZE)
@@ -112,11 +115,13 @@ def _base() -> ctypes.CDLL:
     prototype(lib, "ggml_mul_mat", _P, _P, _P, _P)
     prototype(lib, "ggml_mul_mat_id", _P, _P, _P, _P, _P)
     prototype(lib, "ggml_soft_max", _P, _P, _P)
+    prototype(lib, "ggml_backend_buffer_get_type", _P, _P)
     return lib
 
 
 @cache
 def _registry() -> ctypes.CDLL:
+    listen_to_backends()
     # In pieces of a gigabyte, which is usual, Vulkan's buffers for what is computed take up to twice the memory.
     os.environ.setdefault("GGML_VK_SUBALLOCATION_BLOCK_SIZE", str(1 << 40))
     lib = open_library("ggml")
@@ -177,6 +182,27 @@ def _features(address: int) -> Iterator[tuple[str, str]]:
 def buffer_type(device: BackendDevice) -> int:
     """The ggml_backend_buffer_type_t of a device's own memory."""
     return int(_base().ggml_backend_dev_buffer_type(device.handle))
+
+
+def can_allocate(device: BackendDevice, nbytes: int, *, staged: int = 0) -> bool:
+    """Whether a device has so many bytes left, and its driver so many to stage copies in: tried, and given back.
+
+    Staged copies lie in RAM that the driver pins, which of an integrated GPU is the same memory.
+    """
+    base = _base()
+    wanted = [(buffer_type(device), nbytes), (base.ggml_backend_dev_host_buffer_type(device.handle), staged)]
+    buffers: list[int] = []
+    try:
+        for kind, size in wanted:
+            if kind and size:
+                buffers.append(base.ggml_backend_buft_alloc_buffer(kind, size) or 0)
+                # Where a driver can pin none, ggml gives other memory.
+                if not buffers[-1] or base.ggml_backend_buffer_get_type(buffers[-1]) != kind:
+                    return False
+        return True
+    finally:
+        for buffer in filter(None, buffers):
+            base.ggml_backend_buffer_free(buffer)
 
 
 def extra_buffer_types() -> dict[str, int]:

@@ -7,7 +7,8 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ __all__ = [
     "backend_libraries",
     "exit_on_abort",
     "exit_on_bus_error",
+    "kept_off_stderr",
     "let_threads_rest",
     "library_path",
     "on_abort",
@@ -79,20 +81,57 @@ def let_threads_rest() -> None:
 
 
 _ABORT = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+_TERMINATE = ctypes.CFUNCTYPE(None)
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _installed: list[object] = []
+_terminal = [2]  # where the last words go
 _installed_handlers: list[object] = []
 
 
 def on_abort(handle: Callable[[str], None]) -> None:
-    """Have `handle` called with ggml's message before it aborts the process; it must not return to survive."""
+    """Have `handle` called with ggml's message before it aborts the process; it must not return to survive.
+
+    Also where a C++ exception would end it, as of a GPU's driver whose memory ran out: with the exception's type.
+    """
 
     def call(message: bytes) -> None:
         handle(message.decode("utf-8", "replace"))
 
-    callback = _ABORT(call)
-    _installed[:] = [callback]  # C keeps no reference
-    open_library("ggml-base").ggml_set_abort_callback(callback)
+    callback, terminate = _ABORT(call), _TERMINATE(lambda: handle(_uncaught()))
+    _installed[:] = [callback, terminate]  # C keeps no reference
+    open_library("ggml-base").ggml_set_abort_callback(callback)  # which, as it is opened, sets a handler of its own
+    if runtime := _cxx_runtime():
+        runtime._ZSt13set_terminatePFvvE(terminate)
+
+
+@cache
+def _cxx_runtime() -> ctypes.CDLL | None:
+    """The C++ library that llama.cpp's are linked with, where it is one of the usual two."""
+    name = "/usr/lib/libc++abi.dylib" if sys.platform == "darwin" else "libstdc++.so.6"
+    try:
+        library = ctypes.CDLL(name)
+        prototype(library, "_ZSt13set_terminatePFvvE", ctypes.c_void_p, _TERMINATE)
+        prototype(library, "__cxa_current_exception_type", ctypes.c_void_p)
+        arguments = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
+        prototype(library, "__cxa_demangle", ctypes.c_char_p, *arguments)
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def _uncaught() -> str:
+    """What is thrown and caught by nobody."""
+    runtime = _cxx_runtime()
+    kind = runtime.__cxa_current_exception_type() if runtime else None
+    if not (runtime and kind):
+        return "it gave up without an exception"
+    return f"an exception, {(runtime.__cxa_demangle(_type_name(kind), None, None, None) or b'unknown').decode()}"
+
+
+def _type_name(kind: int) -> bytes:
+    """As the compiler has it: the second pointer of a std::type_info, whose highest bit is a mark on some systems."""
+    pointer = ctypes.cast(kind, ctypes.POINTER(ctypes.c_size_t))[1] & ~(1 << 63)
+    return ctypes.string_at(pointer)
 
 
 def exit_on_abort() -> None:
@@ -112,9 +151,30 @@ def exit_on_bus_error() -> None:
     libc.signal(signal.SIGBUS, callback)
 
 
+@contextmanager
+def kept_off_stderr() -> Iterator[None]:
+    """For programs that have said what happens on an abort: what C code prints to stderr by itself is not seen.
+
+    Drivers do so where memory runs out, whether or not llama.cpp goes on without it.
+    """
+    if not _installed:
+        yield
+        return
+    with suppress(OSError):  # there may be no stderr
+        _terminal.append(os.dup(2))
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        if len(_terminal) > 1:
+            os.dup2(_terminal[-1], 2)
+            os.close(_terminal.pop())
+
+
 def _exit_on_bus_error(_: int) -> None:
     text = "a file became shorter while it was read, or its disk failed: check the model with grok-local verify"
-    os.write(2, f"\nerror: {text}\n".encode())
+    os.write(_terminal[-1], f"\nerror: {text}\n".encode())
     os._exit(1)
 
 
@@ -122,5 +182,5 @@ def _exit(message: str) -> None:
     # abort() follows whatever happens here: leave as every other failure does, without a core dump.
     reason = message.rpartition("/")[2]
     advice = "memory ran out, the model is damaged (grok-local verify tells), or llama.cpp has a bug"
-    os.write(2, f"error: llama.cpp gave up ({reason}): {advice}\n".encode())
+    os.write(_terminal[-1], f"error: llama.cpp gave up ({reason}): {advice}\n".encode())
     os._exit(1)

@@ -7,8 +7,8 @@ layers for each device and a list of exceptions.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -18,7 +18,17 @@ from grok_local.placement.sizes.compute import compute_bytes
 from grok_local.placement.wishes import RAM, USUAL_BATCH, Wishes, cells_of, usual_batch
 from grok_local.units import format_bytes
 
-__all__ = ["Override", "Places", "Plan", "Share", "are_pinned", "is_slow", "units_of"]
+__all__ = [
+    "Override",
+    "Places",
+    "Plan",
+    "Share",
+    "are_pinned",
+    "exceptions_of",
+    "is_slow",
+    "patterns_of",
+    "units_of",
+]
 
 Override: TypeAlias = tuple[str, str]  # (regular expression for tensor names, place)
 
@@ -151,6 +161,31 @@ def units_of(model: ModelShape, devices: Sequence[Device], layers: Sequence[int]
     """The place of each layer and, last, of the output: RAM first, then the devices in order."""
     names = [device.name for device, count in zip(devices, layers, strict=True) for _ in range(count)]
     return [RAM] * (model.layers + 1 - len(names)) + names
+
+
+def exceptions_of(plan: Plan) -> dict[str, list[str]]:
+    """By place, the tensors that are not where their layer is.
+
+    The user's expressions are matched here: std::regex means something else by some, and others overflow its stack.
+    """
+    usual = replace(plan, overrides=())
+    found: dict[str, list[str]] = {}
+    for weight in plan.model.weights:
+        place = plan.place_of(weight)
+        if place != usual.place_of(weight):
+            found.setdefault(place, []).append(weight.name)
+    return found
+
+
+def patterns_of(names: Iterable[str]) -> Iterator[str]:
+    """Patterns that match these tensors, and no other."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        groups.setdefault(found[2] if found else name, []).append(found[1] if found else "")
+    for rest, layers in groups.items():
+        prefix = rf"blk\.({'|'.join(layers)})\." if layers != [""] else ""
+        yield f"^{prefix}{re.escape(rest)}$"
 
 
 # -- what to say about it ----------------------------------------------------------------------------------------------

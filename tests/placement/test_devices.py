@@ -186,11 +186,12 @@ def test_with_less_memory_experts_go_first() -> None:
 @pytest.mark.parametrize(
     ("wish", "vram"), [("experts_on", 8), ("experts_on", 24), ("experts_on", 48), ("gpu_layers", 8), ("gpu_layers", 16)]
 )
-def test_what_is_advised_works(wish: str, vram: int) -> None:
+def test_what_is_advised_works(wish: Any, vram: int) -> None:
+    wishes = Wishes(kv_type="f32", context=16384)
     with pytest.raises(PlacementError) as refused:
-        make_plan(release("grok-1"), machine(256, vram), Wishes(**{wish: 64}, kv_type="f32", context=16384))
+        make_plan(release("grok-1"), machine(256, vram), replace(wishes, **dict[str, Any]({wish: 64})))
     advised = int(re.findall(r"say --[a-z-]+ (\d+)", str(refused.value))[0])
-    assert make_plan(release("grok-1"), machine(256, vram), Wishes(**{wish: advised}, kv_type="f32", context=16384))
+    assert make_plan(release("grok-1"), machine(256, vram), replace(wishes, **dict[str, Any]({wish: advised})))
 
 
 def test_with_less_memory_a_wish_is_refused_with_what_fits() -> None:

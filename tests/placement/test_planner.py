@@ -283,7 +283,7 @@ def _compute_buffer(path: Path, *, context: int, batch: int) -> int:
     """Bytes llama.cpp would allocate, by its own account."""
     import llama_cpp
 
-    from grok_local.runtime.engine import log
+    from grok_local.ggml import log
 
     log.listen()
     log.clear()

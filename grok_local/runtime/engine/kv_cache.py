@@ -15,7 +15,7 @@ from typing import Any
 import llama_cpp
 
 from grok_local.errors import ModelError, OutputError
-from grok_local.runtime.engine import log
+from grok_local.ggml import log
 from grok_local.runtime.graph.rows import Row
 
 __all__ = ["KVCache"]

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from grok_local.errors import ContextError, ModelError, NoRoomError, OptionError
 from grok_local.formats import gguf_file
+from grok_local.ggml import log
 from grok_local.machine.facts import Device, Say
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.runnable import why_not_continued
-from grok_local.runtime.engine import log
 from grok_local.runtime.engine.interrupts import ctrl_c_later
 from grok_local.runtime.engine.kv_cache import KVCache
 from grok_local.runtime.engine.opening import open_planned

@@ -8,8 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,30 @@ import llama_cpp
 from grok_local.errors import ModelError, PlacementError
 from grok_local.files import first_part
 from grok_local.formats.gguf_file import Header
+from grok_local.ggml import log
 from grok_local.ggml.devices import (
     BackendDevice,
     allocatable,
     backend_devices,
     buffer_name,
     buffer_type,
+    can_allocate,
     cpu_device,
     extra_buffer_types,
 )
-from grok_local.ggml.mapping import unread_mappings
+from grok_local.ggml.libraries import kept_off_stderr
 from grok_local.machine.facts import Device, Say
 from grok_local.machine.limits import free_cores
 from grok_local.machine.this_machine import this_machine
 from grok_local.placement.load_options import LoadRequest
-from grok_local.placement.plan import Plan, Share
+from grok_local.placement.plan import Plan, Share, exceptions_of, patterns_of
 from grok_local.placement.planner import make_plan, needs_speeds
 from grok_local.placement.runnable import remarks
 from grok_local.placement.shape import ModelShape
 from grok_local.placement.whatif import with_less, with_smaller
 from grok_local.placement.wishes import RAM
-from grok_local.runtime.engine import log
-from grok_local.runtime.engine.protocol import Held, Placement
+from grok_local.runtime.engine.protocol import Held, Placement, differences, tolerance
+from grok_local.runtime.engine.reading import read_once
 from grok_local.runtime.engine.watching import Watch, notes_on_routing, watch_for
 from grok_local.runtime.graph.rows import Row
 from grok_local.runtime.graph.tap import Tap
@@ -51,8 +52,9 @@ __all__ = ["accounted", "open_planned"]
 _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
 _MOST_STEPS = 8
-_TOLERANCE = 0.01
 _SPARE, _SPARE_OF_WORKER, _MOST_SPARE = 16, 4, 512_000_000  # shares of a device that ran out of memory, and bytes
+_STAGES = "Vulkan"  # the backend that copies from RAM by way of memory of the driver's, and throws where there is none
+_SCRATCH = 3  # bytes for each token at once and each element of what is multiplied: it becomes f16, and there is more
 
 
 class _Override(ctypes.Structure):
@@ -81,6 +83,7 @@ class _Target:
     """What is opened; the same whatever the plan. `abort` is llama.cpp's callback."""
 
     path: Path
+    headers: Sequence[Header]
     threads: int
     abort: Any
 
@@ -119,12 +122,14 @@ def open_planned(
     plan = make_plan(shape, this_machine(types, threads=request.threads, workers=workers, say=say), wishes)
     threads, busy = _threads_now(request)
     notes = [*remarks(headers), *notes_on_routing(headers, wishes), *busy]
-    target, steps = _Target(first_part(request.path), threads, abort), list[str]()
+    target, steps = _Target(first_part(request.path), headers, threads, abort), list[str]()
     while len(steps) < _MOST_STEPS:
         try:
             watch = watch_for(plan, headers, interrupted=interrupted)
             told = [*steps, *plan.notes, *notes, *(watch.notes if watch else ())]
-            return _as_planned(_open(target, plan, watch=watch, notes=told))
+            opened = _as_planned(_open(target, plan, watch=watch, notes=told))
+            _prove(opened, by_a_batch=bool(steps))
+            return opened
         except _OutOfMemoryError as error:
             plan, note = _step_down(plan, error, step=len(steps))
         except _HeldLessError as error:
@@ -144,7 +149,7 @@ def _open(target: _Target, plan: Plan, *, watch: Watch | None, notes: Sequence[s
     log.clear()
     model = context = None
     try:
-        model = _load_model(target.path, plan)
+        model = _load_model(target, plan)
         warnings = [text for text in log.warnings() if "pre-tokenizer" not in text]  # `remarks` says that one
         if watch:
             watch.attach()
@@ -154,7 +159,7 @@ def _open(target: _Target, plan: Plan, *, watch: Watch | None, notes: Sequence[s
     except BaseException:
         _release(model, context, watch)
         raise
-    return Opened(model, context, Placement(plan, held, (*notes, *warnings, *_differences(plan, held))), watch)
+    return Opened(model, context, Placement(plan, held, (*notes, *warnings, *differences(plan, held))), watch)
 
 
 def _release(model: Any, context: Any, watch: Watch | None) -> None:
@@ -167,7 +172,7 @@ def _release(model: Any, context: Any, watch: Watch | None) -> None:
         watch.tap.close()
 
 
-def _load_model(path: Path, plan: Plan, *, no_alloc: bool = False) -> Any:
+def _load_model(target: _Target, plan: Plan, *, no_alloc: bool = False) -> Any:
     params = llama_cpp.llama_model_default_params()
     handles = _handles()
     used = [(d, n) for d, n, s in zip(plan.machine.devices, plan.layers, plan.shares, strict=False) if s.used]
@@ -180,12 +185,12 @@ def _load_model(path: Path, plan: Plan, *, no_alloc: bool = False) -> Any:
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE if no_alloc else llama_cpp.LLAMA_LOAD_MODE_MMAP
     params.no_alloc = no_alloc
     params.use_extra_bufts = bool(plan.repacked) and plan.machine.speeds.all_extra
-    # What goes to devices is read through the mapping, and would be a page at a time.
-    with unread_mappings() if plan.streamed and not used else nullcontext():
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    with read_once(plan, target.headers) as progress, kept_off_stderr():
+        params.progress_callback = progress
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(target.path), params)
     if not model:
         _raise_if_out_of_memory(plan)
-        raise ModelError(f"{path}: llama.cpp cannot load it: {log.reason()}")
+        raise ModelError(f"{target.path}: llama.cpp cannot load it: {log.reason()}")
     return model
 
 
@@ -200,40 +205,15 @@ def _tensor_split(counts: Sequence[int]) -> Any:
 
 def _overrides(plan: Plan, handles: dict[str, BackendDevice]) -> Any:
     """The plan's exceptions as llama.cpp takes them: the first that matches holds."""
-    pairs = [] if plan.machine.speeds.all_extra else [(text, "") for text in _patterns(plan.repacked)]
+    pairs = [] if plan.machine.speeds.all_extra else [(text, "") for text in patterns_of(plan.repacked)]
     places = {name: buffer_type(device) for name, device in handles.items()}
     places |= {RAM: buffer_type(cpu_device()), "": extra_buffer_types().get("CPU_REPACK", 0)}
-    for place, names in _exceptions(plan).items():
-        pairs += [(text, place) for text in _patterns(names)]
+    for place, names in exceptions_of(plan).items():
+        pairs += [(text, place) for text in patterns_of(names)]
     array = (_Override * (len(pairs) + 1))()
     for entry, (pattern, place) in zip(array, pairs, strict=False):
         entry.pattern, entry.buft = pattern.encode(), places[place]
     return array
-
-
-def _exceptions(plan: Plan) -> dict[str, list[str]]:
-    """By place, the tensors that are not where their layer is.
-
-    The user's expressions are matched here: std::regex means something else by some, and others overflow its stack.
-    """
-    usual = replace(plan, overrides=())
-    found: dict[str, list[str]] = {}
-    for weight in plan.model.weights:
-        place = plan.place_of(weight)
-        if place != usual.place_of(weight):
-            found.setdefault(place, []).append(weight.name)
-    return found
-
-
-def _patterns(names: Iterable[str]) -> Iterator[str]:
-    """Patterns that match these tensors, and no other."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(set(names)):
-        found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-        groups.setdefault(found[2] if found else name, []).append(found[1] if found else "")
-    for rest, layers in groups.items():
-        prefix = rf"blk\.({'|'.join(layers)})\." if layers != [""] else ""
-        yield f"^{prefix}{re.escape(rest)}$"
 
 
 def _new_context(model: Any, target: _Target, plan: Plan, *, tap: Tap | None) -> Any:
@@ -250,7 +230,8 @@ def _new_context(model: Any, target: _Target, plan: Plan, *, tap: Tap | None) ->
     # A GPU would be given copies of experts before we know which are wanted.
     params.op_offload = not plan.streamed
     params.no_perf = True
-    context = llama_cpp.llama_init_from_model(model, params)
+    with kept_off_stderr():
+        context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         _raise_if_out_of_memory(plan)
         raise ModelError(
@@ -298,7 +279,8 @@ def _step_down(plan: Plan, error: _OutOfMemoryError, *, step: int) -> tuple[Plan
         wishes = replace(plan.wishes, repack="off")
         return make_plan(plan.model, plan.machine, wishes), "RAM has no room for rearranged weights: mapped instead"
     before = _share(plan, error.place).used
-    having = allocatable(_handles()[error.place], before)
+    with kept_off_stderr():
+        having = allocatable(_handles()[error.place], before)
     spare = _spare(plan, error.place, having) << step
     said = f"{error.place} ran out of memory with {format_bytes(before)}"
     try:
@@ -321,6 +303,53 @@ def _share(plan: Plan, place: str) -> Share:
     return next(share for share in plan.shares if share.place == place)
 
 
+# -- is there room to evaluate? ----------------------------------------------------------------------------------------
+
+
+def _prove(opened: Opened, *, by_a_batch: bool) -> None:
+    """Evaluating needs memory beyond what is held: try whether it is there while a step down is possible.
+
+    Drivers throw exceptions where it is not, which end the process. Frees what is open and raises _OutOfMemoryError.
+    """
+    plan = opened.placement.plan
+    try:
+        handles = _handles()
+        for share in plan.shares[:-1]:
+            _prove_room(plan, share, handles[share.place])
+        if by_a_batch:
+            _evaluate_batch(opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _prove_room(plan: Plan, share: Share, device: BackendDevice) -> None:
+    """For what products multiply with, in a format of their own, and for the copy of a tensor of experts from RAM."""
+    scratch = _SCRATCH * min(plan.batch, plan.cells) * plan.model.hidden + (1 << 20)
+    copied = plan.model.largest_expert_tensor if plan.ram.experts and not plan.streamed else 0
+    staged = copied if device.backend == _STAGES else 0
+    with kept_off_stderr():
+        if share.used and not can_allocate(device, scratch, staged=staged):
+            raise _OutOfMemoryError(share.place, "no memory is left to evaluate with")
+
+
+def _evaluate_batch(opened: Opened) -> None:
+    """As many tokens as there may be at once; alike where experts are streamed, so that few of those are read."""
+    plan, tap = opened.placement.plan, opened.watch.tap if opened.watch else None
+    count = min(plan.batch, plan.context)
+    ids = [0 if plan.streamed else i % plan.model.vocabulary for i in range(count)]
+    if tap:
+        tap.begin([Row(id_, i, 0, i == count - 1) for i, id_ in enumerate(ids)])
+    tokens = (llama_cpp.llama_token * count)(*ids)
+    status = llama_cpp.llama_decode(opened.context, llama_cpp.llama_batch_get_one(tokens, count))
+    if tap:
+        tap.finish(complete=False)  # nobody asked for it: it is in no record
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(opened.context), True)
+    if status < 0:
+        _raise_if_out_of_memory(plan)
+        raise ModelError(f"llama.cpp cannot evaluate {count} tokens: {log.reason()}")
+
+
 # -- did it come true? -------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +366,7 @@ def _as_planned(opened: Opened) -> Opened:
     """Raises _HeldLessError, having closed it, where a device holds less of the weights than it was to have."""
     placement = opened.placement
     for share, found in zip(placement.plan.shares[:-1], placement.held, strict=False):
-        if share.weights - found.weights > _tolerance(share.weights):
+        if share.weights - found.weights > tolerance(share.weights):
             opened.close()
             having, planned = format_bytes(found.weights), format_bytes(share.weights)
             raise _HeldLessError(
@@ -346,30 +375,13 @@ def _as_planned(opened: Opened) -> Opened:
     return opened
 
 
-def _differences(plan: Plan, held: Sequence[Held]) -> Iterator[str]:
-    """What a place holds otherwise than planned. RAM's weights are mapped; buffers may be smaller than planned."""
-    for share, found in zip(plan.shares, held, strict=True):
-        compute = max(found.compute, share.compute)
-        pairs = [("KV cache", share.kv, found.kv), ("compute buffers", share.compute, compute)]
-        if share.place != RAM:
-            pairs.append(("weights", share.weights, found.weights))
-        for what, planned, actual in pairs:
-            if abs(planned - actual) > _tolerance(planned):
-                yield (
-                    f"{share.place} holds {format_bytes(actual)} of {what} where {format_bytes(planned)} were planned"
-                )
-
-
-def _tolerance(planned: int) -> float:
-    return _TOLERANCE * planned + (1 << 20)
-
-
 def accounted(path: Path, plan: Plan) -> list[Held]:
     """What llama.cpp would compute with, by its own account: nothing is allocated, and nothing read but the header."""
     log.listen()
     log.clear()
-    model = _load_model(path, plan, no_alloc=True)
-    context = _new_context(model, _Target(path, 1, llama_cpp.ggml_abort_callback()), plan, tap=None)
+    target = _Target(path, (), 1, llama_cpp.ggml_abort_callback())
+    model = _load_model(target, plan, no_alloc=True)
+    context = _new_context(model, target, plan, tap=None)
     try:
         return list(_held(plan))
     finally:

@@ -16,8 +16,8 @@ import llama_cpp
 from grok_local.errors import ModelError, OptionError
 from grok_local.files import first_part
 from grok_local.formats import gguf_file
+from grok_local.ggml import log
 from grok_local.ggml.libraries import open_library
-from grok_local.runtime.engine import log
 
 __all__ = ["BareVocabulary", "Tokens"]
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from ctypes import CDLL, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
+from enum import IntEnum
+from mmap import PAGESIZE
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy.typing as npt
 from grok_local.ggml import tensors as ggml_tensors
 from grok_local.runtime.experts.weights import ExpertTensor, Resident
 
-__all__ = ["Capture", "Products"]
+__all__ = ["Advice", "Capture", "MappedPiece", "Products", "mapped_pieces"]
 
 _EVALUATIONS = 4  # after which every weight that is ever used has been seen
 
@@ -32,7 +34,7 @@ class Capture:
         """llama.cpp has mapped these files: what it has of them in memory is given back."""
         self._pieces = mapped_pieces(paths)
         for piece in self._pieces:
-            piece.give_back()
+            piece.advise(Advice.DONTNEED)  # touched again, they come from the file
 
     @property
     def is_looking(self) -> bool:
@@ -87,6 +89,16 @@ class Products:
         return self._found[name][1].put(node, address=address, stride=stride, slots=slots)
 
 
+class Advice(IntEnum):
+    """Linux's for madvise."""
+
+    NORMAL = 0
+    SEQUENTIAL = 2
+    WILLNEED = 3
+    DONTNEED = 4
+    POPULATE_READ = 22
+
+
 @dataclass(frozen=True)
 class MappedPiece:
     """A piece of a file that is mapped into this process: its bytes from `offset` on, at `start` to `end`."""
@@ -101,10 +113,12 @@ class MappedPiece:
         address = self.start + offset - self.offset
         return address if self.start <= address < self.end else None
 
-    def give_back(self) -> None:
-        """The mapped pages need not stay in memory; touched again, they come from the file."""
-        libc = CDLL(None, use_errno=True)
-        libc.madvise(c_void_p(self.start), c_size_t(self.end - self.start), c_int(4))  # MADV_DONTNEED
+    def advise(self, advice: Advice, first: int = 0, end: int = 1 << 62) -> None:
+        """Tell the system about the pages that have bytes `first` to `end` of the file; it may not listen."""
+        start = (self.start + max(first - self.offset, 0)) // PAGESIZE * PAGESIZE
+        stop = self.start + min(end - self.offset, self.end - self.start)
+        if start < stop:
+            CDLL(None, use_errno=True).madvise(c_void_p(start), c_size_t(stop - start), c_int(advice))
 
 
 def mapped_pieces(paths: Sequence[Path]) -> list[MappedPiece]:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from grok_local.errors import GrokLocalError, ModelError
+from grok_local.ggml import log
 from grok_local.ggml.libraries import on_abort
 from grok_local.ggml.rpc import register_worker
 from grok_local.machine.facts import Device
 from grok_local.placement.load_options import LoadRequest
-from grok_local.runtime.engine import log
 from grok_local.runtime.engine.llama import LlamaEngine
 
 __all__ = ["INTERRUPT", "LOAD"]

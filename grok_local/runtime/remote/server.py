@@ -18,6 +18,7 @@ from typing import NoReturn
 from grok_local.errors import OptionError, WorkerError
 from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices
 from grok_local.ggml.libraries import on_abort
+from grok_local.ggml.log import tell_errors
 from grok_local.ggml.rpc import require_rpc, serve
 from grok_local.machine.limits import core_count
 from grok_local.runtime.remote.probing import DEFAULT_PORT, parse_endpoint
@@ -39,6 +40,7 @@ def serve_worker(listen: str = f"127.0.0.1:{DEFAULT_PORT}", threads: int | None 
     if threads is not None and not 1 <= threads <= _MAX_THREADS:
         raise OptionError(f"{threads} threads: must be 1 to {_MAX_THREADS}")
     require_rpc()
+    tell_errors(_say)
     endpoint = "{}:{}".format(*_free_address(listen))
     devices = _devices()
     _announce(endpoint, devices)

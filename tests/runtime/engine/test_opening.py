@@ -13,6 +13,11 @@ import pytest
 
 import grok_local
 from grok_local.errors import OptionError, PlacementError
+from grok_local.formats import gguf_file
+from grok_local.placement.shape import ModelShape, Role
+from grok_local.runtime.remote.client import RemoteEngine
+from samples.processes import bytes_read, forget_cached
+from tests.runtime.experts.streaming import memory_for
 from tests.workers import Worker
 
 IDS = list(range(5, 105))
@@ -68,6 +73,18 @@ def test_logits_are_the_same_wherever_weights_are(
         assert abs(held.weights - planned.weights) < 1 << 20
         assert held.kv == planned.kv
         assert held.compute <= planned.compute
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux counts")
+def test_streaming_beside_a_device_reads_what_is_dense(floats: Path, worker: Worker) -> None:
+    shape = ModelShape.from_headers(gguf_file.read_model(floats))
+    dense = sum(weight.nbytes for weight in shape.weights if weight.role is not Role.EXPERTS)
+    forget_cached(floats)
+    options: dict[str, Any] = {**OFF, "experts_on": "cpu", "memory": memory_for(floats, 20, context=256)}
+    with grok_local.load(floats, workers=[worker.endpoint], **options) as model:
+        assert model.placement.plan.streamed
+        assert isinstance(model.engine, RemoteEngine)
+        assert bytes_read(model.engine.pid) < dense + 10_000_000 < floats.stat().st_size / 3
 
 
 SMALL_WORKER = """

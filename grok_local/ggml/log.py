@@ -6,13 +6,24 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp
+from grok_local.ggml.libraries import open_library, prototype
 
-__all__ = ["buffer_count", "buffers", "clear", "errors", "forget_buffers", "listen", "reason", "warnings"]
+__all__ = [
+    "buffer_count",
+    "buffers",
+    "clear",
+    "errors",
+    "forget_buffers",
+    "listen",
+    "listen_to_backends",
+    "reason",
+    "tell_errors",
+    "warnings",
+]
 
 _INFO, _WARNING, _ERROR = 2, 3, 4  # enum ggml_log_level of ggml.h
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
@@ -22,9 +33,12 @@ _USUAL = re.compile(
     r"overrides to CPU|flash_attn|n_ctx|unused tensor|graph reuse|attribute to USER_DEFINED|QUALITY WILL|CONSIDER REGEN"
 )
 
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
 _errors: list[str] = []
 _warnings: list[str] = []
 _buffers: list[str] = []
+_told: list[Callable[[str], None]] = []
 
 
 @dataclass(frozen=True)
@@ -36,20 +50,38 @@ class Buffer:
     nbytes: int
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _collect(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", "replace").strip()
     if level == _ERROR and line:
         _errors.append(line)
+        for say in _told:
+            say(line)
     elif level == _WARNING and re.search(r"\w", line.partition(": ")[2]) and not _USUAL.search(line):
         _warnings.append(line)
     elif level == _INFO and " buffer size = " in line:
         _buffers.append(line)
 
 
+_collected = _CALLBACK(_collect)
+
+
 def listen() -> None:
     """From now on llama.cpp's log comes here, and nowhere else."""
-    llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
+    import llama_cpp  # which has a copy of that library to itself
+
+    llama_cpp.llama_log_set(_collected, None)
+
+
+def listen_to_backends() -> None:
+    """Likewise the log of the backends alone, without llama.cpp itself: each says what it finds as it is opened."""
+    library = open_library("ggml-base")
+    prototype(library, "ggml_log_set", None, _CALLBACK, ctypes.c_void_p)
+    library.ggml_log_set(_collected, None)
+
+
+def tell_errors(say: Callable[[str], None]) -> None:
+    """For programs: errors are told as they come, too."""
+    _told[:] = [say]
 
 
 def clear() -> None:
