@@ -52,7 +52,7 @@ __all__ = ["accounted", "open_planned"]
 _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
 _MOST_STEPS = 8
-_SPARE, _SPARE_OF_WORKER, _MOST_SPARE = 16, 4, 512_000_000  # shares of a device that ran out of memory, and bytes
+_SPARE, _SPARE_OF_WORKER, _MOST_SPARE = 32, 4, 512_000_000  # shares of a device that ran out of memory, and bytes
 _STAGES = "Vulkan"  # the backend that copies from RAM by way of memory of the driver's, and throws where there is none
 _SCRATCH = 3  # bytes for each token at once and each element of what is multiplied: it becomes f16, and there is more
 
