@@ -18,7 +18,7 @@ from grok_local.units import format_bytes
 __all__ = ["Setting", "check_devices", "ram_budget", "ram_reserve", "room", "shares_of", "widest_batch"]
 
 _ANY_BATCH = 1 << 30
-_SEVERAL_SMALL = 8 << 20  # bytes that several sequences take in RAM, whatever the batch
+_SEVERAL = 8 << 20
 _MARGIN = 512_000_000  # bytes of a device that stay free: its context, fragmentation
 
 
@@ -78,6 +78,11 @@ class Setting:
         sequences = self.wishes.sequences
         return -(-min(self.batch, self.cells) // sequences) * sequences
 
+    @property
+    def several(self) -> int:
+        """Bytes that a place takes beside what it computes where there are several sequences."""
+        return _SEVERAL if self.wishes.sequences > 1 else 0
+
     def kv(self, layer: int) -> int:
         """Bytes of a layer's KV cache."""
         return self.model.kv_bytes(layer, context=self.cells, kv_type=self.wishes.kv_type)
@@ -99,7 +104,7 @@ def room(setting: Setting, device: Device, copies: int) -> int:
     )
     shared = setting.machine.unified and device.most is None
     capacity = min(_capacity(device), setting.budget - _MARGIN) if shared else _capacity(device)
-    return max(capacity - compute, 0)
+    return max(capacity - compute - setting.several, 0)
 
 
 def _worst_copies(setting: Setting, device: Device, copies: int) -> Copies:
@@ -185,7 +190,7 @@ class _Shares:
 
     def _on_device(self, place: str) -> int:
         takes_over = self._target is not None and place == self._target.name
-        return compute_bytes(
+        return self.setting.several + compute_bytes(
             self.setting.model,
             context=self.setting.attended,
             batch=self.setting.tokens,
@@ -197,8 +202,7 @@ class _Shares:
         )
 
     def _in_ram(self) -> int:
-        several = _SEVERAL_SMALL * (self.setting.wishes.sequences > 1)
-        return max(self._idle(), *self._works_in_ram()) + several
+        return max(self._idle(), *self._works_in_ram()) + self.setting.several
 
     def _idle(self) -> int:
         setting = self.setting

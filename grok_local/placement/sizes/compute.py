@@ -17,9 +17,10 @@ __all__ = ["OFFLOAD_TOKENS", "Copies", "compute_bytes", "idle_bytes", "largest_p
 OFFLOAD_TOKENS = 32  # llama.cpp gives a GPU a product with weights in RAM from so many tokens on
 _FLOAT = 4
 # Beside the largest: activations of a token's width, and bytes whatever the batch. Without attention there are fewer.
-_ACTIVATIONS, _SMALL = 7, 17 << 20
+_ACTIVATIONS, _SMALL = 7.25, 4 << 20
 _NETWORK_ACTIVATIONS, _NETWORK_SMALL = 3, 1 << 20
-_IDLE_SMALL, _COPIED_SMALL = 6 << 20, 16 << 20
+_IDLE_SMALL = 6 << 20
+_CACHE = 1.05  # of a copied KV cache: it is cast
 _PIPELINE = 4  # batches that are under way where devices take turns
 _PIPED_ACTIVATIONS = 9
 
@@ -52,13 +53,12 @@ def compute_bytes(
     Where its memory comes in pieces that are too small for all of it, the largest may lie in two of them in turn.
     """
     token = _FLOAT * batch
-    cache = copies.kv + _COPIED_SMALL if copies.kv else 0
-    scores = (token * model.heads * padded(context) + cache) * attention
+    scores = (token * model.heads * padded(context) + int(_CACHE * copies.kv)) * attention
     hidden = token * model.hidden
     inner = max(3 * hidden, 2 * hidden + copies.weights) * network
     logits = (token * model.vocabulary + copies.output) * output
     activations, small = (_ACTIVATIONS, _SMALL) if attention else (_NETWORK_ACTIVATIONS, _NETWORK_SMALL)
-    rest = padded(context) + activations * model.width
+    rest = padded(context) + int(activations * model.width)
     piped = (_PIPELINE * padded(context) + _PIPED_ACTIVATIONS * model.width) * copies.piped
     largest, beside = max(scores, inner, logits), token * (rest + piped) + small
     return largest * (2 if piece and largest + beside > piece else 1) + beside

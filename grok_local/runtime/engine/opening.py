@@ -158,7 +158,7 @@ def _open(target: _Target, plan: Plan, *, watch: Watch | None, notes: Sequence[s
     except BaseException:
         _release(model, context, watch)
         raise
-    return Opened(model, context, Placement(plan, held, (*notes, *warnings, *_differences(plan, held))), watch)
+    return Opened(model, context, Placement(plan, held, (*notes, *warnings, *differences(plan, held))), watch)
 
 
 def _release(model: Any, context: Any, watch: Watch | None) -> None:
@@ -359,31 +359,13 @@ def _as_planned(opened: Opened) -> Opened:
     """Raises _HeldLessError, having closed it, where a device holds less of the weights than it was to have."""
     placement = opened.placement
     for share, found in zip(placement.plan.shares[:-1], placement.held, strict=False):
-        if share.weights - found.weights > _tolerance(share.weights):
+        if share.weights - found.weights > tolerance(share.weights):
             opened.close()
             having, planned = format_bytes(found.weights), format_bytes(share.weights)
             raise _HeldLessError(
                 share.place, f"{share.place} took {having} of weights where {planned} were planned: planned anew"
             )
     return opened
-
-
-def _differences(plan: Plan, held: Sequence[Held]) -> Iterator[str]:
-    """What a place holds otherwise than planned. RAM's weights are mapped; buffers may be smaller than planned."""
-    for share, found in zip(plan.shares, held, strict=True):
-        compute = max(found.compute, share.compute)
-        pairs = [("KV cache", share.kv, found.kv), ("compute buffers", share.compute, compute)]
-        if share.place != RAM:
-            pairs.append(("weights", share.weights, found.weights))
-        for what, planned, actual in pairs:
-            if abs(planned - actual) > _tolerance(planned):
-                yield (
-                    f"{share.place} holds {format_bytes(actual)} of {what} where {format_bytes(planned)} were planned"
-                )
-
-
-def _tolerance(planned: int) -> float:
-    return _TOLERANCE * planned + (1 << 20)
 
 
 def accounted(path: Path, plan: Plan) -> list[Held]:

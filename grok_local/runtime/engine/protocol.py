@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from grok_local.placement.wishes import RAM
+from grok_local.units import format_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
     from grok_local.runtime.experts.waiting import ExpertStats
     from grok_local.runtime.graph.rows import Draw, Drawn, Row
 
-__all__ = ["Decoder", "Engine", "Held", "Lexicon", "Placement"]
+__all__ = ["Decoder", "Engine", "Held", "Lexicon", "Placement", "differences", "tolerance"]
+
+_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -104,3 +109,22 @@ class Engine(Decoder, Lexicon, Protocol):
 
     def interrupt(self) -> None: ...
     def close(self) -> None: ...
+
+
+def differences(plan: Plan, held: Sequence[Held]) -> Iterator[str]:
+    """What a place holds otherwise than planned. RAM's weights are mapped; buffers may be smaller than planned."""
+    for share, found in zip(plan.shares, held, strict=True):
+        compute = max(found.compute, share.compute)
+        pairs = [("KV cache", share.kv, found.kv), ("compute buffers", share.compute, compute)]
+        if share.place != RAM:
+            pairs.append(("weights", share.weights, found.weights))
+        for what, planned, actual in pairs:
+            if abs(planned - actual) > tolerance(planned):
+                yield (
+                    f"{share.place} holds {format_bytes(actual)} of {what} where {format_bytes(planned)} were planned"
+                )
+
+
+def tolerance(planned: int) -> float:
+    """Bytes by which what is held may differ: llama.cpp's log rounds."""
+    return _TOLERANCE * planned + (1 << 20)

@@ -94,7 +94,7 @@ from grok_local.runtime.remote.server import serve_worker
 devices.backend_devices()
 most = psutil.Process().memory_info().vms + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
-serve_worker(sys.argv[1])
+serve_worker(sys.argv[1], 1)  # threads take address space that is no memory
 """
 
 
