@@ -104,7 +104,6 @@ def _base() -> ctypes.CDLL:
     prototype(lib, "ggml_backend_buft_name", ctypes.c_char_p, _P)
     prototype(lib, "ggml_backend_buft_get_max_size", _SIZE, _P)
     prototype(lib, "ggml_backend_buft_alloc_buffer", _P, _P, _SIZE)
-    prototype(lib, "ggml_backend_buffer_get_type", _P, _P)
     prototype(lib, "ggml_backend_buffer_free", None, _P)
     prototype(lib, "ggml_backend_dev_supports_op", _BOOL, _P, _P)
     prototype(lib, "ggml_backend_dev_supports_buft", _BOOL, _P, _P)
@@ -183,27 +182,6 @@ def _features(address: int) -> Iterator[tuple[str, str]]:
 def buffer_type(device: BackendDevice) -> int:
     """The ggml_backend_buffer_type_t of a device's own memory."""
     return int(_base().ggml_backend_dev_buffer_type(device.handle))
-
-
-def can_allocate(device: BackendDevice, nbytes: int, *, staged: int = 0) -> bool:
-    """Whether a device has so many bytes left, and its driver so many to stage copies in: tried, and given back.
-
-    Staged copies lie in RAM that the driver pins, which of an integrated GPU is the same memory.
-    """
-    base = _base()
-    wanted = [(buffer_type(device), nbytes), (base.ggml_backend_dev_host_buffer_type(device.handle), staged)]
-    buffers: list[int] = []
-    try:
-        for kind, size in wanted:
-            if kind and size:
-                buffers.append(base.ggml_backend_buft_alloc_buffer(kind, size) or 0)
-                # Where a driver can pin none, ggml gives other memory.
-                if not buffers[-1] or base.ggml_backend_buffer_get_type(buffers[-1]) != kind:
-                    return False
-        return True
-    finally:
-        for buffer in filter(None, buffers):
-            base.ggml_backend_buffer_free(buffer)
 
 
 def extra_buffer_types() -> dict[str, int]:

@@ -178,31 +178,6 @@ def units_of(model: ModelShape, devices: Sequence[Device], layers: Sequence[int]
     return [RAM] * (model.layers + 1 - len(names)) + names
 
 
-def exceptions_of(plan: Plan) -> dict[str, list[str]]:
-    """By place, the tensors that are not where their layer is.
-
-    The user's expressions are matched here: std::regex means something else by some, and others overflow its stack.
-    """
-    usual = replace(plan, overrides=())
-    found: dict[str, list[str]] = {}
-    for weight in plan.model.weights:
-        place = plan.place_of(weight)
-        if place != usual.place_of(weight):
-            found.setdefault(place, []).append(weight.name)
-    return found
-
-
-def patterns_of(names: Iterable[str]) -> Iterator[str]:
-    """Patterns that match these tensors, and no other."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(set(names)):
-        found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-        groups.setdefault(found[2] if found else name, []).append(found[1] if found else "")
-    for rest, layers in groups.items():
-        prefix = rf"blk\.({'|'.join(layers)})\." if layers != [""] else ""
-        yield f"^{prefix}{re.escape(rest)}$"
-
-
 # -- what to say about it ----------------------------------------------------------------------------------------------
 
 

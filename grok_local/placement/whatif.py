@@ -16,7 +16,7 @@ from grok_local.units import parse_size
 __all__ = ["Width", "described", "enough_ram", "spare_of", "widest", "with_less", "with_smaller"]
 
 _WIDTHS = (1, 2, 4, 8, 16)  # sequences: beyond, every expert is read in each step anyway
-_SPARE, _SPARE_OF_WORKER, _MOST_SPARE = 16, 4, 512_000_000  # shares of a device that ran out of memory, and bytes
+_SPARE, _SPARE_OF_WORKER, _MOST_SPARE = 32, 4, 512_000_000  # shares of a device that ran out of memory, and bytes
 _RAM_SIZES = tuple(int(gigabytes * 1e9) for gigabytes in (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536))
 
 

@@ -57,7 +57,7 @@ def test_wherever_weights_are(path: Path, reference: ReferenceGrok2, wishes: dic
 
 def test_streamed_and_recorded(path: Path, reference: ReferenceGrok2, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
-    wishes: dict[str, Any] = {"experts_on": "cpu", "memory": memory_for(path, 9), "trace_experts": trace}
+    wishes: dict[str, Any] = {"experts_on": "cpu", "memory": memory_for(path, 4), "trace_experts": trace}
     with grok_local.load(path, **OPTIONS, **wishes) as model:
         assert model.placement.plan.streamed
         assert model.placement.plan.gpu_layers == SPEC.layers + 1

@@ -41,7 +41,7 @@ from grok_local.placement.runnable import remarks
 from grok_local.placement.shape import ModelShape
 from grok_local.placement.whatif import spare_of, with_less, with_smaller
 from grok_local.placement.wishes import RAM
-from grok_local.runtime.engine.protocol import Held, Placement
+from grok_local.runtime.engine.protocol import Held, Placement, differences, tolerance
 from grok_local.runtime.engine.reading import read_once
 from grok_local.runtime.engine.watching import Watch, notes_on_routing, watch_for
 from grok_local.runtime.graph.rows import Row
@@ -53,7 +53,6 @@ __all__ = ["accounted", "open_planned"]
 _KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _ALLOCATION = re.compile(r"allocate (\S+) buffer")
 _MOST_STEPS = 8
-_TOLERANCE = 0.01
 _STAGES = "Vulkan"  # the backend that copies from RAM by way of memory of the driver's, and throws where there is none
 _SCRATCH = 3  # bytes for each token at once and each element of what is multiplied: it becomes f16, and there is more
 
