@@ -142,7 +142,7 @@ def test_a_context_that_does_not_fit_is_refused_with_one_that_does(packed: Path)
     with pytest.raises(PlacementError, match=r"--context \d+ would fit"):
         grok_local.load(packed, context=1 << 24, memory="1G")
     with pytest.raises(PlacementError, match="no smaller context fits"):
-        grok_local.load(packed, memory="10M")
+        grok_local.load(packed, memory="4M")
 
 
 @pytest.mark.parametrize(
