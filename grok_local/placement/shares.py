@@ -10,7 +10,14 @@ from grok_local.errors import PlacementError
 from grok_local.machine.facts import Device, Machine
 from grok_local.placement.plan import Places, Share
 from grok_local.placement.shape import ModelShape, Role, Weight
-from grok_local.placement.sizes.compute import OFFLOAD_TOKENS, Copies, compute_bytes, idle_bytes, largest_per_token
+from grok_local.placement.sizes.compute import (
+    OFFLOAD_TOKENS,
+    Copies,
+    compute_bytes,
+    idle_bytes,
+    largest_per_token,
+    scores_per_token,
+)
 from grok_local.placement.sizes.refusals import takes
 from grok_local.placement.wishes import RAM, Wishes, cells_of, may_use_devices
 from grok_local.units import format_bytes
@@ -216,7 +223,17 @@ class _Shares:
             return [self._busy(tokens, *works)]
         left = [weight for weight in self._multiplied_in_ram if not takes(self._target, weight)]
         network, output = (any((w.layer is None) == outside for w in left) for outside in (False, True))
-        return [self._busy(min(tokens, OFFLOAD_TOKENS - 1), *works), self._busy(tokens, False, network, output)]
+        few = min(tokens, OFFLOAD_TOKENS - 1)
+        return [self._busy(few, *works) + self._scores_in_ram(few), self._busy(tokens, False, network, output)]
+
+    def _scores_in_ram(self, few: int) -> int:
+        """Bytes of a batch's scores beyond a few tokens': where each sequence has a part of the KV cache, its share of
+        the batch is too few tokens for a device.
+        """
+        setting = self.setting
+        if RAM not in self._kv or not setting.wishes.separate:
+            return 0
+        return (setting.tokens - few) * scores_per_token(setting.model, setting.attended)
 
     def _busy(self, batch: int, attention: bool, network: bool, output: bool) -> int:
         if not (attention or network or output):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from grok_local.placement.shape import ModelShape, padded
 
-__all__ = ["OFFLOAD_TOKENS", "Copies", "compute_bytes", "idle_bytes", "largest_per_token"]
+__all__ = ["OFFLOAD_TOKENS", "Copies", "compute_bytes", "idle_bytes", "largest_per_token", "scores_per_token"]
 
 OFFLOAD_TOKENS = 32  # llama.cpp gives a GPU a product with weights in RAM from so many tokens on
 _FLOAT = 4
@@ -69,6 +69,11 @@ def idle_bytes(model: ModelShape, *, context: int, batch: int, piped: bool) -> i
     times, activations = (_PIPELINE, 6) if piped else (1, 2)
     inputs = _FLOAT * batch * (times * padded(context) + activations * model.width)
     return inputs + _IDLE_SMALL
+
+
+def scores_per_token(model: ModelShape, context: int) -> int:
+    """Bytes of the attention scores of each token of a batch."""
+    return _FLOAT * model.heads * padded(context)
 
 
 def largest_per_token(model: ModelShape, context: int) -> int:
