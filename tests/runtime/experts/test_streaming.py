@@ -85,18 +85,20 @@ def test_nothing_is_read_ahead_that_a_batch_does_not_choose(path: Path) -> None:
         assert stats.bytes_read < 5 * 12 * 221_184
 
 
+SEVERAL = 8 << 20  # bytes that the plan counts for several sequences
+
+
 def test_sequences_together_are_what_they_are_together_in_memory(path: Path) -> None:
     rng = random.Random(2)
     steps = [{n: [rng.randrange(2000) for _ in range(rng.randrange(1, 4))] for n in range(16)} for _ in range(4)]
     steps += [{n: [rng.randrange(2000)] for n in rng.sample(range(16), 5)} for _ in range(4)]
 
     def run(**wishes: Any) -> list[npt.NDArray[np.float32]]:
-        with closing(
-            LlamaEngine(LoadRequest(path, Wishes(CONTEXT // 16, sequences=16, repack="off", **wishes), threads=2))
-        ) as engine:
+        together = Wishes(CONTEXT // 16, sequences=16, separate=False, repack="off", **wishes)
+        with closing(LlamaEngine(LoadRequest(path, together, threads=2))) as engine:
             return [engine.evaluate_together(step) for step in steps]
 
-    resident, streamed = run(stream="off"), run(memory=memory_for(path, 10))
+    resident, streamed = run(stream="off"), run(memory=memory_for(path, 10) + SEVERAL)
     assert all(np.array_equal(a, b) for a, b in zip(resident, streamed, strict=True))
     assert [len(logits) for logits in resident] == [16] * 4 + [5] * 4
 
