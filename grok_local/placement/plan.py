@@ -15,7 +15,7 @@ from typing import TypeAlias
 from grok_local.machine.facts import Device, Machine
 from grok_local.placement.shape import ModelShape, Role, Weight
 from grok_local.placement.sizes.compute import compute_bytes
-from grok_local.placement.wishes import RAM, USUAL_BATCH, Wishes, cells_of, usual_batch
+from grok_local.placement.wishes import RAM, USUAL_BATCH, Wishes, attended_by, cells_of, usual_batch
 from grok_local.units import format_bytes
 
 __all__ = ["Override", "Places", "Plan", "Share", "are_pinned", "is_slow", "patterns_of", "units_of"]
@@ -71,8 +71,8 @@ class Plan:
 
     @property
     def attended(self) -> int:
-        """Cells of the KV cache that a token may be compared with: its sequence's, or in one shared cache all."""
-        return self.context if self.wishes.separate else self.cells
+        """Cells of the KV cache that a token may be compared with."""
+        return attended_by(self.context, self.wishes)
 
     @property
     def ram(self) -> Share:

@@ -19,7 +19,7 @@ from grok_local.placement.sizes.compute import (
     scores_per_token,
 )
 from grok_local.placement.sizes.refusals import takes
-from grok_local.placement.wishes import RAM, Wishes, cells_of, may_use_devices
+from grok_local.placement.wishes import RAM, Wishes, attended_by, cells_of, may_use_devices
 from grok_local.units import format_bytes
 
 __all__ = ["Setting", "check_devices", "ram_budget", "ram_reserve", "room", "shares_of", "widest_batch"]
@@ -49,8 +49,7 @@ def widest_batch(model: ModelShape, machine: Machine, wishes: Wishes, context: i
     sizes = [device.largest for device in machine.devices if device.largest]
     if not sizes or not may_use_devices(wishes):
         return _ANY_BATCH
-    attended = context if wishes.separate else cells_of(context, wishes)
-    most = max(min(sizes) // largest_per_token(model, attended), 1)
+    most = max(min(sizes) // largest_per_token(model, attended_by(context, wishes)), 1)
     return max(1 << most.bit_length() - 1, wishes.sequences)
 
 
@@ -77,7 +76,7 @@ class Setting:
     @property
     def attended(self) -> int:
         """Cells that a token is compared with."""
-        return self.context if self.wishes.separate else self.cells
+        return attended_by(self.context, self.wishes)
 
     @cached_property
     def tokens(self) -> int:

@@ -17,6 +17,7 @@ __all__ = [
     "RAM",
     "USUAL_BATCH",
     "Wishes",
+    "attended_by",
     "cells_of",
     "check_wishes",
     "may_use_devices",
@@ -77,11 +78,16 @@ def cells_of(context: int, wishes: Wishes) -> int:
     return (-(-context // _PADDING) * _PADDING if wishes.separate else context) * wishes.sequences
 
 
+def attended_by(context: int, wishes: Wishes) -> int:
+    """Cells that a token is compared with: its sequence's, or in one cache for all everybody's."""
+    return context if wishes.separate else cells_of(context, wishes)
+
+
 def usual_batch(context: int, wishes: Wishes) -> int:
     """Tokens evaluated at once: fewer where many sequences share a long cache, for all of which each has scores."""
     if wishes.batch or wishes.sequences == 1:
         return wishes.batch or USUAL_BATCH
-    attended = context if wishes.separate else cells_of(context, wishes)
+    attended = attended_by(context, wishes)
     fitting = max(USUAL_BATCH * _FULL_BATCH_CELLS // max(attended, 1), 1)
     return max(min(USUAL_BATCH, 1 << fitting.bit_length() - 1), _LEAST_BATCH, wishes.sequences)
 
