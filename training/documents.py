@@ -26,13 +26,13 @@ FIRST_PIECE = 325  # ids below are control tokens, digits, whitespace and bytes
 # What a token counts for in the loss, by the part of the text it ends in.
 SYSTEM, LAYOUT, QUESTION, ANSWER = 0.05, 0.3, 0.05, 1.0
 CORRUPTED = 0.15  # of a question's tokens, at most
-OPENINGS = 0.5  # of the documents end soon after the last answer begins: which answer it is shows by then
-UNKNOWN = 0.2  # of the questions have no answer ...
-MIXED = 0.3  # ... and of these, so many are words of several facts that make no question together
+OPENINGS = 0.8  # of the documents end soon after the last answer begins: which answer it is shows by then
+UNKNOWN = 0.22  # of the questions have no answer ...
+MIXED = 0.45  # ... and of these, so many are words of several facts that make no question together
 FOLLOWED = 0.35  # of the answers that can be followed up are
 KEYWORDS = 0.2  # of the questions are a few telling words instead of a wording
 _OPENING = 10  # tokens
-_TURN = 70  # tokens of a question and its answer, about
+_TURN = 110  # tokens that a sequence has for each turn of its longest conversation
 _SHORTEST = 16  # a sequence's last tokens stay empty rather than hold a stump of a document
 
 _SYSTEMS = (
@@ -115,10 +115,10 @@ class Documents:
 
     def _document(self, rng: np.random.Generator, most_turns: int) -> tuple[list[int], list[float]]:
         kind = rng.random()
-        if kind < 0.55:
+        if kind < 0.42:
             system = DEFAULT_SYSTEM if rng.random() < 0.9 else str(rng.choice(_SYSTEMS))
             pieces = conversation(list(self._turns(rng, int(rng.integers(1, most_turns + 1)))), system)
-        elif kind < 0.95:
+        elif kind < 0.96:
             pieces = bare(*self._turn(rng)[1:])
         else:
             pieces = [(self._prose[rng.integers(len(self._prose))], LAYOUT)]

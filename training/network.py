@@ -19,13 +19,14 @@ import numpy as np
 from grok_local.models.grok1 import CONSTANTS
 from grok_local.models.release import HEAD_SIZE, Dimensions
 
-__all__ = ["SLOTS", "Parameters", "final_gain", "forward", "initial", "loss", "unit_embedding"]
+__all__ = ["SLOTS", "Parameters", "final_gain", "initial", "last_states", "loss", "unit_embedding"]
 
 Array: TypeAlias = Any  # jax.Array; types are checked without jax
 Parameters = dict[str, Any]
 
 SLOTS = 1.5  # times the tokens an expert gets when all get as many
 DROPOUT = 0.1
+SCORED = 0.5  # of the tokens are targets
 BALANCE = 0.02  # weight of the load-balancing loss
 _EMBEDDING_GAIN = 8.0  # Adam's steps are alike for all parameters: at unit scale the embedding would hardly move
 _FINAL_GAIN = 6.0  # logits start near zero and must be able to grow
@@ -81,22 +82,26 @@ def _rms_norm(x: Array, gain: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + CONSTANTS.norm_epsilon) * gain
 
 
-def _rotated(x: Array, positions: Array) -> Array:
-    """x [sequences, length, heads, head size]."""
+def _rotations(positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines [sequences, length, 1, half a head], alike for all layers."""
     half = HEAD_SIZE // 2
-    frequencies = CONSTANTS.rope_base ** (-jnp.arange(half) / half)
-    angles = positions[:, :, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half], x[..., half:]
+    angles = positions[:, :, None, None] * CONSTANTS.rope_base ** (-jnp.arange(half) / half)
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))  # else each use computes them again
+
+
+def _rotated(x: Array, rotations: tuple[Array, Array]) -> Array:
+    """x [sequences, length, heads, head size]."""
+    cos, sin = rotations
+    first, second = jnp.split(x, 2, -1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def _attention(p: Parameters, x: Array, positions: Array, mask: Array) -> Array:
+def _attention(p: Parameters, x: Array, rotations: tuple[Array, Array], mask: Array) -> Array:
     batch, length, _ = x.shape
     heads = p["query"].shape[-1] // HEAD_SIZE
     kv_heads = p["key"].shape[-1] // HEAD_SIZE
-    query = _rotated(_dot("bld,dn->bln", x, p["query"]).reshape(batch, length, heads, HEAD_SIZE), positions)
-    key = _rotated(_dot("bld,dn->bln", x, p["key"]).reshape(batch, length, kv_heads, HEAD_SIZE), positions)
+    query = _rotated(_dot("bld,dn->bln", x, p["query"]).reshape(batch, length, heads, HEAD_SIZE), rotations)
+    key = _rotated(_dot("bld,dn->bln", x, p["key"]).reshape(batch, length, kv_heads, HEAD_SIZE), rotations)
     value = _dot("bld,dn->bln", x, p["value"]).reshape(batch, length, kv_heads, HEAD_SIZE)
     query = query.reshape(batch, length, kv_heads, heads // kv_heads, HEAD_SIZE)
     scores = _dot("blghd,bmgd->bghlm", query, key) * CONSTANTS.attention_scale
@@ -154,18 +159,18 @@ def _dropped(x: Array, key: Array) -> Array:
     return jnp.where(kept, x / (1 - DROPOUT), 0)
 
 
-def forward(params: Parameters, tokens: Array, segments: Array, key: Array) -> tuple[Array, Array]:
-    """Logits [sequences, length, vocabulary] and the mean load-balancing loss (1 when all experts share alike).
+def last_states(params: Parameters, tokens: Array, segments: Array, key: Array) -> tuple[Array, Array]:
+    """What the logits are computed from [sequences, length, width], and the mean load-balancing loss (1: all alike).
 
     `key`: of the dropout, on what each sublayer adds.
     """
     batch, length = tokens.shape
     first = jnp.argmax(segments[:, :, None] == segments[:, None, :], -1)  # where a token's document begins
-    positions = jnp.arange(length) - first
+    rotations = _rotations(jnp.arange(length) - first)
     mask = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
 
     def layer(h: Array, p: Parameters, first: Array, second: Array) -> tuple[Array, Array]:
-        attended = _attention(p, _rms_norm(h, p["attention_norm"]), positions, mask[:, None, None])
+        attended = _attention(p, _rms_norm(h, p["attention_norm"]), rotations, mask[:, None, None])
         h = h + _dropped(_rms_norm(attended, p["attention_output_norm"]), first)
         flat = _rms_norm(h, p["expert_norm"]).reshape(batch * length, -1)
         mixed, balance = _experts(p, flat)
@@ -178,19 +183,24 @@ def forward(params: Parameters, tokens: Array, segments: Array, key: Array) -> t
     for index in range(layers):
         h, more = layer(h, {name: leaf[index] for name, leaf in params["layers"].items()}, *keys[index])
         balance += more
-    h = _rms_norm(h, final_gain(params))
-    scale = CONSTANTS.logit_scale / CONSTANTS.embedding_scale
-    return _dot("bld,vd->blv", h, embedding) * scale, balance / layers
+    return _rms_norm(h, final_gain(params)), balance / layers
 
 
 def loss(
     params: Parameters, tokens: Array, segments: Array, weights: Array, key: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Weighted mean cross-entropy in nats plus the balancing loss; and beside it the mean over answers, and balance."""
-    logits, balance = forward(params, tokens[:, :-1], segments[:, :-1], key)
+    """Weighted mean cross-entropy in nats plus the balancing loss; and beside it the mean over answers, and balance.
+
+    It is the mean over the `SCORED` tokens of each sequence that count most: logits are a third of a step's time.
+    """
+    h, balance = last_states(params, tokens[:, :-1], segments[:, :-1], key)
     same = segments[:, 1:] == segments[:, :-1]
-    worth = weights[:, 1:] * same * (segments[:, 1:] > 0)
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    worth, places = jax.lax.top_k(weights[:, 1:] * same * (segments[:, 1:] > 0), int(h.shape[1] * SCORED))
+    h = jnp.take_along_axis(h, places[..., None], 1)
+    scale = CONSTANTS.logit_scale / CONSTANTS.embedding_scale
+    logits = _dot("bld,vd->blv", h, unit_embedding(params)) * scale
+    targets = jnp.take_along_axis(tokens[:, 1:], places, 1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     entropy = jax.nn.logsumexp(logits, -1) - chosen
     answers = worth >= 1
     mean = jnp.sum(entropy * worth) / jnp.sum(worth)

@@ -20,14 +20,14 @@ from training.documents import Batch, Documents
 
 __all__ = ["DIMENSIONS", "Settings", "train"]
 
-DIMENSIONS = Dimensions(layers=4, width=256, expert_width=256, experts=8, kv_width=128, vocabulary=2048)
+DIMENSIONS = Dimensions(layers=4, width=256, expert_width=256, experts=8, kv_width=128, vocabulary=4096)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Numbers of a training run. A step sees `tokens` tokens, in sequences of 256 at first, of 512 in the end."""
 
-    steps: int = 5000
+    steps: int = 4400
     tokens: int = 2048
     seed: int = 1
     rate: float = 2e-3

@@ -109,13 +109,12 @@ class Desk:
         self.click("#continue")
         self.wait()
 
-    def be_long(self, *, alternatives: int = 1) -> None:
-        """Continue with what takes seconds: wild texts do not end soon."""
+    def set_long(self, *, alternatives: int = 1) -> None:
+        """Sets what does not end soon: long wild texts."""
         self.fill("#write-sampling-temperature", 2)
         self.fill("#write-sampling-min_p", 0)
         self.choose("#length", 256)
         self.choose("#count", alternatives)
-        self.click("#continue")
 
     def wait(self) -> None:
         """Until nothing goes on any more."""

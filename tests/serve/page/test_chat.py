@@ -93,6 +93,6 @@ def test_escape_stops_an_answer_and_what_came_stays(desk: Desk) -> None:
     began = time.monotonic()
     desk.press("\ue00c")
     desk.until(lambda: not desk.find_all(".dock.working") and desk.is_idle())
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3  # of which the driver takes its part on a busy machine
     desk.reload()
     assert len(_said(desk)) == 2
