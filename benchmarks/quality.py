@@ -21,6 +21,11 @@ from samples.quality import TYPES, counted, held_out_documents, judged, right_an
 
 ROOT = Path(__file__).parents[1]
 _BASE = "q8_0"
+_KINDS = (
+    (True, False, "answered in the documents"),
+    (True, True, "about what came with 0.2.0"),
+    (False, None, "not answered there"),
+)
 
 
 def _table(folder: Path) -> Iterator[str]:
@@ -49,8 +54,8 @@ def _answers_table(folder: Path) -> Iterator[str]:
     with grok_local.load(folder / "q4_k.gguf", context=512) as model:
         for chat in (True, False):
             results = judged(model, chat=chat)
-            for answerable, what in ((True, "answered in the documents"), (False, "not answered there")):
-                found = counted(results, answerable=answerable)
+            for answerable, is_new, what in _KINDS:
+                found = counted(results, answerable=answerable, is_new=is_new)
                 name = f"{'chat' if chat else 'generate'}: {found.total()} questions {what}"
                 yield f"| {name} | {found['right']} | {found['honest']} | {found['wrong']} |"
 

@@ -108,25 +108,30 @@ def right_answers(model: grok_local.Model, *, chat: bool = True) -> list[tuple[b
 
 @dataclass(frozen=True)
 class Judged:
-    """A question of tests/held_out.jsonl, whether there is an answer to it, and what the model said."""
+    """A question of tests/held_out.jsonl, whether there is an answer to it, and what the model said.
+
+    `is_new`: it is about what came with the last release.
+    """
 
     question: str
     answerable: bool
+    is_new: bool
     answer: str
     verdict: str  # "right", "honest" (it says that it has no answer) or "wrong"
 
 
 def judged(model: grok_local.Model, *, chat: bool = True) -> list[Judged]:
-    """Each of the 300 questions, which were written from the README and the documents alone, greedily answered.
+    """Each of the 420 questions, which were written from the README and the documents alone, greedily answered.
 
     To what the documents do not answer, the honest answer is the right one.
     """
     return [_judged(model, json.loads(line), chat=chat) for line in HELD_OUT.read_text("utf-8").splitlines()]
 
 
-def counted(results: list[Judged], *, answerable: bool) -> Counter[str]:
-    """How many have which verdict."""
-    return Counter(result.verdict for result in results if result.answerable is answerable)
+def counted(results: list[Judged], *, answerable: bool, is_new: bool | None = None) -> Counter[str]:
+    """How many have which verdict, of all or of those that are new or not."""
+    chosen = [result for result in results if is_new is None or result.is_new is is_new]
+    return Counter(result.verdict for result in chosen if result.answerable is answerable)
 
 
 def _judged(model: grok_local.Model, asked: dict[str, Any], *, chat: bool) -> Judged:
@@ -137,7 +142,8 @@ def _judged(model: grok_local.Model, asked: dict[str, Any], *, chat: bool) -> Ju
     text = "".join(reply).strip()
     honest = text.startswith(NO_ANSWER[:20])
     right = is_right(text, asked["keywords"]) and not honest if answerable else honest
-    return Judged(question, answerable, text, "right" if right else "honest" if honest else "wrong")
+    verdict = "right" if right else "honest" if honest else "wrong"
+    return Judged(question, answerable, "since" in asked, text, verdict)
 
 
 def routes(model: grok_local.Model, documents: list[Pieces]) -> Floats:

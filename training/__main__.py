@@ -17,6 +17,7 @@ from training.curve import draw
 from training.documents import Documents
 from training.export import export
 from training.facts import read_facts, read_follow_ups, read_prose
+from training.judge import judged_questions
 from training.previous import restored_parameters
 from training.train import DIMENSIONS, Settings, train
 from training.vocabulary import train_tokenizer
@@ -25,6 +26,7 @@ _ROOT = Path(__file__).parents[1]
 _PACKAGE = _ROOT / "grok_local" / "models" / "tiny"
 _LOG = _ROOT / "training" / "loss.csv"
 _CURVE = _ROOT / "docs" / "training.svg"
+_JUDGED = 100_000  # questions
 
 
 def main() -> None:
@@ -48,7 +50,8 @@ def main() -> None:
     folder = args.folder / _key(facts, follow_ups, prose, settings, DIMENSIONS)
     folder.mkdir(parents=True, exist_ok=True)
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
-    documents = Documents(facts, prose, processor, follow_ups=follow_ups, seed=settings.seed)
+    judged = judged_questions(facts, folder / "judged.tsv", count=_JUDGED, seed=settings.seed)
+    documents = Documents(facts, prose, processor, follow_ups=follow_ups, judged=judged, seed=settings.seed)
     start = restored_parameters(args.start, DIMENSIONS) if args.start else None
     params = train(documents, folder, settings, start=start)
     export(params, DIMENSIONS, args.to)

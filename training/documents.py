@@ -27,8 +27,9 @@ FIRST_PIECE = 325  # ids below are control tokens, digits, whitespace and bytes
 SYSTEM, LAYOUT, QUESTION, ANSWER = 0.05, 0.3, 0.05, 1.0
 CORRUPTED = 0.15  # of a question's tokens, at most
 OPENINGS = 0.8  # of the documents end soon after the last answer begins: which answer it is shows by then
-UNKNOWN = 0.22  # of the questions have no answer ...
-MIXED = 0.45  # ... and of these, so many are words of several facts that make no question together
+JUDGED = 0.35  # of the questions are made up, and their facts what the judge says
+UNKNOWN = 0.2  # of the others have no answer ...
+MIXED = 0.2  # ... and of these, so many are words of several facts that make no question together
 FOLLOWED = 0.35  # of the answers that can be followed up are
 KEYWORDS = 0.2  # of the questions are a few telling words instead of a wording
 _OPENING = 10  # tokens
@@ -82,6 +83,7 @@ class Documents:
         tokenizer: sentencepiece.SentencePieceProcessor,
         *,
         follow_ups: Sequence[FollowUp] = (),
+        judged: Sequence[tuple[str, str]] = (),
         seed: int,
     ) -> None:
         self._by_key = {fact.key: fact for fact in facts}
@@ -90,6 +92,7 @@ class Documents:
             self._follow_ups.setdefault(follow_up.after, []).append(follow_up)
         self._prose, self._tokenizer, self._seed = prose, tokenizer, seed
         self._words = TellingWords(facts)
+        self._judged = judged
         # Those asked in more wordings than usual come up more often.
         self._facts = [fact for fact in facts for _ in range(max(1, len(fact.questions) // 20))]
 
@@ -143,6 +146,9 @@ class Documents:
 
     def _turn(self, rng: np.random.Generator) -> tuple[str, str, str]:
         """The fact's key, the question, and its answer."""
+        if self._judged and rng.random() < JUDGED:
+            question, key = self._judged[int(rng.integers(len(self._judged)))]
+            return key, question, self._by_key[key].answer if key else NO_ANSWER
         if rng.random() < UNKNOWN:
             return "", self._mixed(rng) if rng.random() < MIXED else varied(unknown(rng), rng), NO_ANSWER
         fact = self._facts[rng.integers(len(self._facts))]

@@ -86,7 +86,9 @@ def _rotations(positions: Array) -> tuple[Array, Array]:
     """Cosines and sines [sequences, length, 1, half a head], alike for all layers."""
     half = HEAD_SIZE // 2
     angles = positions[:, :, None, None] * CONSTANTS.rope_base ** (-jnp.arange(half) / half)
-    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))  # else each use computes them again
+    # Without the barrier each use computes them again.
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+    return cos, sin
 
 
 def _rotated(x: Array, rotations: tuple[Array, Array]) -> Array:
