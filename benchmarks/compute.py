@@ -3,8 +3,10 @@
     python -m benchmarks.compute [--range]
 
 Where llama.cpp knows a GPU it stands for those that are described, whatever it is: nothing is allocated. With --range
-it says that it takes tensors below 4 GiB, as most Vulkan drivers do; else any. Two GPUs need one that is there twice
-(GGML_VK_VISIBLE_DEVICES=0,0).
+it says that it takes tensors below 4 GiB, as most Vulkan drivers do; else any. Two GPUs need one that is there twice.
+Mesa's device in software has buffers of at most 2 GB: it has to be told of larger ones, or what is computed is split.
+
+    GGML_VK_VISIBLE_DEVICES=0,0 GGML_VK_FORCE_MAX_ALLOCATION_SIZE=1000000000000 python -m benchmarks.compute
 """
 
 from __future__ import annotations
