@@ -138,9 +138,13 @@ class Scheduler:
                 self._set_aside(one)
         return self._sequences.reserve(0)
 
+    def stop_vacating(self) -> None:
+        """Whoever waited for place 0 has given up. From any thread: others who wait for it ask for it again."""
+        self._sequences.end_reserving()
+
     def look_again(self) -> None:
         """Somebody has used the engine itself, and is done with it."""
-        self._sequences.end_reserving()
+        self.stop_vacating()
         self._is_doubtful = True
 
     # -- places --------------------------------------------------------------------------------------------------------

@@ -78,15 +78,19 @@ class Turns:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Use the engine itself, its first sequence: nobody else does, and nobody's answer is there."""
-        while True:
-            with self._first(), self._turn():
-                if self.scheduler.vacate(may_yield=self._may_yield):
-                    try:
-                        yield
-                    finally:
-                        self.scheduler.look_again()
-                    return
-            self.until(iter((False, True)).__next__, reading=())  # a step, or a moment's rest
+        try:
+            while True:
+                with self._first(), self._turn():
+                    if self.scheduler.vacate(may_yield=self._may_yield):
+                        try:
+                            yield
+                        finally:
+                            self.scheduler.look_again()
+                        return
+                self.until(iter((False, True)).__next__, reading=())  # a step, or a moment's rest
+        except BaseException:  # Ctrl-C while it waits, too: the place that it waited for is anybody's again
+            self.scheduler.stop_vacating()
+            raise
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
