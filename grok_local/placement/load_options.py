@@ -98,7 +98,10 @@ class LoadRequest:
         return self.wishes.sequences - self.wishes.reproducible
 
     def reshaped(self, *, parallel: int, reproducible: bool) -> LoadRequest:
-        """For so many sequences at once. Raises OptionError for what cannot be reproducible."""
+        """For so many sequences at once. Raises OptionError for a number that none can have, and for what cannot be
+        reproducible.
+        """
+        _check_parallel(parallel, most=_MAX_PARALLEL - reproducible)
         wishes = replace(self.wishes, sequences=parallel + reproducible, reproducible=reproducible)
         if reproducible:
             if self.workers:
@@ -166,10 +169,10 @@ def _wishes(options: LoadOptions) -> Wishes:
 
 
 def _check_kinds(options: LoadOptions) -> None:
-    for name in ("context", "parallel", "threads"):
+    for name in ("context", "threads"):
         value = options.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise OptionError(f"{name} {value!r}: a whole number is wanted")
+        if value is not None:
+            _check_whole(name, value)
     for name in ("overrides", "workers"):
         given: Any = options.get(name)
         if isinstance(given, str) or not all(isinstance(text, str) for text in given or ()):
@@ -177,13 +180,22 @@ def _check_kinds(options: LoadOptions) -> None:
 
 
 def _check_ranges(options: LoadOptions) -> None:
-    context, parallel, threads = options.get("context"), options.get("parallel", 1), options.get("threads")
+    context, threads = options.get("context"), options.get("threads")
     if context is not None and not 0 <= context <= _MAX_CONTEXT:
         raise OptionError(f"context {context}: must be 1 to {_MAX_CONTEXT}, or 0 for all the model was trained on")
-    if not 1 <= parallel <= _MAX_PARALLEL:
-        raise OptionError(f"parallel {parallel}: must be 1 to {_MAX_PARALLEL}")
     if threads is not None and not 1 <= threads <= _MAX_THREADS:
         raise OptionError(f"{threads} threads: must be 1 to {_MAX_THREADS}")
+
+
+def _check_parallel(parallel: int, *, most: int) -> None:
+    _check_whole("parallel", parallel)
+    if not 1 <= parallel <= most:
+        raise OptionError(f"parallel {parallel}: must be 1 to {most}")
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise OptionError(f"{name} {value!r:.60}: a whole number is wanted")
 
 
 def _one_of(options: LoadOptions, name: str, values: Sequence[str]) -> Any:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grok_local.errors import ContextError, GrokLocalError, ModelError, WorkerLost
+from grok_local.errors import ContextError, GrokLocalError, ModelError, OutputError, WorkerLost
 from grok_local.library import names
 from grok_local.units import printable
 from grok_local.views.speeds import experts_line, stats_line
@@ -84,10 +84,24 @@ class Repl:
         """The session, if there is one, has in the end what was said and what the model has read of it."""
         try:
             yield
-        finally:
-            if self._session and self.turns:
-                self._session.keep(self.turns, self.system)
-                self._session.keep_state()
+        except BaseException:
+            try:
+                self._keep_all()
+            except OutputError as error:
+                _say(f"error: {error}")
+            except GrokLocalError:  # of a model that has died: what it died of is told
+                pass
+            raise
+        self._keep_all()
+
+    def _keep_all(self) -> None:
+        self._keep()
+        if self._session and self.turns:
+            self._session.keep_state()
+
+    def _keep(self) -> None:
+        if self._session:
+            self._session.keep(self.turns, self.system)
 
     def _is_command(self, text: str) -> bool:
         """At a terminal a mistyped command is no question; in a script a path may begin with a slash too."""
@@ -119,8 +133,7 @@ class Repl:
         print(flush=True)
         self.turns += [question, {"role": "assistant", "content": reply.text}]
         self._replies.append(reply)
-        if self._session:
-            self._session.keep(self.turns, self.system)
+        self._keep()
         self._note(stats_line(reply))
         if reply.finish_reason == "interrupted" and not self._interactive:
             raise KeyboardInterrupt
@@ -156,6 +169,7 @@ class Repl:
     def _reset(self, _: str) -> None:
         self.turns.clear()
         self._told_dropped = 0
+        self._keep()
         _say("(forgotten)")
 
     def _undo(self, _: str) -> None:
@@ -164,6 +178,7 @@ class Repl:
             return
         question = self.turns[-2]["content"]
         del self.turns[-2:]
+        self._keep()
         _say(f"(taken back: {question})")
 
     def _set_system(self, text: str) -> None:

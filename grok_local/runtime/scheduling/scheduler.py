@@ -103,9 +103,7 @@ class Scheduler:
 
     def _begin(self, wanted: Wanted, may_yield: Wanted) -> None:
         self._engine.interrupted = False
-        while self._arrived:
-            self._wait(self._arrived.popleft())
-        self._end_cancelled()
+        self.end_cancelled()
         self._look_again()
         self._admit(wanted, may_yield)
         if self._composer.in_a_row:
@@ -130,17 +128,30 @@ class Scheduler:
         for one in (*self._running, *self._queue, *self._arrived):
             one.generation.is_cancelled = True
 
+    def end_cancelled(self) -> None:
+        """Those that nobody wants have ended, and are not waited for."""
+        while self._arrived:
+            self._wait(self._arrived.popleft())
+        for one in (*self._running, *self._queue):
+            if one.generation.is_cancelled:
+                one.generation.end("interrupted")
+                self._end(one)
+
     def vacate(self, *, may_yield: Wanted) -> bool:
         """Have place 0 free, for what is done with the engine itself. Says whether it is."""
-        self._end_cancelled()
+        self.end_cancelled()
         for one in list(self._running):
             if one.place == 0 and may_yield(one.generation):
                 self._set_aside(one)
         return self._sequences.reserve(0)
 
+    def stop_vacating(self) -> None:
+        """Whoever waited for place 0 has given up. From any thread: others who wait for it ask for it again."""
+        self._sequences.end_reserving()
+
     def look_again(self) -> None:
         """Somebody has used the engine itself, and is done with it."""
-        self._sequences.end_reserving()
+        self.stop_vacating()
         self._is_doubtful = True
 
     # -- places --------------------------------------------------------------------------------------------------------
@@ -292,12 +303,6 @@ class Scheduler:
         self._running.remove(one)
         self._sequences.release(one.place)
         self._is_full = False
-
-    def _end_cancelled(self) -> None:
-        for one in (*self._running, *self._queue):
-            if one.generation.is_cancelled:
-                one.generation.end("interrupted")
-                self._end(one)
 
     def _fail(self, some: Iterable[Running], error: GrokLocalError) -> None:
         for one in list(some):

@@ -42,8 +42,9 @@ class Turns:
 
     def submit(self, generation: Generation, *, eager: bool = False) -> None:
         """Have it generated: when somebody waits for it, or if it is `eager`, whenever anything is computed."""
-        self._readers[generation] = _Reader(is_eager=eager)
-        self.scheduler.submit(generation)
+        with self._changed:
+            self._readers[generation] = _Reader(is_eager=eager)
+            self.scheduler.submit(generation)
 
     def until(self, is_ready: Callable[[], bool], *, reading: Sequence[Generation]) -> None:
         """Compute, or wait for others who do, until something is ready. The generations in `reading` are waited for."""
@@ -78,21 +79,35 @@ class Turns:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Use the engine itself, its first sequence: nobody else does, and nobody's answer is there."""
-        while True:
-            with self._first(), self._turn():
-                if self.scheduler.vacate(may_yield=self._may_yield):
-                    try:
-                        yield
-                    finally:
-                        self.scheduler.look_again()
-                    return
-            self.until(iter((False, True)).__next__, reading=())  # a step, or a moment's rest
+        try:
+            while True:
+                with self._first(), self._turn():
+                    if self.scheduler.vacate(may_yield=self._may_yield):
+                        try:
+                            yield
+                        finally:
+                            self.scheduler.look_again()
+                        return
+                self.until(iter((False, True)).__next__, reading=())  # a step, or a moment's rest
+        except BaseException:  # Ctrl-C while it waits, too: the place that it waited for is anybody's again
+            self.scheduler.stop_vacating()
+            raise
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Nobody computes meanwhile."""
         with self._first(), self._turn():
             yield
+
+    def go_on_with(self, scheduler: Scheduler) -> None:
+        """From now on this one has places, also for those that were submitted to the one before and have not begun.
+
+        For whoever has all `stopped`.
+        """
+        with self._changed:
+            for generation in [known for known in self._readers if not known.has_ended]:
+                scheduler.submit(generation)
+            self.scheduler = scheduler
 
     def interrupt(self) -> None:
         """End all answers that have begun. From a signal handler, too: it waits for nothing."""

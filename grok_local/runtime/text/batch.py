@@ -23,7 +23,8 @@ __all__ = ["TASK_FIELDS", "Prepared", "Result", "Tasks", "Watch", "prompt_logpro
 
 _SAMPLING = tuple(Sampling.__dataclass_fields__)
 _ANSWERING = ("max_tokens", "stop", "logprobs", "schema", "regex", "choice", "grammar")
-TASK_FIELDS = ("id", "prompt", "messages", "prefix", "special", "echo", "prompt_logprobs", *_ANSWERING, *_SAMPLING)
+_OPTIONS = ("special", "echo", "prompt_logprobs", *_ANSWERING, *_SAMPLING)
+TASK_FIELDS = ("id", "prompt", "messages", "prefix", *_OPTIONS)
 _SEEDS = 1 << 31
 
 Watch = Callable[[Collection[Stats]], None]
@@ -71,7 +72,7 @@ class Tasks:
 
     A task is a prompt, as text or token ids, or a mapping: `prompt` or `messages`, and any option of `Model.generate`;
     `defaults` are those of tasks that do not say otherwise. The random numbers of a task without a seed come from
-    `seed` and its id alone.
+    `seed` and its id alone. Raises TypeError for defaults with unknown names.
     """
 
     def __init__(
@@ -82,6 +83,9 @@ class Tasks:
         defaults: Mapping[str, Any],
         seed: int = 0,
     ) -> None:
+        unknown = [name for name in defaults if name not in _OPTIONS]
+        if unknown:
+            raise TypeError(f"no option {unknown[0]!r}: known are {', '.join(_OPTIONS)}")
         self._engine, self._seed = engine, seed
         self._conversation = Conversation(engine, template=template)
         self._defaults = dict(defaults)
@@ -98,6 +102,8 @@ class Tasks:
 
     def _prepared(self, index: int, id_: str | int, fields: dict[str, Any]) -> Prepared:
         _check_names(fields)
+        fields = {name: value for name, value in fields.items() if value is not None}
+        fields = self._defaults | fields
         how = self._how(id_, fields)
         if "messages" in fields:
             request, echo = self._of_messages(fields, how), ""
@@ -123,17 +129,17 @@ class Tasks:
         return prompt if isinstance(prompt, str) else self._engine.detokenize(ids)
 
     def _how(self, id_: str | int, fields: Mapping[str, Any]) -> Answering:
-        given = {**self._defaults, **{name: value for name, value in fields.items() if value is not None}}
+        given = {**self._defaults, **fields}
         sampling = {name: given[name] for name in _SAMPLING if name in given}
         if sampling.get("seed") in (None, -1):
             sampling["seed"] = _derived(self._seed, id_)
         return answering({name: given[name] for name in _ANSWERING if name in given}, sampling)  # type: ignore[arg-type]
 
     def _of_messages(self, fields: Mapping[str, Any], how: Answering) -> Request:
-        if fields.get("prompt") is not None:
+        if "prompt" in fields:
             raise OptionError("prompt and messages: give one of the two")
-        if fields.get("echo"):
-            raise OptionError("echo: of a prompt alone, and these are messages")
+        if alone := [name for name in ("special", "echo") if fields.get(name)]:
+            raise OptionError(f"{alone[0]}: of a prompt alone, and these are messages")
         prefix = _prefix(fields)
         laid = self._conversation.lay_out(fields["messages"], reserve=1)
         if laid.dropped:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
 from grok_local.errors import ContextError, OptionError
-from grok_local.placement.whatif import widest
-from grok_local.runtime.engine.llama import LlamaEngine
-from grok_local.runtime.scheduling.composing import Apart, InParts, Together
-from grok_local.runtime.scheduling.scheduler import Scheduler
-from grok_local.runtime.scheduling.turns import Turns
+from grok_local.runtime.scheduling.reopening import Reopenable, engine_class
 from grok_local.runtime.text.answering import answering
 from grok_local.runtime.text.batch import Prepared, Result, Tasks, Watch, run_batch
 from grok_local.runtime.text.chat import ChatReply, Conversation
@@ -20,6 +15,8 @@ from grok_local.runtime.text.reply import AsyncReply, Reply
 from grok_local.runtime.text.scoring import Score, score_choices, score_ids
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Unpack
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from grok_local.placement.load_options import LoadRequest
     from grok_local.runtime.engine.protocol import Engine, Placement
     from grok_local.runtime.engine.sampling import SamplingOptions
-    from grok_local.runtime.remote.client import RemoteEngine
     from grok_local.runtime.text.answering import AnswerOptions
     from grok_local.runtime.text.forms import Message
 
@@ -37,16 +33,7 @@ __all__ = ["Model", "load_model"]
 
 def load_model(request: LoadRequest, *, say: Say | None = None) -> Model:
     """Load a GGUF; `say` is told what takes long. Raises GGUFError, ModelError, PlacementError or WorkerError."""
-    return Model(request, _engine_class(request)(request, say=say), say=say)
-
-
-def _engine_class(request: LoadRequest) -> type[LlamaEngine | RemoteEngine]:
-    """The engine in this process, or where it has to be contained, in one of its own."""
-    if not request.contained:
-        return LlamaEngine
-    from grok_local.runtime.remote.client import RemoteEngine
-
-    return RemoteEngine
+    return Model(request, engine_class(request)(request, say=say), say=say)
 
 
 class Model:
@@ -57,14 +44,16 @@ class Model:
 
     def __init__(self, request: LoadRequest, engine: Engine, *, say: Say | None = None) -> None:
         self.path = request.path
-        self._loading, self._say = request, say
         self._usual: SamplingOptions = {} if request.temperature is None else {"temperature": request.temperature}
-        self._use(engine)
+        self._template = request.template
+        self._opened = Reopenable(request, engine, say=say)
+        self.turns = self._opened.turns
+        self.conversation = Conversation(self._opened.vocabulary, template=self._template)
 
-    def _use(self, engine: Engine) -> None:
-        self.engine = engine
-        self.turns = Turns(_scheduler(engine, self._loading))
-        self.conversation = Conversation(engine, template=self._loading.template)
+    @property
+    def engine(self) -> Engine:
+        """The engine that there is now; whoever computes with it has it `alone`."""
+        return self._opened.engine
 
     @property
     def context_size(self) -> int:
@@ -87,22 +76,20 @@ class Model:
         With `special` the names of control tokens in it, such as <|im_start|>, become those tokens.
         """
         _check_text(text)
-        return self.engine.tokenize(text, special=special)
+        return self._opened.vocabulary.tokenize(text, special=special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Raises OptionError for ids outside the vocabulary."""
-        return self.engine.detokenize(ids)
+        return self._opened.vocabulary.detokenize(ids)
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [len(ids), vocabulary]: the logits after each position. Raises ContextError, OptionError."""
         with self.alone() as engine:
             return engine.logits(ids)
 
-    @contextmanager
-    def alone(self) -> Iterator[Engine]:
+    def alone(self) -> AbstractContextManager[Engine]:
         """The engine itself: nobody else computes meanwhile, and its first sequence is nobody's."""
-        with self.turns.alone():
-            yield self.engine
+        return self._opened.alone()
 
     @overload
     def score(self, texts: Sequence[str | Sequence[int]]) -> list[Score]: ...
@@ -207,17 +194,28 @@ class Model:
         `generate`; `options` are for those that do not say otherwise. Random numbers come from `seed` and a request's
         id. With `reproducible`, the bits of a result do not depend on the other requests. One that fails has an `error`
         and costs the others nothing. By default as many go together as the model was loaded for, or if that is one, as
-        many as there is memory for. Raises OptionError, and whatever ends the model.
+        many as there is memory for.
+
+        Raises OptionError, TypeError for unknown names, and whatever ends the model. Where it has to be opened anew,
+        also what loading raises, and the model goes on as it was loaded.
         """
-        listed = requests if isinstance(requests, Iterator) else list(requests)
-        self._reshape(parallel, reproducible, most=len(listed) if isinstance(listed, list) else None)
+        if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
+            raise OptionError(f"batch: a list of prompts is wanted, not {requests!r:.60}")
         tasks = self.tasks(options, seed=seed)
+        return self._batch(requests, tasks, parallel=parallel, reproducible=reproducible)
+
+    def _batch(
+        self, requests: Iterable[Any], tasks: Tasks, *, parallel: int | None, reproducible: bool
+    ) -> Generator[Result]:
+        listed = requests if isinstance(requests, Iterator) else list(requests)
+        most = max(len(listed), 1) if isinstance(listed, list) else None
+        self._opened.reshape(parallel, reproducible=reproducible, most=most)
         yield from self.run(tasks.prepare(index, request) for index, request in enumerate(listed))
 
     def tasks(self, defaults: Mapping[str, Any], *, seed: int = 0) -> Tasks:
         """What prepares tasks for this model; `defaults` and `seed` are as in `batch`."""
         given = {**self._usual, **defaults}
-        return Tasks(self.engine, template=self._loading.template, defaults=given, seed=seed)
+        return Tasks(self._opened.vocabulary, template=self._template, defaults=given, seed=seed)
 
     def run(
         self, tasks: Iterable[Prepared | Result], *, size: int | None = None, watch: Watch = lambda _: None
@@ -225,22 +223,8 @@ class Model:
         """Likewise, of tasks that were prepared, with as many places as there are. `size` is how many tokens prompt and
         answer may have together; `watch` is shown after every step what each answer under way took so far.
         """
-        ahead = 2 * self._loading.parallel
+        ahead = 2 * self._opened.request.parallel
         return run_batch(self.turns, tasks, size=size or self.context_size, ahead=ahead, watch=watch)
-
-    def _reshape(self, parallel: int | None, reproducible: bool, *, most: int | None) -> None:
-        """Open the model anew where it has too few places, or does not compute in the way that is wanted."""
-        now = self._loading
-        wanted = parallel or (now.parallel if now.parallel > 1 else widest(self.placement.plan, most=most).sequences)
-        if (wanted, reproducible) == (now.parallel, now.reproducible):
-            return
-        loading = now.reshaped(parallel=wanted, reproducible=reproducible)
-        with self.turns.stopped():
-            if not self.turns.scheduler.is_idle:
-                raise OptionError("batch: an answer of this model is not read to its end: read it, or cancel it first")
-            self.engine.close()
-            self._loading = loading
-            self._use(_engine_class(loading)(loading, say=self._say))
 
     def interrupt(self) -> None:
         """End the answers under way; from a signal handler or another thread."""
@@ -249,8 +233,7 @@ class Model:
 
     def close(self) -> None:
         """Free the model; safe to call twice."""
-        with self.turns.stopped():
-            self.engine.close()
+        self._opened.close()
 
     def __enter__(self) -> Model:
         return self
@@ -263,7 +246,7 @@ class Model:
             whole = [operator.index(token) for token in ids]  # numpy's too
         except TypeError:
             raise OptionError("prompt: a text, or a list of token ids, is wanted") from None
-        self.engine.detokenize(whole)
+        self.detokenize(whole)
         return whole
 
     def _check_room(self, ids: Sequence[int]) -> None:
@@ -274,13 +257,6 @@ class Model:
                 f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or take a larger "
                 "context"
             )
-
-
-def _scheduler(engine: Engine, request: LoadRequest) -> Scheduler:
-    if request.reproducible:
-        return Scheduler(engine, places=request.parallel, composer=Apart(), strict=True)
-    composer = InParts() if engine.placement.plan.wishes.separate else Together()
-    return Scheduler(engine, places=request.parallel, composer=composer)
 
 
 def _choices(choices: object) -> list[str]:

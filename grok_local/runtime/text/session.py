@@ -78,11 +78,19 @@ class Session:
         return self._model.conversation.lay_out(messages, reserve=reserve)
 
     def keep(self, messages: Sequence[Message], system: str | None) -> None:
-        """Write what was said. Raises OutputError."""
+        """Write what was said. Where that is nothing any more, what the model has read is forgotten too; where it never
+        was anything, nothing is written. Raises OutputError.
+        """
+        if not (messages or self._kept):
+            return
         self._kept |= {"format": _FORMAT, "model": self._model.path.name, "messages": list(messages), "system": system}
-        self._kept["answered"] = self._model.conversation.remembered()
+        self._kept["answered"] = self._model.conversation.remembered() if messages else None
         try:
+            if not messages:
+                self._kept.pop("state", None)
             write_whole(self.folder / _CONVERSATION, json.dumps(self._kept).encode() + b"\n")
+            if not messages:
+                (self.folder / _STATE).unlink(missing_ok=True)
         except OSError as error:
             raise self._trouble(error) from None
 

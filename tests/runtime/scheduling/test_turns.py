@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import grok_local
+from grok_local.runtime.engine.sampling import Sampling
+from grok_local.runtime.graph.rows import Draw, Drawn, Row
+from grok_local.runtime.scheduling.generation import Generation, Request
+from grok_local.runtime.scheduling.scheduler import Scheduler
+from grok_local.runtime.scheduling.turns import Turns
+from samples.fake_engine import FakeEngine
 
 QUESTIONS = ["What is an expert?", "What does a router do?", "Once upon a time", "one two three"]
 
@@ -95,3 +103,39 @@ def test_an_identical_prompt_has_the_same_answer_from_the_cache(packed: Path) ->
         again = answer(model, "word " * 100)
         assert "".join(again) == text
         assert (again.stats.evaluated_tokens, again.stats.cached_tokens) == (0, first.stats.prompt_tokens)
+
+
+class BrokenOffEngine(FakeEngine):
+    """Somebody presses Ctrl-C in the step of that number."""
+
+    broken_off = 0
+
+    def step(self, rows: Sequence[Row], draws: Sequence[Draw] = ()) -> list[Drawn] | None:
+        if self.steps + 1 == self.broken_off:
+            self.steps += 1
+            raise KeyboardInterrupt
+        return super().step(rows, draws)
+
+
+def read(turns: Turns, one: Generation) -> None:
+    deadline = time.monotonic() + 10
+
+    def has_ended() -> bool:
+        assert time.monotonic() < deadline, "nobody computes it"
+        return one.has_ended
+
+    turns.until(has_ended, reading=[one])
+
+
+def test_a_place_that_nobody_waits_for_any_more_is_anybodys() -> None:
+    engine = BrokenOffEngine(sequences=1)
+    turns = Turns(Scheduler(engine, places=1))
+    first, second = (Generation(Request((7, number), Sampling(), 5), 64) for number in (1, 2))
+    turns.submit(first, eager=True)
+    turns.step()
+    engine.broken_off = engine.steps + 1
+    with pytest.raises(KeyboardInterrupt), turns.alone():
+        pytest.fail("the place is taken")
+    turns.submit(second)
+    read(turns, first)
+    read(turns, second)

@@ -7,12 +7,14 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import grok_local
 from grok_local.errors import ContextError, OptionError
+from samples.rewritten import chatml
 
 PROMPTS = ["What is an expert?", "What does a router do?", "Once upon a time", "one two three", "Why?", "x"]
 
@@ -61,6 +63,32 @@ def test_bad_requests_fail_alone(wide: grok_local.Model) -> None:
     assert isinstance(found[1].error, OptionError)
     assert isinstance(found[2].error, ContextError)
     assert all(found[index].error for index in (3, 4, 5))
+
+
+@pytest.mark.parametrize("name", ["temprature", "max_token", "prefix", "id", "prompt"])
+def test_options_that_there_are_not(wide: grok_local.Model, name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        wide.batch(PROMPTS, **{name: 1})
+
+
+@pytest.mark.parametrize("requests", ["one text", b"one text", {"prompt": "x"}, 5, None])
+def test_what_is_no_list_of_prompts(wide: grok_local.Model, requests: Any) -> None:
+    with pytest.raises(OptionError, match="a list of prompts"):
+        wide.batch(requests)
+
+
+def test_any_option_of_a_task_may_be_one_of_all(packed: Path, tmp_path: Path) -> None:
+    with grok_local.load(chatml(packed, tmp_path / "c.gguf"), context=256, threads=1, parallel=2) as model:
+        text = "<|im_start|>one"
+        plain, special = (len(model.tokenize(text, special=special)) for special in (False, True))
+        asked = [text, {"prompt": text, "special": False}, {"prompt": text, "special": None}]
+        asked.append({"messages": [{"role": "user", "content": "x"}]})
+        found = sorted(model.batch(asked, special=True, max_tokens=1), key=lambda result: result.index)
+        assert [result.stats.prompt_tokens for result in found[:3]] == [special, plain, special]
+        assert "special: of a prompt alone" in str(found[3].error)
+        (told,) = model.batch(["one two"], echo=True, prompt_logprobs=0, max_tokens=1)
+        assert told.prompt == "one two"
+        assert len(told.prompt_logprobs or ()) == told.stats.prompt_tokens
 
 
 def test_a_batch_may_be_left(wide: grok_local.Model) -> None:
