@@ -45,7 +45,8 @@ def _is_one_evaluation(sequences: Sequence[int]) -> bool:
 
 
 class FakeEngine:
-    """`cells` tokens fit; `fails` and `interrupts` say of a step, by its number, what goes wrong with it.
+    """`cells` tokens fit; `fails` and `interrupts` say of a step, by its number, what goes wrong with it. A grammar
+    that is "bad" cannot be followed, and one that "breaks" not for long.
 
     With `in_parts` it refuses what llama.cpp would not evaluate at once where each sequence has a part of the KV cache:
     all but as many tokens each of sequences that follow each other.
@@ -57,7 +58,7 @@ class FakeEngine:
         self.batch_size, self._cells, self._in_parts = batch_size, cells, in_parts
         self.interrupted = False
         self.cached: list[list[int]] = [[] for _ in range(sequences)]
-        self.chains: set[int] = set()
+        self.chains: dict[int, str | None] = {}
         self.steps = self.evaluated = self.most_rows = 0
         self.fails: set[int] = set()
         self.interrupts: set[int] = set()
@@ -71,11 +72,11 @@ class FakeEngine:
         if grammar == "bad":
             raise OptionError("a grammar nobody can follow")
         number = next(self._numbers)
-        self.chains.add(number)
+        self.chains[number] = grammar
         return number
 
     def end_sampling(self, chain: int) -> None:
-        self.chains.remove(chain)
+        del self.chains[chain]
 
     def step(self, rows: Sequence[Row], draws: Sequence[Draw] = ()) -> list[Drawn] | None:
         self.steps += 1
@@ -120,6 +121,8 @@ class FakeEngine:
         assert outputs or self._kept[draw.sequence] == ids
         if draw.keep:
             self._kept[draw.sequence] = list(ids)
+        if self.chains[draw.chain] == "breaks" and len(ids) % 3 == 0:
+            return Drawn((), known=known, error=OptionError("a grammar that is too large"))
         token = next_token(ids)
         return Drawn((Token(token, bytes([97 + token % 26]), token == END),), known=known)
 

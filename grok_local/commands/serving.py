@@ -77,7 +77,10 @@ def serve(
                 if is_new:
                     say(f"API key: {key}")
 
-            listen(app, sock, ready=ready, leaving=service.loop.stop)
+            loop = service.loop
+            listen(app, sock, ready=ready, leaving=loop.stop, is_lost=lambda: loop.failure is not None)
+            if loop.failure:
+                raise loop.failure
 
 
 @contextmanager

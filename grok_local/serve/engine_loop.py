@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BACKGROUND", "Answer", "EngineLoop", "Increment"]
 
 INTERACTIVE, BACKGROUND = 0, 1  # ranks: who asks now goes before batches
+_LOOK_EVERY = 1.0  # seconds after which an idle engine is looked at
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ class Answer:
         self.parts.append(self._part(generation))
         return True
 
+    def close(self) -> None:
+        """Nothing more will come, whatever is open. For the engine's thread."""
+        self._open = 0
+
     def announce(self) -> None:
         """Wake up whoever waits."""
         before, self._changed = self._changed, asyncio.Event()
@@ -123,12 +128,16 @@ class Answer:
         return [result_of(task, done) for task, done in zip(self.tasks, self.generations, strict=True)]
 
     def check(self) -> None:
-        """Raises the error that a generation ended with, and RefusedError for what nobody let end."""
+        """Raises the error that a generation ended with, and RefusedError for what nobody let end. Where the time was
+        over all of it is told as far as it came, if there is anything.
+        """
         for generation in self.generations:
             if generation.error:
                 raise generation.error
-            if generation.finish_reason == "interrupted" and not (self.is_expired and generation.tokens):
-                raise self._broken_off()
+        cut = [one for one in self.generations if one.finish_reason == "interrupted"]
+        has_some = len(cut) < len(self.generations) or any(one.tokens for one in cut)
+        if cut and not (self.is_expired and has_some):
+            raise self._broken_off()
 
     def expire(self) -> None:
         """Its time is over: what there is of it is the answer."""
@@ -177,14 +186,18 @@ class EngineLoop:
     """Has a model compute whatever was submitted. A context manager.
 
     `places` are the sequences that go together, and `most_waiting` are as many interactive ones as may wait for one.
+    `failure` is why nothing is answered any more though nobody has stopped it.
     """
+
+    failure: GrokLocalError | None = None
 
     def __init__(self, model: Model, *, places: int, most_waiting: int, figures: Figures) -> None:
         self.figures, self.places = figures, places
         self._model, self._most_waiting = model, most_waiting
         self._live: dict[Generation, Answer] = {}
         self._news = threading.Event()
-        self._is_closing = False
+        self._submitting = threading.Lock()  # so that nobody waits for what comes after the end
+        self._is_closing = self._is_over = False
         self._thread = threading.Thread(target=self._work, name="grok-local-engine", daemon=True)
 
     def __enter__(self) -> EngineLoop:
@@ -204,7 +217,7 @@ class EngineLoop:
     @property
     def is_alive(self) -> bool:
         """Whether anything is answered."""
-        return self._thread.is_alive() and not self._is_closing
+        return self._thread.is_alive() and not self._is_closing and self.failure is None
 
     def wake(self) -> None:
         """Something is to be looked at, if only a cancelled answer."""
@@ -222,16 +235,17 @@ class EngineLoop:
         return sorted(some, key=lambda one: one.rank)  # which keeps the order of those of one rank
 
     def submit(self, tasks: Sequence[Prepared], *, rank: int = INTERACTIVE, is_streamed: bool = False) -> Answer:
-        """Have tasks answered. Raises RefusedError where too many wait already, ModelError while the server stops."""
-        if not self.is_alive:
-            raise RefusedError(503, "the server is stopping", code="server_stopping")
-        if rank == INTERACTIVE:
-            self._check_queue()
+        """Have tasks answered. Raises RefusedError where too many wait already, and while the server stops."""
         some = [Generation(task.request, self._model.context_size, rank) for task in tasks]
         answer = Answer(tasks, some, is_streamed)
-        for one in some:
-            self._live[one] = answer
-            self._model.turns.submit(one, eager=True)
+        with self._submitting:
+            if not self.is_alive or self._is_over:
+                raise RefusedError(503, "the server is stopping", code="server_stopping")
+            if rank == INTERACTIVE:
+                self._check_queue()
+            for one in some:
+                self._live[one] = answer
+                self._model.turns.submit(one, eager=True)
         self._news.set()
         return answer
 
@@ -276,25 +290,45 @@ class EngineLoop:
     # -- the engine's thread -------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while not (self._is_closing and not self._live):
-            self._news.clear()
-            try:
-                worked = self._model.turns.step()
-            except GrokLocalError as error:
-                worked = self._fail(error)
-            except Exception:
-                self._fail(ModelError("the engine failed in a way that nobody knows: the log has more"))
+        try:
+            while not self._has_ended():
+                self._news.clear()
+                worked = self._stepped()
                 self._tell()
-                raise
-            self._tell()
-            if not worked and not self._is_closing:
-                self._news.wait()
+                self.failure = self._model.engine.failure
+                if not (worked or self._is_closing or self.failure):
+                    self._news.wait(_LOOK_EVERY)
+        except BaseException:
+            self.failure = ModelError("the engine failed in a way that nobody knows: the log has more")
+            raise
+        finally:
+            self._end()
 
-    def _fail(self, error: GrokLocalError) -> bool:
-        for one in self._live:
+    def _has_ended(self) -> bool:
+        return self.failure is not None or (self._is_closing and not self._live)
+
+    def _stepped(self) -> bool:
+        try:
+            return self._model.turns.step()
+        except GrokLocalError as error:
+            self._fail(error)
+            return False
+
+    def _end(self) -> None:
+        """Whoever still waits is told."""
+        with self._submitting:
+            self._is_over = True
+        self._fail(self.failure or RefusedError(503, "the server is stopping", code="server_stopping"))
+        for one, answer in list(self._live.items()):
+            with suppress(Exception):  # which may be what ended it
+                answer.take(one)
+            answer.close()
+        self._announce(dict.fromkeys(self._live.values()))
+
+    def _fail(self, error: GrokLocalError) -> None:
+        for one in list(self._live):
             one.fail(error)
             one.is_cancelled = True  # which has the scheduler forget it
-        return False
 
     def _tell(self) -> None:
         news: dict[Answer, None] = {}
@@ -305,7 +339,10 @@ class EngineLoop:
             if ended:
                 self._live.pop(generation, None)
                 self.figures.count(generation)
-        self.figures.look(self._live)
+        self.figures.look(list(self._live))
+        self._announce(news)
+
+    def _announce(self, news: Iterable[Answer]) -> None:
         for loop, answers in itertools.groupby(news, key=lambda answer: answer._loop):
             with suppress(RuntimeError):  # it is closed: nobody waits any more
                 loop.call_soon_threadsafe(_announce, list(answers))

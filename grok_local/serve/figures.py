@@ -79,7 +79,7 @@ class Figures:
     def speed(self) -> float:
         """Tokens of answers a second, all together, in the last seconds."""
         now = time.monotonic()
-        recent = [(at, tokens) for at, tokens in self._seen if now - at <= _WINDOW]
+        recent = [(at, tokens) for at, tokens in list(self._seen) if now - at <= _WINDOW]
         if len(recent) < 2:
             return 0.0
         return (recent[-1][1] - recent[0][1]) / (now - recent[0][0])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from starlette.requests import Request
 
 from grok_local.errors import ContextError, RefusedError
+from grok_local.runtime.jobs.openai import MOST_SECONDS
 from grok_local.runtime.text.batch import Prepared
 from grok_local.serve.engine_loop import Answer, EngineLoop
 
@@ -48,6 +49,7 @@ class Exchange:
     readers: int = 0
     is_told: bool = False  # somebody has all of it
     turn: SessionTurn | None = None
+    deadline: asyncio.TimerHandle | None = None
 
 
 @dataclass(eq=False)
@@ -119,7 +121,7 @@ class Service:
         self.exchanges[exchange.key] = exchange
         asyncio.get_running_loop().call_later(_GRACE, self._give_up, exchange)  # if nobody ever follows it
         if limit is not None:
-            asyncio.get_running_loop().call_later(limit, self._expire, answer)
+            exchange.deadline = asyncio.get_running_loop().call_later(limit, self._expire, answer)
         return exchange
 
     @asynccontextmanager
@@ -146,6 +148,8 @@ class Service:
     def _give_up(self, exchange: Exchange) -> None:
         if not exchange.readers:
             self.loop.cancel(exchange.answer)
+            if exchange.deadline:
+                exchange.deadline.cancel()
             if exchange.turn:
                 exchange.turn.close()
             if self.exchanges.get(exchange.key) is exchange:
@@ -192,6 +196,6 @@ def _seconds(text: str | None) -> float | None:
         found = float(text)
     except ValueError:
         found = 0.0
-    if not 0 < found < 1e9:
+    if not 0 < found < MOST_SECONDS:
         raise RefusedError(400, f"x-timeout {text!r:.40}: seconds are wanted, more than 0", code="invalid_value")
     return found

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+
+from tests.workers import Worker
 
 
 @contextmanager
@@ -80,6 +83,30 @@ def test_a_signal_ends_it_and_what_is_under_way(packed: Path, number: signal.Sig
         asking.join()
         assert (answers[0][0], answers[0][1]["error"]["code"]) in [(503, "server_stopping"), (200, "server_stopping")]
     assert "Traceback" not in "".join(said)
+
+
+def test_a_lost_worker_is_told_and_ends_it(packed: Path) -> None:
+    with Worker() as worker:
+        options = ("--parallel", "2", "--worker", worker.endpoint, "--gpu-layers", "99")
+        with serving(packed, *options) as (process, url, said):
+            assert post(url, {"prompt": "What", "max_tokens": 2})[0] == 200
+            worker.end()
+            status, body = post(url, {"prompt": "What else", "max_tokens": 2})
+            assert (status, worker.endpoint in body["error"]["message"]) == (503, True)
+            assert process.wait(20) == 1
+    (line,) = (line for line in said if line.startswith("error: "))
+    assert worker.endpoint in line
+    assert "Traceback" not in "".join(said)
+
+
+def test_a_process_that_is_lost_while_it_is_idle_ends_it(packed: Path) -> None:
+    with Worker() as worker:
+        options = ("--parallel", "2", "--worker", worker.endpoint, "--gpu-layers", "99")
+        with serving(packed, *options) as (process, _, said):
+            (child,) = psutil.Process(process.pid).children()
+            child.kill()
+            assert process.wait(20) == 1
+    assert "SIGKILL" in said[-1]
 
 
 def test_elsewhere_it_makes_a_key(packed: Path) -> None:

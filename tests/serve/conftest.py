@@ -77,7 +77,7 @@ def started(
             service.batches = stack.enter_context(kept_batches(home, means))
         app = make_app(service, host="127.0.0.1", key=key)
         ready = threading.Event()
-        server = Server(app, ready=ready.set, leaving=lambda: None)
+        server = Server(app, ready=ready.set, leaving=lambda: None, is_lost=lambda: loop.failure is not None)
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         try:

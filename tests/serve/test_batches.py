@@ -13,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 
+from samples.grammars import AMBIGUOUS
 from tests.serve.conftest import Running, Start, started
 
 TEXT: Any = "/v1/completions"
@@ -173,6 +174,14 @@ def test_what_is_refused(kept: Running, client: openai.OpenAI) -> None:
             [b'--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n', *[b"x" * (1 << 20)] * 66]
         )
         assert http.post("/v1/files", content=large, headers=headers).status_code == 413
+
+
+def test_a_line_whose_grammar_becomes_too_large_fails_alone(client: openai.OpenAI) -> None:
+    batch = ended(client, submitted(client, line(0), line(1, grammar=AMBIGUOUS, max_tokens=60), line(2)))
+    assert batch.request_counts.to_dict() == {"total": 3, "completed": 2, "failed": 1}
+    response = lines_of(client, batch.error_file_id)["line-1"]["response"]
+    assert response["status_code"] == 400
+    assert "too large" in response["body"]["error"]["message"]
 
 
 def test_who_asks_goes_before_a_batch_and_it_goes_on(start: Start, tmp_path: Path) -> None:

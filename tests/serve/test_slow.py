@@ -16,6 +16,7 @@ import pytest
 
 from grok_local.errors import ModelError
 from grok_local.serve.engine_loop import BACKGROUND, Answer, EngineLoop
+from samples.grammars import AMBIGUOUS
 from tests.serve.conftest import Start
 
 PROMPT = "Once upon a time"
@@ -150,6 +151,11 @@ def test_a_full_queue_says_when_to_come_again(start: Start) -> None:
         until(lambda: server.service.loop.running == 4)
         some.append(pool.submit(http.post, "/v1/completions", json=body))
         until(lambda: len(server.service.loop.waiting) == 1)
+        now = http.get("/local/machine").json()["now"]
+        assert (now["running"], now["queued"]) == (4, 1)
+        figures = http.get("/metrics").text
+        assert "grok_local_running 4\n" in figures
+        assert "grok_local_waiting 1\n" in figures
         answer = http.post("/v1/completions", json=body)
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
@@ -187,3 +193,58 @@ def test_a_failure_of_the_engine_is_told_and_survived(start: Start) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "model_failed")
         damaged["on"] = False
         assert http.post("/v1/completions", json={"prompt": PROMPT}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ones_grammar_costs_the_others_nothing(start: Start, stream: bool) -> None:
+    with start(seconds=0.02) as server, server.http() as http, ThreadPoolExecutor() as pool:
+        other = pool.submit(http.post, "/v1/completions", json={"prompt": PROMPT, "max_tokens": 60, "temperature": 1})
+        until(lambda: server.service.loop.running == 1)
+        body = {"prompt": PROMPT, "max_tokens": 60, "grammar": AMBIGUOUS, "stream": stream}
+        refused = http.post("/v1/completions", json=body)
+        (told,) = (line for line in refused.text.splitlines() if '"error"' in line)
+        error = json.loads(told.removeprefix("data: "))["error"]
+        assert (error["code"], "too large" in error["message"]) == ("invalid_value", True)
+        assert (other.result().status_code, other.result().json()["usage"]["completion_tokens"]) == (200, 60)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_leaves_what_is_done(start: Start, stream: bool) -> None:
+    with start(seconds=0.1) as server, server.http() as http:
+        body = {"prompt": PROMPT, "max_tokens": 8, "n": 5, "timeout": 1.2, "stream": stream, "temperature": 1}
+        answer = http.post("/v1/completions", json=body)
+    ended: dict[int, tuple[str, str]] = {}
+    for told in _told(answer.text):
+        for choice in told["choices"]:
+            if choice["finish_reason"]:
+                ended[choice["index"]] = choice["finish_reason"], choice["ended_by"]
+    assert len(ended) == 5
+    assert set(ended.values()) <= {("length", "length"), ("stop", "stop"), ("length", "deadline")}
+    assert ("length", "deadline") in ended.values()
+
+
+def _told(text: str) -> list[Any]:
+    """The objects of an answer, whole or streamed."""
+    lines = [line.strip().removeprefix("data: ") for line in text.splitlines()]
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+@pytest.mark.parametrize(("path", "timeout"), [("completions", 10**400), ("messages", 1e300), ("messages", 0)])
+def test_a_deadline_that_nobody_can_keep_is_refused(start: Start, path: str, timeout: float) -> None:
+    body = {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": PROMPT}]}
+    with start() as server, server.http() as http:
+        answer = http.post(f"/v1/{path}", json={**body, "max_tokens": 2, "timeout": timeout})
+        assert (answer.status_code, "timeout" in answer.json()["error"]["message"]) == (400, True)
+        assert not server.service.loop.running
+        assert not server.service.loop.waiting
+
+
+def test_a_deadline_is_forgotten_with_its_answer(start: Start) -> None:
+    with start(seconds=0.1) as server, server.http() as http, ThreadPoolExecutor() as pool:
+        body = {"prompt": PROMPT, "max_tokens": 10, "timeout": 1000}
+        asked = pool.submit(http.post, "/v1/completions", json=body)
+        until(lambda: bool(server.service.exchanges))
+        (exchange,) = server.service.exchanges.values()
+        assert asked.result().status_code == 200
+        assert exchange.deadline
+        until(exchange.deadline.cancelled)

@@ -16,7 +16,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from grok_local.errors import ContextError, ModelError, NoRoomError, OptionError
+from grok_local.errors import ContextError, GrokLocalError, ModelError, NoRoomError, OptionError
 from grok_local.formats import gguf_file
 from grok_local.ggml import log
 from grok_local.machine.facts import Device, Say
@@ -56,6 +56,7 @@ class LlamaEngine:
 
     def __init__(self, request: LoadRequest, *, workers: Sequence[Device] = (), say: Say | None = None) -> None:
         self.interrupted = False
+        self.failure: GrokLocalError | None = None
         self.threads = request.threads
         self.headers = gguf_file.read_model(request.path)
         self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
@@ -167,14 +168,8 @@ class LlamaEngine:
         outputs: dict[int, list[int]] = {}
         for index in (index for index, row in enumerate(rows) if row.output):
             outputs.setdefault(rows[index].sequence, []).append(index)
-        found: list[Drawn] = []
-        for draw in draws:
-            at = outputs.get(draw.sequence, [])
-            if draw.keep and at:
-                self._draws.keep(draw.sequence, len(self._cache.ids(draw.sequence)), index=at[-1])
-            chosen = Drawn(()) if draw.chain is None else self._draws.drawn(draw, at[-1] if at else None)
-            found.append(chosen._replace(known=self._draws.known(draw, at)))
-        return found
+        lengths = [len(self._cache.ids(draw.sequence)) for draw in draws]
+        return [self._draws.made(d, outputs.get(d.sequence, []), length=n) for d, n in zip(draws, lengths, strict=True)]
 
     def copy(self, source: int, target: int, *, length: int) -> int:
         """Have `target` begin as the first `length` tokens of `source`, without evaluating them.
@@ -392,7 +387,8 @@ class LlamaEngine:
                 continue
             same_file = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
             if same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise ModelError(f"{path}: the file has changed since it was loaded: load the model again")
+                self.failure = ModelError(f"{path}: the file has changed since it was loaded: load the model again")
+                raise self.failure
 
     def _check_open(self) -> None:
         if not self._batch:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from grok_local.errors import GrokLocalError
     from grok_local.formats.gguf_file import Header
     from grok_local.placement.plan import Plan
     from grok_local.runtime.engine.sampling import Sampling
@@ -85,9 +86,12 @@ class Lexicon(Protocol):
 class Engine(Decoder, Lexicon, Protocol):
     """A loaded model and its KV cache, with places for several sequences.
 
-    Only `interrupt` is thread-safe; once closed, every method raises ModelError.
+    Only `interrupt` is thread-safe; once closed, every method raises ModelError. `failure` is what it died of, though
+    nobody closed it: it will never compute again.
     """
 
+    @property
+    def failure(self) -> GrokLocalError | None: ...
     @property
     def headers(self) -> list[Header]: ...
     @property

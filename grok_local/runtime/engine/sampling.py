@@ -141,7 +141,9 @@ def _sample_from(logits: npt.NDArray[np.float32], chain: Any) -> int:
 
 
 class Constraint:
-    """How far an answer is in its grammar. Raises OptionError for a grammar that this vocabulary cannot follow."""
+    """How far an answer is in its grammar. Raises OptionError for a grammar that this vocabulary cannot follow, at
+    first or as soon as that shows.
+    """
 
     def __init__(self, grammar: str, tokens: Any) -> None:
         from llguidance import LLMatcher
@@ -162,7 +164,7 @@ class Constraint:
     def masked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """A copy of a row of logits in which what is not allowed has no chance."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._require(ModelError)
+        self._require(self._matcher)
         allowed = np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool)
         found: npt.NDArray[np.float32] = np.where(allowed, logits, np.float32(-np.inf))
         return found
@@ -170,11 +172,12 @@ class Constraint:
     def accept(self, tokens: Sequence[int]) -> None:
         """These came, which were allowed."""
         if not all(self._matcher.consume_token(token) for token in tokens):
-            self._require(ModelError)
+            self._require(self._matcher)
 
     def forced(self) -> list[int]:
         """The tokens that have to come next, whatever the model finds likely; none where there is a choice."""
         found: list[int] = self._matcher.compute_ff_tokens()
+        self._require(self._matcher)
         return found
 
     def _try_first_step(self, matcher: Any) -> None:
@@ -182,13 +185,12 @@ class Constraint:
         matcher.compute_bitmask()
         for token in matcher.compute_ff_tokens():
             matcher.consume_token(token)
-        self._require(OptionError, matcher)
+        self._require(matcher)
 
-    def _require(self, kind: type[ModelError | OptionError], matcher: Any = None) -> None:
-        matcher = matcher or self._matcher
+    def _require(self, matcher: Any) -> None:
         if matcher.is_error():
             reason = matcher.get_error().partition("<state>")[0]
-            raise kind(f"nothing can be written in this form, or it is too large ({' '.join(reason.split())})")
+            raise OptionError(f"nothing can be written in this form, or it is too large ({' '.join(reason.split())})")
 
 
 class Chain:
@@ -201,7 +203,9 @@ class Chain:
         self._constraint = constraint
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
-        """Choose by a row of logits [vocabulary]. Raises ModelError where they are no numbers."""
+        """Choose by a row of logits [vocabulary]. Raises ModelError where they are no numbers, OptionError where the
+        grammar cannot go on.
+        """
         check_finite(logits)
         if self._constraint is None:
             return _sample_from(logits, self._links)
@@ -271,10 +275,20 @@ class Draws:
         for chain in list(self._chains):
             self.end(chain)
 
-    def known(self, draw: Draw, outputs: Sequence[int]) -> tuple[Token, ...]:
-        """How likely a draw's known tokens are, each by the logits of the row before it; `outputs` are the rows of its
-        sequence in the last evaluation. Raises ModelError where they are no numbers.
+    def made(self, draw: Draw, outputs: Sequence[int], *, length: int) -> Drawn:
+        """What a draw comes to. `outputs` are the rows of its sequence in the last evaluation, which has so many tokens
+        now. Raises ModelError where their logits are no numbers; what its grammar dies of is returned.
         """
+        if draw.keep and outputs:
+            self._kept[draw.sequence] = _Kept(length, self._logits_at(outputs[-1]).copy())
+        try:
+            chosen = Drawn(()) if draw.chain is None else self._drawn(draw, outputs[-1] if outputs else None)
+        except OptionError as error:
+            chosen = Drawn((), error=error)
+        return chosen._replace(known=self._known(draw, outputs))
+
+    def _known(self, draw: Draw, outputs: Sequence[int]) -> tuple[Token, ...]:
+        """How likely a draw's known tokens are, each by the logits of the row before it."""
         found = []
         for index, token in zip(outputs, draw.known, strict=False):  # after the last row there may be none
             logits = self._logits_at(index)
@@ -283,11 +297,8 @@ class Draws:
             found.append(Token(token, self._tokens.piece(token), False, likely))
         return tuple(found)
 
-    def drawn(self, draw: Draw, index: int | None) -> Drawn:
-        """What a draw chooses by the logits of row `index` of the last evaluation, or by those its sequence kept.
-
-        Raises ModelError where they are no numbers.
-        """
+    def _drawn(self, draw: Draw, index: int | None) -> Drawn:
+        """What a draw chooses by the logits of row `index` of the last evaluation, or by those its sequence kept."""
         chain = self._chains[draw.chain or 0]
         # Where log-probabilities are wanted, every token is chosen by its own logits.
         forced = chain.forced() if draw.likely is None else []
@@ -300,10 +311,6 @@ class Draws:
         if draw.likely is None:
             return self._named([chosen, *chain.forced()], chain)
         return self._named([chosen], chain, likely=self._likely(logits, chosen, draw.likely))
-
-    def keep(self, sequence: int, length: int, *, index: int) -> None:
-        """Keep the logits of row `index`, which are those after the sequence's first `length` tokens."""
-        self._kept[sequence] = _Kept(length, self._logits_at(index).copy())
 
     def copy(self, source: int, target: int, *, length: int) -> None:
         """`target` has become the first `length` tokens of `source`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
@@ -151,7 +152,8 @@ class Tokens:
 
 
 class BareVocabulary(Tokens):
-    """A GGUF's vocabulary without its weights, for what has to be known before they are loaded. A context manager.
+    """A GGUF's vocabulary without its weights, for what has to be known before they are loaded, or while they are busy
+    elsewhere. A context manager; without one it is freed when nobody has it any more.
 
     `context_size`: tokens that prompt and answer may have together. Raises GGUFError, ModelError.
     """
@@ -165,6 +167,8 @@ class BareVocabulary(Tokens):
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(first_part(path)), params)
         if not self._model:
             raise ModelError(f"{path}: llama.cpp cannot read its vocabulary: {log.reason()}")
+        self._free = weakref.finalize(self, llama_cpp.llama_model_free, self._model)
+        self._free.atexit = False
         self.metadata, self.context_size = headers[0].metadata, context_size
         super().__init__(self._model, self.metadata)
 
@@ -172,7 +176,7 @@ class BareVocabulary(Tokens):
         return self
 
     def __exit__(self, *_: object) -> None:
-        llama_cpp.llama_model_free(self._model)
+        self._free()
 
 
 def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:

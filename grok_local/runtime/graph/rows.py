@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from grok_local.errors import OptionError
+
 __all__ = ["Draw", "Drawn", "Likely", "Row", "Token"]
 
 
@@ -57,9 +59,11 @@ class Token(NamedTuple):
 class Drawn(NamedTuple):
     """What comes next in a sequence: the chosen token, and those after it that a grammar leaves no choice about.
 
-    None come, and `is_over`, where the grammar has ended. `known` are the draw's, with their log-probabilities.
+    None come, and `is_over`, where the grammar has ended; or the `error` that it died of, which costs no other draw
+    anything. `known` are the draw's, with their log-probabilities.
     """
 
     tokens: tuple[Token, ...]
     is_over: bool = False
     known: tuple[Token, ...] = ()
+    error: OptionError | None = None

@@ -13,12 +13,13 @@ from typing import Any
 
 from grok_local.errors import OptionError
 
-__all__ = ["CHAT", "TEXT", "Inquiry", "Schema", "checked", "fields_of", "inquiry"]
+__all__ = ["CHAT", "MOST_SECONDS", "TEXT", "Inquiry", "Schema", "checked", "fields_of", "inquiry"]
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 Schema = dict[str, Any]
 
+MOST_SECONDS = 10**9  # of a deadline
 _MOST_CHOICES = 128
 _MOST_TASKS = 1024
 _MOST_LIKELY = 100
@@ -66,7 +67,7 @@ _COMMON: dict[str, Schema] = {
     "stream_options": {"type": "object", "properties": {"include_usage": _FLAG}, "additionalProperties": False},
 }
 _SERVED: dict[str, Schema] = {  # of a server alone
-    "timeout": {"type": "number", "exclusiveMinimum": 0},
+    "timeout": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": MOST_SECONDS},
     "progress": _FLAG,
 }
 _SERVED_CHAT: dict[str, Schema] = {**_SERVED, "session": _TEXT_}
@@ -291,6 +292,9 @@ def _check_kinds(body: Mapping[str, Any], known: Mapping[str, Schema]) -> None:
         low, high = known[name].get("minimum"), known[name].get("maximum")
         if low is not None and high is not None and not low <= value <= high:
             raise OptionError(f"{name} {value!r:.40}: must be {low} to {high}")
+        above, below = known[name].get("exclusiveMinimum"), known[name].get("exclusiveMaximum")
+        if above is not None and below is not None and not above < value < below:
+            raise OptionError(f"{name} {value!r:.40}: must be more than {above} and less than {below}")
         inner = known[name].get("properties")
         if inner is not None:
             if unknown := list(_unknown(value, inner)):
@@ -313,8 +317,6 @@ def _check_options(url: str, body: Mapping[str, Any], *, served: bool) -> None:
         raise OptionError("max_tokens and max_completion_tokens: give one of the two")
     if "session" in body and _tries(body) > 1:
         raise OptionError("session: one answer is kept, so n has to be 1")
-    if body.get("timeout", 1) <= 0:
-        raise OptionError("timeout: seconds are wanted, more than 0")
     best_of, n = body.get("best_of"), body.get("n", 1)
     if best_of is not None and best_of < n:
         raise OptionError(f"best_of {best_of}: must be at least n, which is {n}")

@@ -1,8 +1,8 @@
 """The process that holds the engine of a RemoteEngine: python -m grok_local.runtime.remote.child FD PARENT.
 
 It answers what comes over the socket FD: (name, arguments, options, interrupted), a method or attribute of the engine,
-gets (kind, value), where the kind is "result", "error" (one of our tree) or "aborted" (ggml's message, the last there
-is). It ends when its parent does.
+gets (kind, value), where the kind is "result", "error" (one of our tree), "failure" (likewise, after which the engine
+never computes again) or "aborted" (ggml's message, the last there is). It ends when its parent does.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Host:
         try:
             self._send("result", self._do(name, arguments, options, interrupted))
         except GrokLocalError as error:
-            self._send("error", error)
+            self._send("failure" if self._engine and self._engine.failure is error else "error", error)
         except (EOFError, ConnectionError):
             raise
         except Exception:

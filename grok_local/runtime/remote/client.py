@@ -22,13 +22,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from grok_local.errors import ModelError, WorkerLost
+from grok_local.errors import GrokLocalError, ModelError, WorkerLost
 from grok_local.formats.gguf_file import Header
 from grok_local.machine.facts import Say
 from grok_local.placement.load_options import LoadRequest
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.engine.protocol import Placement
 from grok_local.runtime.engine.sampling import Sampling
+from grok_local.runtime.engine.tokens import BareVocabulary, Tokens
 from grok_local.runtime.remote.child import INTERRUPT, LOAD
 from grok_local.runtime.remote.probing import complaints, probe_workers
 
@@ -56,16 +57,12 @@ def _forwarded(method: Callable[Concatenate[LlamaEngine, P], R]) -> Callable[Con
     return call
 
 
-def _remembered(method: Callable[Concatenate[LlamaEngine, P], R]) -> Callable[Concatenate[RemoteEngine, P], R]:
-    """Likewise for a fact of the vocabulary: the child is asked once, not for every token."""
+def _at_home(method: Callable[Concatenate[Tokens, P], R]) -> Callable[Concatenate[RemoteEngine, P], R]:
+    """The vocabulary's method, executed here: who prepares a prompt does not wait for the child's step."""
 
     @functools.wraps(method)
     def call(self: RemoteEngine, /, *arguments: P.args, **options: P.kwargs) -> R:
-        question = (method.__name__, arguments, *options.items())
-        if question not in self._facts:
-            self._facts[question] = self._call(method.__name__, *arguments, **options)
-        fact: R = self._facts[question]
-        return fact
+        return method(self._open_tokens(), *arguments, **options)
 
     return call
 
@@ -75,7 +72,7 @@ class RemoteEngine:
 
     The constructor raises as LlamaEngine's does, and WorkerError for workers that cannot be used. Every method may
     raise WorkerLost, or without workers ModelError, when the child has died; then the engine is closed. Not
-    thread-safe but for `interrupt`.
+    thread-safe but for `interrupt`, and what is asked of the vocabulary, which this process has too.
     """
 
     batch_size: int
@@ -90,7 +87,8 @@ class RemoteEngine:
         devices = probe_workers(request.workers)
         self._workers = tuple(dict.fromkeys(device.endpoint for device in devices))
         self._say, self._grace = say, grace
-        self._facts: dict[tuple[Any, ...], Any] = {}
+        self._failure: GrokLocalError | None = None
+        self._tokens: BareVocabulary | None = None
         self._ended: list[int] = []
         self._calling = threading.RLock()
         self.interrupted = False
@@ -104,17 +102,18 @@ class RemoteEngine:
         self._stop.atexit = False  # the child ends with this process anyway
         try:
             self.__dict__.update(self._call(LOAD, request, devices))
+            self._tokens = BareVocabulary(request.path, context_size=self.context_size)
         except BaseException:
             self.close()
             raise
 
-    tokenize = _forwarded(LlamaEngine.tokenize)
-    continue_ids = _forwarded(LlamaEngine.continue_ids)
-    detokenize = _forwarded(LlamaEngine.detokenize)
-    piece = _remembered(LlamaEngine.piece)
-    special_text = _forwarded(LlamaEngine.special_text)
-    control_names = _forwarded(LlamaEngine.control_names)
-    is_end = _remembered(LlamaEngine.is_end)
+    tokenize = _at_home(Tokens.tokenize)
+    continue_ids = _at_home(Tokens.continue_ids)
+    detokenize = _at_home(Tokens.detokenize)
+    piece = _at_home(Tokens.piece)
+    special_text = _at_home(Tokens.special_text)
+    control_names = _at_home(Tokens.control_names)
+    is_end = _at_home(Tokens.is_end)
     evaluate = _forwarded(LlamaEngine.evaluate)
     extend = _forwarded(LlamaEngine.extend)
     logits = _forwarded(LlamaEngine.logits)
@@ -146,6 +145,14 @@ class RemoteEngine:
         return self._process.pid
 
     @property
+    def failure(self) -> GrokLocalError | None:
+        """What the child died of, though nobody closed the engine, or why it cannot compute any more."""
+        with self._calling:
+            if self._stop.alive and self._process.poll() is not None:
+                self._lost()
+            return self._failure
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """The GGUF's metadata."""
         return self.headers[0].metadata
@@ -166,6 +173,12 @@ class RemoteEngine:
     def close(self) -> None:
         """End the child; the engine is unusable afterwards. Takes seconds at most; safe to call twice."""
         self._stop()
+        self._tokens = None  # whoever is using it has it until then
+
+    def _open_tokens(self) -> Tokens:
+        if (found := self._tokens) is None:
+            raise ModelError("the model is closed")
+        return found
 
     def _call(self, name: str, /, *arguments: Any, **options: Any) -> Any:
         with self._calling:
@@ -178,10 +191,13 @@ class RemoteEngine:
             self._receive(interrupted=True)  # what the call before, broken off, still answers
         elif self._state == "talking":
             self.close()
-            raise ModelError("an interrupt cut off the talk with the model's process: load the model again")
+            self._failure = ModelError("an interrupt cut off the talk with the model's process: load the model again")
+            raise self._failure
         self._send((name, arguments, options, self.interrupted))
         kind, value = self._receive()
-        if kind == "error":
+        if kind == "failure":
+            self._failure = value
+        if kind in ("error", "failure"):
             raise value
         return value
 
@@ -232,7 +248,8 @@ class RemoteEngine:
         time.sleep(_DYING)
         end = f"the model is lost ({reason or _cause(self._process.returncode)})"
         problems = [f"{end}: {line}" for line in complaints(self._workers)]
-        return WorkerLost(problems or end) if self._workers else ModelError(end)
+        self._failure = found = WorkerLost(problems or end) if self._workers else ModelError(end)
+        return found
 
 
 def _start(*, reproducible: bool) -> tuple[subprocess.Popen[bytes], Connection]:

@@ -264,7 +264,9 @@ class Scheduler:
             if came.known:
                 evaluated = len(self._sequences.ids(one.place)) - len(chunk.ids)
                 one.generation.follow(came.known, start=evaluated + 1)
-            if chunk.is_last:
+            if came.error:
+                self._fail([one], came.error)
+            elif chunk.is_last:
                 self._take(one, came)
 
     def _forget_padding(self) -> None:

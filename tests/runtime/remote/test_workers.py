@@ -27,9 +27,13 @@ from grok_local.errors import ContextError, GGUFError, ModelError, OptionError, 
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.wishes import Wishes
 from grok_local.runtime.engine.llama import LlamaEngine
+from grok_local.runtime.engine.sampling import Sampling
+from grok_local.runtime.graph.rows import Draw, Row
 from grok_local.runtime.remote.client import RemoteEngine
 from grok_local.runtime.remote.probing import PROTOCOL, parse_endpoint, probe_worker, probe_workers
 from grok_local.runtime.remote.server import serve_worker
+from grok_local.runtime.text.structure import structure_of
+from samples.grammars import AMBIGUOUS
 from tests.workers import Worker, free_port, wait_until
 
 GREETING = struct.pack("<QBBBx24x", 28, *PROTOCOL, 0)
@@ -296,6 +300,30 @@ def test_a_conversation_on_a_worker(packed: Path, mortal: Worker) -> None:
             list(reply)
 
 
+def test_the_vocabulary_is_asked_while_the_child_is_busy(packed: Path) -> None:
+    local = LlamaEngine(LoadRequest(packed, Wishes(context=64), 1))
+    with engine(packed) as far:
+        os.kill(far.pid, signal.SIGSTOP)
+        busy = threading.Thread(target=far.evaluate, args=([5, 6],))
+        busy.start()
+        for text in ("", "Some words", " \n\u00e4\U0001f600" * 2000):
+            ids = local.tokenize(text)
+            assert far.tokenize(text) == ids
+            assert far.continue_ids(text) == local.continue_ids(text)
+            assert far.detokenize(ids) == local.detokenize(ids)
+        assert far.control_names() == local.control_names()
+        assert [far.special_text(name) for name in ("bos", "eos")] == [
+            local.special_text(name) for name in ("bos", "eos")
+        ]
+        for token in range(0, local.vocabulary, 7):
+            assert (far.piece(token), far.is_end(token)) == (local.piece(token), local.is_end(token))
+        assert busy.is_alive()
+        os.kill(far.pid, signal.SIGCONT)
+        busy.join()
+        assert far.failure is None
+    local.close()
+
+
 def test_errors_come_over_as_they_are(packed: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "x.gguf"
     damaged.write_bytes(packed.read_bytes()[:-100_000])
@@ -313,6 +341,17 @@ def test_errors_come_over_as_they_are(packed: Path, tmp_path: Path) -> None:
         assert far.cached[0] == [5, 6]
     with pytest.raises(ModelError, match="closed"):
         far.tokenize("x")
+
+
+def test_a_draw_comes_over_with_what_its_grammar_died_of(packed: Path) -> None:
+    with engine(packed) as far:
+        form = structure_of({"grammar": AMBIGUOUS})
+        assert form
+        chain = far.begin_sampling(Sampling(), [], form.grammar)
+        found = far.step([Row(5, 0, 0, True)], [Draw(0, chain)])
+        assert found
+        assert isinstance(found[0].error, OptionError)
+        assert far.cached[0] == [5]
 
 
 def test_an_interrupt_ends_the_call_and_not_the_engine(packed: Path) -> None:
@@ -346,6 +385,7 @@ def test_a_worker_dies_in_the_middle(packed: Path, mortal: Worker, worker: Worke
         assert time.monotonic() - started < 4
         (problem,) = caught.value.problems
         assert f"worker {mortal.endpoint} refuses the connection" in problem
+        assert far.failure is caught.value
         with pytest.raises(ModelError, match="closed"):
             far.evaluate([5])
     probe_worker(worker.endpoint)  # lives, and is free
@@ -383,6 +423,27 @@ def test_the_child_dies(packed: Path, worker: Worker) -> None:
             kill = functools.partial(os.kill, far.pid, number)
             with after(0.2, kill), pytest.raises(error, match=number.name):
                 compute(far)
+
+
+def test_a_child_that_dies_while_nobody_asks_it_is_missed(packed: Path) -> None:
+    with engine(packed) as far:
+        assert far.failure is None
+        os.kill(far.pid, signal.SIGKILL)
+        wait_until(lambda: far.failure is not None)
+        assert signal.SIGKILL.name in str(far.failure)
+
+
+def test_a_file_that_changes_ends_both_kinds_of_engine(packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(packed.read_bytes())
+    request = LoadRequest(path, Wishes(context=64), 1)
+    local, far = LlamaEngine(request), RemoteEngine(request)
+    os.utime(path, (1, 1))
+    for one in (local, far):
+        with pytest.raises(ModelError, match="changed"):
+            one.evaluate([5])
+        assert "changed" in str(one.failure)
+        one.close()
 
 
 def test_llama_cpps_own_words_come_over(packed: Path, tmp_path: Path) -> None:

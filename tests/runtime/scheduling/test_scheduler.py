@@ -187,6 +187,20 @@ def test_what_cannot_be_followed_fails_alone() -> None:
     assert not engine.chains
 
 
+def test_a_grammar_that_cannot_go_on_costs_its_own_answer_alone() -> None:
+    engine = FakeEngine(sequences=3)
+    scheduler = Scheduler(engine, places=3)
+    some = [generation([3, 4], tokens=20), generation([3, 5], grammar="breaks"), generation([3, 6], tokens=20)]
+    for one in some:
+        scheduler.submit(one)
+    run(scheduler)
+    assert isinstance(some[1].error, OptionError)
+    for one in some:
+        check(one)
+    assert [one.error for one in (some[0], some[2])] == [None, None]
+    assert not engine.chains
+
+
 def test_without_room_the_youngest_begins_again() -> None:
     engine = FakeEngine(sequences=3, cells=40)
     scheduler = Scheduler(engine, places=3)
@@ -272,7 +286,9 @@ def _something_happens(
     if chance < 0.2:
         tail = [rng.randrange(1, 50) for _ in range(rng.randrange(1, 12))]
         prompt = rng.choice(([], prefix, prefix[:3])) + tail
-        one = generation(prompt, tokens=rng.randrange(1, 12), rank=rng.randrange(2), scored=rng.random() < 0.2)
+        grammar = "breaks" if rng.random() < 0.1 else None
+        scored, rank = rng.random() < 0.2, rng.randrange(2)
+        one = generation(prompt, tokens=rng.randrange(1, 12), grammar=grammar, rank=rank, scored=scored)
         alive.append(one)
         scheduler.submit(one)
     elif chance < 0.25 and alive:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import grok_local
 from grok_local.errors import OptionError
 from grok_local.runtime.text.structure import structure_of
+from samples.grammars import AMBIGUOUS
 from tests.conftest import Run
 
 PERSON = {
@@ -172,6 +173,16 @@ def test_escapes_classes_and_names_of_grammars(model: grok_local.Model, grammar:
 def test_what_nothing_fits_is_refused_at_once(model: grok_local.Model, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=r"^(?!.*<state>)"):
         answer(model, **options)
+
+
+def test_a_grammar_that_becomes_too_large_costs_its_own_answer_alone(model: grok_local.Model) -> None:
+    tasks = [{"prompt": "Once", "grammar": AMBIGUOUS}, {"prompt": "Once", "max_tokens": 40}]
+    wide, plain = sorted(model.batch(tasks, parallel=2, temperature=1.0), key=lambda result: result.index)
+    assert isinstance(wide.error, OptionError)
+    assert "too large" in str(wide.error)
+    assert wide.text in ("", "y", "z")
+    assert plain.error is None
+    assert len(plain.tokens) == 40 or plain.finish_reason == "stop"
 
 
 def test_a_form_and_stop_strings_exclude_each_other(model: grok_local.Model) -> None:
