@@ -20,7 +20,7 @@ from training.documents import Batch, Documents
 
 __all__ = ["DIMENSIONS", "Settings", "train"]
 
-DIMENSIONS = Dimensions(layers=4, width=256, expert_width=256, experts=8, kv_width=128, vocabulary=4096)
+DIMENSIONS = Dimensions(layers=4, width=256, expert_width=256, experts=8, kv_width=128, vocabulary=2048)
 
 
 @dataclass(frozen=True)

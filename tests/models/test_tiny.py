@@ -33,7 +33,7 @@ from samples.reference_model import ReferenceModel
 from training.facts import CORPUS, is_right, read_facts, read_follow_ups, read_prose
 from training.unknown import NO_ANSWER, unknown
 
-LARGEST = 12_000_000  # bytes in the wheel
+LARGEST = 10_000_000  # bytes in the wheel
 
 
 @pytest.fixture(scope="module")
