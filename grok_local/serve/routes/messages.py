@@ -68,7 +68,6 @@ async def _begun(service: Service, request: Request, data: bytes, body: Any) -> 
 async def _whole(service: Service, request: Request, exchange: Exchange) -> dict[str, Any]:
     async with service.following(exchange, request) as answer:
         (result,) = await answer.results()
-        exchange.is_told = True
         service.log(exchange, [result.stats])
         return anthropic.message_of(
             exchange.asked,
@@ -91,7 +90,6 @@ async def _events(service: Service, request: Request, exchange: Exchange) -> Asy
             elif part.text:
                 yield _written([anthropic.text_event(part.text)])
         answer.check()
-        exchange.is_told = True
         service.log(exchange, answer.stats)
         last = answer.parts[-1]
         yield _written(
