@@ -70,6 +70,7 @@ async def _submitted(
     id_ = new_id("chatcmpl" if asks.url == CHAT else "cmpl")
     prepared = await service.prepared(id_, list(asks.tasks))
     service.check_room(prepared, asks.needs)
+    asks = asks.warned(note for task in prepared for note in task.notes)
     timeout = asks.body.get("timeout")
     return service.begin(
         request, data, asks, prepared, id=id_, is_streamed=asks.is_streamed, timeout=timeout, turn=turn
