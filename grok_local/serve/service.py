@@ -217,10 +217,10 @@ class Service:
 
     def _was_refused(self, key: str, attempt: int) -> bool:
         """Whether a client that makes this attempt was refused before; each refusal counts once."""
-        refusal = next((one for one in self.refusals.get(key, ()) if one.attempt < attempt), None)
-        if refusal:
-            _remove(self.refusals, key, refusal)
-        return refusal is not None
+        some = [one for one in self.refusals.get(key, ()) if one.attempt < attempt]
+        if some:
+            _remove(self.refusals, key, max(some, key=lambda one: one.attempt))  # others' are earlier
+        return bool(some)
 
     def _expire(self, answer: Answer) -> None:
         answer.expire()

@@ -45,12 +45,13 @@ def ids(answers: Sequence[Any]) -> set[str]:
 
 
 def test_who_was_refused_begins_an_answer_of_its_own(start: Start) -> None:
-    with start(seconds=0.1, queue=1) as server, ThreadPoolExecutor(5) as pool:
-        body = {**BODY, "max_tokens": 40}
+    with start(seconds=0.5, queue=1) as server, ThreadPoolExecutor(5) as pool:
+        body = {**BODY, "max_tokens": 60}
         taken = [pool.submit(ask, server, 0, body) for _ in range(5)]
         until(lambda: len(server.service.loop.waiting) == 1 and server.service.loop.running == 4)
         assert {answer.status_code for answer in asked(server, [0, 0, 0], body)} == {429}
         assert {answer.status_code for answer in asked(server, [1, 1], body)} == {429}  # and joins nobody
+        server.engine.seconds = 0.0
         first = ids([one.result() for one in taken])
         rest = ids(asked(server, [1, 2, 2], body))
         assert (len(first), len(rest), len(first | rest)) == (5, 3, 8)
@@ -61,6 +62,7 @@ def test_each_of_eight_finds_its_lost_answer_again(start: Start) -> None:
     with start(seconds=0.1) as server:
         asked(server, [0] * 8, {**BODY, "max_tokens": 60}, timeout=1.0)
         until(lambda: not server.service.loop.running)
+        server.engine.seconds = 0.0
         ours = {one.id for some in server.service.exchanges.values() for one in some}
         found = ids(asked(server, [1] * 8, {**BODY, "max_tokens": 60}))
         assert found == ours
@@ -106,12 +108,14 @@ def test_messages_as_anthropic_has_them_are_found_again(start: Start) -> None:
 
 
 def test_what_rests_has_all_of_its_time(start: Start) -> None:
-    with start(seconds=0.1, grace=3.0) as server:
-        body = {**BODY, "max_tokens": 40}
-        assert ask(server, 0, body, timeout=2.0) is None
-        time.sleep(1.8)  # more than three seconds after the beginning, and less after the hang-up
-        assert ask(server, 1, body).status_code == 200
-        assert server.service.loop.figures.answers == 1
+    headers, body = {"x-stainless-retry-count": "0"}, {**BODY, "max_tokens": 200}
+    with start(seconds=0.1, grace=4.0) as server, server.http() as http:
+        with http.stream("POST", "/v1/completions", json=body, headers=headers):  # until the first white space
+            ((exchange,),) = server.service.exchanges.values()
+            until(lambda: time.monotonic() > exchange.began + 2.5)
+        until(lambda: time.monotonic() > exchange.began + 4.2)  # which is less after the hang-up
+        assert server.service.exchanges
+        assert server.service.loop.figures.answers == 0
 
 
 def test_what_nobody_comes_for_is_given_up(start: Start) -> None:
