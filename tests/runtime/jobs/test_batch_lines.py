@@ -148,7 +148,7 @@ def test_a_digest_is_of_what_is_asked() -> None:
 
 
 def test_what_says_nothing_may_stand_in_a_message() -> None:
-    said = {"role": "assistant", "content": "Yes", "refusal": None, "tool_calls": [], "annotations": []}
+    said: dict[str, Any] = {"role": "assistant", "content": "Yes", "refusal": None, "tool_calls": [], "annotations": []}
     (asked,) = read_batch(openai_line(CHAT, {"messages": [said]}), as_text=False)
     assert asked.error is None
     assert asked.tasks[0]["messages"] == [{"role": "assistant", "content": "Yes"}]
