@@ -31,6 +31,13 @@ def serve(
     model: ModelOption = BUILT_IN,
     host: Annotated[str, typer.Option(help="Where it listens; 0.0.0.0 is everywhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 is any that is free.", min=0, max=65535)] = 8080,
+    name: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="It is called so too, as a proxy's pages are or a machine in its network; may be repeated.",
+            metavar="NAME",
+        ),
+    ] = None,
     parallel: Parallel = None,
     queue: Annotated[
         int, typer.Option(help="Answers that may wait; what comes then is to come later.", min=1, max=1 << 20)
@@ -60,15 +67,16 @@ def serve(
     """
     _require_server()
     from grok_local.serve.app import make_app
+    from grok_local.serve.guard import names_of
     from grok_local.serve.listening import bound, key_for, listen
 
-    key, is_new = key_for(host, api_key)
+    (key, is_new), names = key_for(host, api_key), names_of(name or ())
     with bound(host, port) as sock:
         own = {"template": template, "count_experts": routing_map}
         request, width = _fitted(model, {**(loading or {}), **own}, parallel)
         with opened(request) as running, _served(running, model, request, width, queue) as service:
             service.is_lenient, service.logs_prompts = lenient, log_prompts
-            app = make_app(service, host=host, key=key)
+            app = make_app(service, host=host, key=key, names=names)
 
             def ready() -> None:
                 say(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -32,15 +33,17 @@ _ROUTERS = (
 )
 
 
-def make_app(service: Service, *, host: str, key: str | None) -> ASGIApp:
-    """The whole of it, for a server that listens at `host`; with a `key`, for those alone who know it."""
+def make_app(service: Service, *, host: str, key: str | None, names: Collection[str] = ()) -> ASGIApp:
+    """The whole of it, for a server that listens at `host` and is called by `names` too; with a `key`, for those alone
+    who know it.
+    """
     app = FastAPI(title="grok-local", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     for router in (*_ROUTERS, page.router()):
         app.include_router(router)
     for kind in (GrokLocalError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _failed)
-    return Guard(_Counting(app, service), host=host, key=key)
+    return Guard(_Counting(app, service), host=host, key=key, names=names)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from starlette.requests import Request
 
 from grok_local.errors import RefusedError
+from grok_local.runtime.jobs.lines import is_encodable
 
 __all__ = ["answered", "asked", "json_of"]
 
@@ -58,14 +59,14 @@ async def json_of(request: Request) -> tuple[bytes, Any]:
 def parsed(data: bytes) -> Any:
     """What JSON says. Raises RefusedError for what is none, for more than 64 levels, and for halves of characters."""
     try:
-        found = json.loads(data, parse_constant=_no_number)
-        if b"\\u" in data:
-            json.dumps(found, ensure_ascii=False).encode()
+        text = data.decode(json.detect_encoding(data))  # strictly, which json.loads does not do
+        found = json.loads(text, parse_constant=_no_number)
+        if "\\u" in text and not is_encodable(found):
+            raise ValueError("a half of a character")
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
-        reason = "a half of a character" if isinstance(error, UnicodeEncodeError) else str(error)
-        raise RefusedError(400, f"the body is no JSON: {reason:.200}", code="invalid_json") from None
+        raise RefusedError(400, f"the body is no JSON: {error!s:.200}", code="invalid_json") from None
     _check_levels(found)
     return found
 

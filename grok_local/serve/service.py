@@ -1,7 +1,8 @@
 """What all endpoints share: the model, who computes, and how bodies become answers.
 
 A body under way is an exchange. A client that asks again, because it lost the connection, joins the exchange that
-answers it already.
+answers it already. Nothing in a request says whose it is, and identical ones are told apart by counting: each exchange
+is taken once per attempt, and whoever was refused before begins its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from starlette.requests import Request
 
-from grok_local.errors import ContextError, RefusedError
+from grok_local.errors import ContextError, GrokLocalError, RefusedError
 from grok_local.runtime.jobs.openai import MOST_SECONDS
 from grok_local.runtime.text.batch import Prepared
 from grok_local.serve.engine_loop import Answer, EngineLoop
@@ -31,31 +32,48 @@ if TYPE_CHECKING:
 
 __all__ = ["Exchange", "Service", "new_id", "service_of"]
 
-_GRACE = 15.0  # seconds that a client may take to ask again
+_COUNT = "x-stainless-retry-count"  # of clients that ask again: which attempt it is
+_REMEMBERED = 150.0  # seconds that a refusal counts: OpenAI's client comes again after two minutes at most
+_LONGEST = 900.0  # seconds of a client's patience that are believed
 
 
 @dataclass(eq=False)
 class Exchange:
     """A body that is being answered: `asked` is what it says, in the words of whoever answers; `turn` its place in a
     session, if it has one.
+
+    `attempt` is the last one that took it. It `is_lost` when whoever read it hung up, and `is_told` when somebody was
+    sent all of it, which may have come to nobody: so many seconds of `patience` are left to ask again.
     """
 
     key: str
     id: str
     asked: Any
     answer: Answer
+    attempt: int
+    turn: SessionTurn | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     began: float = field(default_factory=time.monotonic)
     readers: int = 0
-    is_told: bool = False  # somebody has all of it
-    turn: SessionTurn | None = None
+    patience: float = 0.0
+    is_lost: bool = False
+    is_told: bool = False
+    timer: asyncio.TimerHandle | None = None
     deadline: asyncio.TimerHandle | None = None
+
+
+@dataclass(eq=False)
+class _Refusal:
+    """A client was told to come again later, and will: it was its attempt number `attempt`."""
+
+    attempt: int
 
 
 @dataclass(eq=False)
 class Service:
     """A loaded model behind HTTP. `name` is what it is called, `describe` tells its plan; `batches` are None where
-    another server keeps them.
+    another server keeps them. Exchanges are kept by what was asked: one that was lost for `grace` seconds, and of those
+    that have ended the latest `most_kept`.
     """
 
     model: Model
@@ -66,8 +84,11 @@ class Service:
     say: Callable[[str], None]
     is_lenient: bool = False
     logs_prompts: bool = False
+    grace: float = 15.0
+    most_kept: int = 256
     batches: BatchQueue | None = None
-    exchanges: dict[str, Exchange] = field(default_factory=dict)
+    exchanges: dict[str, list[Exchange]] = field(default_factory=dict)
+    refusals: dict[str, list[_Refusal]] = field(default_factory=dict)
     requests: dict[tuple[str, int], int] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
@@ -98,9 +119,18 @@ class Service:
             )
 
     def joined(self, request: Request, data: bytes) -> Exchange | None:
-        """The exchange that answers this body already, if the client says that it asks again."""
-        again = request.headers.get("x-stainless-retry-count", "0").strip()
-        return self.exchanges.get(_key(request, data)) if again not in ("", "0") else None
+        """The exchange that answers this body already, if the client says that it asks again: one that was lost, or one
+        whose reader may only seem to be there; none for a client that was refused and never had one.
+        """
+        key, attempt = _key(request, data), _attempt(request)
+        some = [one for one in self.exchanges.get(key, ()) if one.attempt < attempt]
+        lost = [one for one in some if one.is_lost]
+        if not some or (not lost and self._was_refused(key, attempt)):
+            return None
+        exchange = max(lost or some, key=lambda one: one.attempt)  # of one attempt, the oldest
+        exchange.attempt, exchange.is_lost = attempt, False
+        self._rest(exchange, self.grace)
+        return exchange
 
     def begin(
         self,
@@ -116,10 +146,16 @@ class Service:
     ) -> Exchange:
         """Have a body answered, within `timeout` seconds. Raises RefusedError."""
         limit = timeout if timeout is not None else _seconds(request.headers.get("x-timeout"))
-        answer = self.loop.submit(tasks, is_streamed=is_streamed)
-        exchange = Exchange(_key(request, data), id, asked, answer, turn=turn)
-        self.exchanges[exchange.key] = exchange
-        asyncio.get_running_loop().call_later(_GRACE, self._give_up, exchange)  # if nobody ever follows it
+        key, attempt = _key(request, data), _attempt(request)
+        try:
+            answer = self.loop.submit(tasks, is_streamed=is_streamed)
+        except RefusedError as error:
+            if _COUNT in request.headers and not error.is_final:
+                self._remember(key, _Refusal(attempt))
+            raise
+        exchange = Exchange(key, id, asked, answer, attempt, turn)
+        self.exchanges.setdefault(key, []).append(exchange)
+        self._rest(exchange, self.grace)  # if nobody ever follows it
         if limit is not None:
             exchange.deadline = asyncio.get_running_loop().call_later(limit, self._expire, answer)
         return exchange
@@ -127,33 +163,68 @@ class Service:
     @asynccontextmanager
     async def following(self, exchange: Exchange, request: Request) -> AsyncIterator[Answer]:
         """While somebody waits for an exchange. When nobody does any more it ends; of a client that will ask again, it
-        rests for a while before.
+        rests for a while before, and what has ended stays.
         """
         exchange.readers += 1
+        exchange.patience = max(exchange.patience, self._patience(request))
+        self._rest(exchange, None)
         self.loop.hold(exchange.answer, False)
         try:
             yield exchange.answer
+            exchange.is_told = True
         finally:
             exchange.readers -= 1
             if not exchange.readers:
-                self._leave(exchange, "x-stainless-retry-count" in request.headers)
+                self._leave(exchange)
 
-    def _leave(self, exchange: Exchange, asks_again: bool) -> None:
-        if asks_again and not exchange.is_told and not exchange.answer.is_streamed:
-            self.loop.hold(exchange.answer, True)
-            asyncio.get_running_loop().call_later(_GRACE, self._give_up, exchange)
-        else:
+    def _patience(self, request: Request) -> float:
+        """Seconds until a client that heard nothing more asks again; 0 for one that never does."""
+        if _COUNT not in request.headers:
+            return 0.0
+        told = request.headers.get("x-stainless-read-timeout") or request.headers.get("x-stainless-timeout")
+        try:
+            return self.grace + min(max(0.0, float(told or 0)), _LONGEST)
+        except ValueError:
+            return self.grace
+
+    def _leave(self, exchange: Exchange) -> None:
+        exchange.is_lost = not exchange.is_told
+        if not exchange.patience or exchange.answer.is_streamed or _has_failed(exchange.answer):
             self._give_up(exchange)
+            return
+        self.loop.hold(exchange.answer, True)
+        self._rest(exchange, exchange.patience if exchange.is_told else self.grace)
+        told = [one for some in self.exchanges.values() for one in some if one.is_told and not one.readers]
+        for one in sorted(told, key=lambda one: one.began)[: -self.most_kept]:
+            self._give_up(one)
+
+    def _rest(self, exchange: Exchange, seconds: float | None) -> None:
+        """Give it up after so many seconds without a reader, counted from now; None for never."""
+        if exchange.timer:
+            exchange.timer.cancel()
+        events = asyncio.get_running_loop()
+        exchange.timer = None if seconds is None else events.call_later(seconds, self._give_up, exchange)
 
     def _give_up(self, exchange: Exchange) -> None:
         if not exchange.readers:
+            self._rest(exchange, None)
             self.loop.cancel(exchange.answer)
             if exchange.deadline:
                 exchange.deadline.cancel()
             if exchange.turn:
                 exchange.turn.close()
-            if self.exchanges.get(exchange.key) is exchange:
-                del self.exchanges[exchange.key]
+            _remove(self.exchanges, exchange.key, exchange)
+
+    def _remember(self, key: str, refusal: _Refusal) -> None:
+        self.refusals.setdefault(key, []).append(refusal)
+        asyncio.get_running_loop().call_later(_REMEMBERED, _remove, self.refusals, key, refusal)
+
+    def _was_refused(self, key: str, attempt: int) -> bool:
+        """Whether a client that makes this attempt was refused before; each refusal counts once."""
+        some = [one for one in self.refusals.get(key, ()) if one.attempt < attempt]
+        if some:
+            _remove(self.refusals, key, max(some, key=lambda one: one.attempt))  # others' are earlier
+        return bool(some)
 
     def _expire(self, answer: Answer) -> None:
         answer.expire()
@@ -186,6 +257,29 @@ def new_id(kind: str) -> str:
 def _key(request: Request, data: bytes) -> str:
     who = request.headers.get("authorization") or request.headers.get("x-api-key") or ""
     return hashlib.sha256(f"{who}\n{request.url.path}\n".encode() + data).hexdigest()
+
+
+def _attempt(request: Request) -> int:
+    """How often the client has asked the same before, as it says."""
+    told = request.headers.get(_COUNT, "0").strip()
+    return int(told) if told.isdecimal() and len(told) < 9 else 0
+
+
+def _has_failed(answer: Answer) -> bool:
+    try:
+        answer.check()
+    except GrokLocalError:
+        return True
+    return False
+
+
+def _remove(table: dict[str, list[Any]], key: str, one: object) -> None:
+    """Take one out, and its list with the last; safe to call twice."""
+    some = table.get(key, [])
+    if one in some:
+        some.remove(one)
+        if not some:
+            del table[key]
 
 
 def _seconds(text: str | None) -> float | None:

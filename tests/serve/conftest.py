@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def started(
     queue: int = 64,
     key: str | None = None,
     home: Path | None = None,
+    names: Collection[str] = (),
     **options: Any,
 ) -> Any:
     loading: Any = {"context": 256, "parallel": PLACES, "threads": 1, **options.pop("loading", {})}
@@ -75,7 +76,7 @@ def started(
             made_with = {"model": str(path), "context": model.context_size}
             means = Means(loop, service.tasks, Author("tiny", "fp_test"), made_with, model.context_size, log.append)
             service.batches = stack.enter_context(kept_batches(home, means))
-        app = make_app(service, host="127.0.0.1", key=key)
+        app = make_app(service, host="127.0.0.1", key=key, names=names)
         ready = threading.Event()
         server = Server(app, ready=ready.set, leaving=lambda: None, is_lost=lambda: loop.failure is not None)
         thread = threading.Thread(target=server.run, args=([sock],))

@@ -13,6 +13,8 @@ from typing import Any
 import openai
 import pytest
 
+from grok_local.serve.jobs.batch_record import BatchRecord
+from grok_local.serve.jobs.file_store import FileStore
 from samples.grammars import AMBIGUOUS
 from tests.serve.conftest import Running, Start, started
 
@@ -116,6 +118,9 @@ def test_a_batch_says_what_its_lines_say_alone(kept: Running, client: openai.Ope
         ([{**line(0), "body": 5}], "invalid_line", 1, "body"),
         ([{"prompt": "x"}], "invalid_line", 1, "custom_id"),
         ([{**line(0), "bdy": 5}], "invalid_line", 1, None),
+        ([line(0), {**line(1), "custom_id": "\ud83d"}], "invalid_line", 2, None),
+        ([line(0, model="\ud83d")], "invalid_line", 1, None),
+        ([line(0, prompt="\udc00 x", echo=True)], "invalid_line", 1, None),
         (["\n"], "empty_file", None, None),
     ],
 )
@@ -276,3 +281,107 @@ def test_a_batch_survives_an_engine_that_fails_once(
         until(lambda: "broken" in str(client.batches.retrieve(id_).to_dict()["note"]))
         assert ended(client, submitted(client, line(7))).status == "completed"  # and the first is tried again
         assert ended(client, id_).request_counts.completed == 6
+
+
+def test_half_a_character_of_a_batch_from_before_does_not_keep_it_from_ending(start: Start, tmp_path: Path) -> None:
+    files = FileStore(tmp_path / "files")
+    text = json.dumps({**line(0), "custom_id": "\ud83d"}) + "\n"
+    file = files.write("file-" + "0" * 32, lambda out: out.write(text.encode()), "x", "batch")
+    (tmp_path / "batches").mkdir()
+    record = BatchRecord("batch_1", TEXT, file.id, None, "24h", 1, total=1, made_with={})
+    record.turn("cancelling")
+    record.save(tmp_path / "batches")
+    with start(home=tmp_path) as server:
+        batch = ended(server.openai(), "batch_1")
+        assert batch.status == "cancelled"
+        (error,) = lines_of(server.openai(), batch.error_file_id).values()
+        assert (error["custom_id"], error["error"]["code"]) == ("\ud83d", "batch_cancelled")
+
+
+def test_a_file_s_name_in_any_encoding(kept: Running) -> None:
+    headers = {"content-type": "multipart/form-data; charset=unicode_escape; boundary=x"}
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="\\\\ud83d"\r\n\r\n{}\r\n--x--\r\n'
+    )
+    with kept.http() as http:
+        answer = http.post("/v1/files", content=form, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert http.get("/v1/files").status_code == 200
+
+
+@pytest.mark.parametrize("damaged", [b"\xff", b"\n"])
+def test_results_wait_for_lines_that_cannot_be_read(start: Start, tmp_path: Path, damaged: bytes) -> None:
+    with start(seconds=0.02, home=tmp_path) as server:
+        client = server.openai()
+        id_ = submitted(client, *[line(number, max_tokens=2 + 4 * number) for number in range(12)])
+        until(lambda: client.batches.retrieve(id_).request_counts.completed >= 3)  # type: ignore[union-attr]
+        file = client.batches.retrieve(id_).input_file_id
+    path = tmp_path / "files" / f"{file}.jsonl"
+    whole, results = path.read_bytes(), tmp_path / "batches" / f"{id_}.results"
+    path.write_bytes(damaged)
+    done = results.read_bytes()
+    with start(home=tmp_path) as server:
+        client = server.openai()
+        until(lambda: "it could not go on" in str(client.batches.retrieve(id_).to_dict()["note"]))
+        assert client.batches.retrieve(id_).status == "in_progress"
+    assert results.read_bytes() == done
+    assert not list(results.parent.glob("*.replaced"))
+    path.write_bytes(whole)
+    with start(home=tmp_path) as server:
+        client = server.openai()
+        batch = ended(client, id_)
+        assert batch.request_counts.to_dict() == {"total": 12, "completed": 12, "failed": 0}
+        assert len(lines_of(client, batch.output_file_id)) == 12
+
+
+def test_cancelling_waits_for_lines_that_cannot_be_read_and_says_so(start: Start, tmp_path: Path) -> None:
+    with start(seconds=0.05, home=tmp_path) as server:
+        client = server.openai()
+        first = submitted(client, *[line(number, max_tokens=200) for number in range(8)])
+        id_ = submitted(client, line(0))
+        until(lambda: client.batches.retrieve(id_).status == "in_progress")
+        path = tmp_path / "files" / f"{client.batches.retrieve(id_).input_file_id}.jsonl"
+        whole = path.read_bytes()
+        path.write_bytes(b"\xff")
+        batch = client.batches.cancel(id_)
+        assert (batch.status, "cannot be read" in str(batch.to_dict()["note"])) == ("cancelling", True)
+        path.write_bytes(whole)
+        client.batches.cancel(first)
+        assert ended(client, id_).status == "cancelled"
+
+
+def test_a_file_that_cannot_be_read_at_a_start_is_not_deleted(start: Start, tmp_path: Path) -> None:
+    with start(home=tmp_path) as server:
+        file = uploaded(server.openai(), line(0))
+    about = tmp_path / "files" / f"{file}.json"
+    aside = about.rename(tmp_path / "aside")
+    about.symlink_to(about)  # whoever reads it gets an OSError
+    with start(home=tmp_path) as server:
+        assert file not in [one.id for one in server.openai().files.list()]
+    about.unlink()
+    aside.rename(about)
+    with start(home=tmp_path) as server:
+        assert server.openai().files.content(file).text
+
+
+def test_a_batch_that_has_ended_can_be_deleted(kept: Running, client: openai.OpenAI) -> None:
+    id_ = submitted(client, line(0))
+    batch = ended(client, id_)
+    with kept.http() as http:
+        assert http.delete(f"/v1/batches/{id_}").json() == {"id": id_, "object": "batch", "deleted": True}
+        assert http.delete(f"/v1/batches/{id_}").status_code == 404
+        assert http.get(f"/v1/batches/{id_}").status_code == 404
+    assert not list(kept.service.batches.folder.glob(f"{id_}*"))  # type: ignore[union-attr]
+    for file in (batch.input_file_id, batch.output_file_id):
+        assert client.files.delete(file).deleted
+
+
+def test_a_batch_under_way_cannot_be_deleted(start: Start, tmp_path: Path) -> None:
+    with start(seconds=0.05, home=tmp_path) as server, server.http() as http:
+        client = server.openai()
+        id_ = submitted(client, line(0, max_tokens=200))
+        answer = http.delete(f"/v1/batches/{id_}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "batch_open")
+        client.batches.cancel(id_)
+        ended(client, id_)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
 import pydantic
 import pytest
 
-from tests.serve.conftest import Running
+from samples.rewritten import rewritten
+from tests.serve.conftest import Running, started
 
 PROMPT = "Once upon a time"
 
@@ -227,6 +229,8 @@ def test_forms_of_our_own(server: Running) -> None:
         ({}, "a text, or a list of token ids", None),
         ({"prompt": "x", "logprobs": True}, "a whole number", "logprobs"),
         ({"prompt": "x", "stream_options": {"include_use": True}, "stream": True}, "did you mean", "stream_options"),
+        ({"prompt": "x", "prompt_logprobs": 1, "stream": True}, "not with stream", "prompt_logprobs"),
+        ({"prompt": "x", "progress": True}, "only with stream", "progress"),
         ({"prompt": "x", "regex": "(?=a)b"}, "regex", "regex"),
         ({"prompt": "x", "grammar": "root ::= ("}, "grammar", "grammar"),
     ],
@@ -266,4 +270,35 @@ def test_what_does_not_fit_is_refused_with_numbers(server: Running) -> None:
 def test_lenient(start: Any) -> None:
     with start(is_lenient=True) as server:
         answer = complete(server, prompt="x", max_tokens=1, max_token=3)
+        messages = [{"role": "user", "content": "x", "name": "me"}]
+        with server.http() as http:
+            chat = http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
+            count = http.post("/v1/messages/count_tokens", json={"messages": messages}).json()
     assert answer["warnings"] == ["ignored: 'max_token' is not supported here: did you mean 'max_tokens'?"]
+    ignored = ["ignored: messages: 'name' is not supported here"]
+    assert chat["warnings"] == count["warnings"] == ignored
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "said"),
+    [
+        ("{% if %}", None, "as a transcript instead"),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "Be brief.", "no system role"),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", None, None),
+    ],
+)
+def test_how_messages_were_laid_out_is_said(
+    packed: Path, tmp_path: Path, template: str, system: str | None, said: str | None
+) -> None:
+    path = rewritten(packed, tmp_path / "x.gguf", keys={"tokenizer.chat_template": template})
+    question = [{"role": "user", "content": "Who are you?"}]
+    asked = [*([{"role": "system", "content": system}] if system else []), *question]
+    with started(path) as server, server.http() as http:
+        http.post("/v1/chat/completions", json={"messages": [{"role": "system", "content": "x"}, *question]})
+        chat = http.post("/v1/chat/completions", json={"messages": asked, "max_tokens": 1}).json()
+        body = {"messages": question, "max_tokens": 1} | ({"system": system} if system else {})
+        message = http.post("/v1/messages", json=body).json()
+        stream = http.post("/v1/chat/completions", json={"messages": asked, "max_tokens": 2, "stream": True}).text
+    for warnings in (chat.get("warnings"), message.get("warnings")):
+        assert warnings is None if said is None else said in warnings[0]
+    assert said is None or said in stream

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from grok_local.errors import OptionError
 from grok_local.runtime.jobs.openai import CHAT, TEXT, fields_of
-from grok_local.serve.guard import Guard
+from grok_local.serve.guard import Guard, names_of
 from grok_local.serve.listening import bound, key_for
 from tests.serve.conftest import Running, Start
 
@@ -85,6 +85,33 @@ def test_elsewhere_any_address_is_a_name() -> None:
     assert [guard.is_known(name) for name in names] == [True, True, False]
 
 
+def test_a_machine_in_its_network_has_names(start: Start) -> None:
+    with start(names=names_of(["GPUbox."]), key="k") as server, server.http() as http:
+        key = {"x-api-key": "k"}
+        for host in ("gpubox:8080", "GPUbox", "localhost"):
+            assert http.get("/v1/models", headers={"host": host, **key}).status_code == 200
+        refused = http.get("/v1/models", headers={"host": "evil.example", **key})
+        assert (refused.status_code, "--name" in refused.json()["error"]["message"]) == (403, True)
+
+
+def test_a_proxy_s_pages_may_ask_and_no_others(start: Start) -> None:
+    with start(names=names_of(["grok.example.com"])) as server, server.http() as http:
+        own = "https://grok.example.com"
+        for host in ("localhost", "grok.example.com"):
+            for origin in (own, f"{own}:8443", "http://GROK.example.com"):
+                assert http.get("/v1/models", headers={"host": host, "origin": origin}).status_code == 200
+        for origin in ("https://evil.example", "https://grok.example.com.evil.example", "file://grok.example.com"):
+            assert http.get("/v1/models", headers={"host": "grok.example.com", "origin": origin}).status_code == 403
+        rebound = {"host": "evil.example", "origin": "http://evil.example"}
+        assert http.get("/v1/models", headers=rebound).status_code == 403
+
+
+@pytest.mark.parametrize("name", ["", "http://gpubox", "gpubox:8080", "a b", "*", "gpubox/", "-x"])
+def test_what_is_no_name(name: str) -> None:
+    with pytest.raises(OptionError, match="--name"):
+        names_of([name])
+
+
 def test_a_port_in_use_is_said() -> None:
     with bound("127.0.0.1", 0) as sock, pytest.raises(OptionError, match="give another --port"):
         bound("127.0.0.1", sock.getsockname()[1])
@@ -113,6 +140,9 @@ def test_what_is_not_there(server: Running, method: str, path: str, status: int)
         (b'{"prompt": NaN}', "application/json", 400),
         (b'{"prompt": "\\ud800"}', "application/json", 400),
         (b'{"prompt": "\xff"}', "application/json", 400),
+        (b'{"prompt": "\xed\xa0\x80", "echo": true}', "application/json", 400),
+        (b'{"prompt": "x", "model": "\xed\xa0\xbd"}', "application/json", 400),
+        ('{"prompt": "\\ud83d"}'.encode("utf-16"), "application/json", 400),
         (b"[" * 100000, "application/json", 400),
         (b'{"prompt": ' + b"[" * 80 + b"]" * 80 + b"}", "application/json", 400),
         (b"[]", "application/json", 400),

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from grok_local.errors import OptionError
-from grok_local.runtime.jobs.openai import CHAT, Inquiry, Schema, checked, fields_of
+from grok_local.runtime.jobs.openai import CHAT, Inquiry, Schema, checked, fields_of, ignored, unknown_in
 
 if TYPE_CHECKING:
     from grok_local.runtime.jobs.openai_results import Head
@@ -63,6 +63,7 @@ _REFUSED = {
     "mcp_servers": "this server connects to no others",
     "container": "nothing is executed here",
 }
+_OF_A_FORMAT = ("type", "schema")
 _OF_A_BLOCK = ("type", "text", "cache_control", "citations")
 _TYPES = {
     401: "authentication_error",
@@ -99,19 +100,28 @@ def count_inquiry(body: Any, *, lenient: bool = False) -> Inquiry:
 
 def _inquiry(url: str, body: Any, fields: Mapping[str, Schema], *, lenient: bool) -> Inquiry:
     _check_refused(body)
-    given, ignored = checked(body, fields, lenient=lenient)
+    given, warnings = checked(body, fields, lenient=lenient)
     if given.get("thinking", {}).get("type", "disabled") != "disabled":
         raise OptionError("thinking: this model answers without")
     limit = given.get("max_tokens", 1 if url == COUNT else None)
     if limit is None or limit < 1:
         raise OptionError(f"max_tokens {limit}: at least 1 is wanted")
-    return Inquiry(url, given, (_task(given),), tuple(ignored))
+    tasks = (_task(given),)
+    return Inquiry(url, given, tasks, (*warnings, *ignored(_unknown_inside(given), lenient=lenient)))
 
 
 def _check_refused(body: Any) -> None:
     for name, reason in _REFUSED.items():
         if isinstance(body, Mapping) and body.get(name):
             raise OptionError(f"{name}: {reason}")
+
+
+def _unknown_inside(body: Mapping[str, Any]) -> Iterator[str]:
+    yield from unknown_in("messages", body["messages"], _MESSAGE["properties"])
+    for message in body["messages"]:
+        yield from unknown_in("messages: content", message["content"], _OF_A_BLOCK)
+    yield from unknown_in("system", body.get("system"), _OF_A_BLOCK)
+    yield from unknown_in("output_config: format", [body.get("output_config", {}).get("format")], _OF_A_FORMAT)
 
 
 def _task(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,8 +181,6 @@ def _blocks(field: str, content: Any) -> Iterator[str]:
         kind = block.get("type") if isinstance(block, Mapping) else None
         if kind != "text" or not isinstance(block.get("text"), str):
             raise OptionError(f"{field}: only blocks of type text can be read, and this is {kind or block!r:.40}")
-        if unknown := [name for name in block if name not in _OF_A_BLOCK]:
-            raise OptionError(f"{field}: {unknown[0]!r:.80} is not supported in a block")
         yield block["text"]
 
 

@@ -88,13 +88,16 @@ class Author:
             found["parsed"] = result.parsed
         if result.logprobs is not None:
             found["logprobs"] = [_described(token) for token in result.logprobs]
+        if result.notes:
+            found["warnings"] = list(result.notes)
         seconds = {"prompt": round(stats.prompt_seconds, 4), "generation": round(stats.generation_seconds, 4)}
         return {**found, "timings": seconds, "fingerprint": self.fingerprint}
 
     def _openai(self, asked: Asked, asks: Inquiry, results: Sequence[Result]) -> dict[str, Any]:
         name = _name("chatcmpl" if asks.url == CHAT else "cmpl", asked)
         head = Head(name, int(time.time()), str(asks.body.get("model") or self.model), self.fingerprint)
-        return _response(asked, 200, body_of(asks, results, head))
+        noted = asks.warned(note for result in results for note in result.notes)
+        return _response(asked, 200, body_of(noted, results, head))
 
 
 def read_batch(text: str, *, as_text: bool) -> list[Asked]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from grok_local.errors import GrokLocalError, OptionError
 
-__all__ = ["Line", "error_of", "read_lines", "text_of", "texts_of"]
+__all__ = ["Line", "error_of", "is_encodable", "read_lines", "text_of", "texts_of"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ def _named(line: Line, own: Mapping[str | int | None, int]) -> Line:
     if own[line.id] > 1:
         return replace(line, id=named, error=f"id {line.id!r} is another line's too")
     return line
+
+
+def is_encodable(value: Any) -> bool:
+    """Whether UTF-8 can write all texts in what JSON said: its escapes can stand for half a character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def error_of(line: Line, error: GrokLocalError) -> dict[str, Any]:

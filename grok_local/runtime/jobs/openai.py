@@ -7,13 +7,24 @@ described as JSON Schema does it, once for what is checked here and for what a s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grok_local.errors import OptionError
 
-__all__ = ["CHAT", "MOST_SECONDS", "TEXT", "Inquiry", "Schema", "checked", "fields_of", "inquiry"]
+__all__ = [
+    "CHAT",
+    "MOST_SECONDS",
+    "TEXT",
+    "Inquiry",
+    "Schema",
+    "checked",
+    "fields_of",
+    "ignored",
+    "inquiry",
+    "unknown_in",
+]
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -71,7 +82,20 @@ _SERVED: dict[str, Schema] = {  # of a server alone
     "progress": _FLAG,
 }
 _SERVED_CHAT: dict[str, Schema] = {**_SERVED, "session": _TEXT_}
-_MESSAGE: Schema = {"type": "object", "properties": {"role": _TEXT_}, "required": ["role", "content"]}
+_PART: Schema = {
+    "type": "object",
+    # As in Anthropic's shapes nothing is to be done for cache_control.
+    "properties": {"type": {"const": "text"}, "text": _TEXT_, "cache_control": {"type": "object"}},
+    "required": ["type", "text"],
+}
+_CONTENT: Schema = {"anyOf": [_TEXT_, {"type": "array", "items": _PART}]}
+_MESSAGE: Schema = {
+    "type": "object",
+    "properties": {"role": _TEXT_, "content": _CONTENT},
+    "required": ["role", "content"],
+}
+_OF_A_FORMAT = ("type", "json_schema")
+_OF_A_SCHEMA = ("name", "description", "schema", "strict")  # enforced it is always
 _FIELDS: dict[str, dict[str, Schema]] = {
     CHAT: {
         **_COMMON,
@@ -149,6 +173,10 @@ class Inquiry:
         """Whether the answer is wanted piece by piece."""
         return bool(self.body.get("stream"))
 
+    def warned(self, notes: Iterable[str]) -> Inquiry:
+        """The same with more to be said, each once."""
+        return replace(self, warnings=tuple(dict.fromkeys((*self.warnings, *notes))))
+
     @property
     def has_usage(self) -> bool:
         """Whether a stream ends with what it took."""
@@ -177,9 +205,10 @@ class Inquiry:
 
 def inquiry(url: str, body: Any, *, served: bool = False, lenient: bool = False) -> Inquiry:
     """What a body asks; `lenient` ignores fields that nobody knows. Raises OptionError."""
-    given, ignored = checked(body, fields_of(url, served=served), lenient=lenient)
+    given, warnings = checked(body, fields_of(url, served=served), lenient=lenient)
     _check_options(url, given, served=served)
-    return Inquiry(url, given, tuple(_tasks(url, given)), tuple(ignored))
+    tasks = tuple(_tasks(url, given))
+    return Inquiry(url, given, tasks, (*warnings, *ignored(_unknown_inside(given), lenient=lenient)))
 
 
 def checked(body: Any, fields: Mapping[str, Schema], *, lenient: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -187,12 +216,26 @@ def checked(body: Any, fields: Mapping[str, Schema], *, lenient: bool = False) -
     if not isinstance(body, Mapping):
         raise OptionError("body: an object is wanted")
     given = {name: value for name, value in body.items() if value is not None}
-    unknown = list(_unknown(given, fields))
-    if unknown and not lenient:
-        raise OptionError(unknown)
+    warnings = ignored(_unknown(given, fields), lenient=lenient)
     given = {name: value for name, value in given.items() if name in fields}
     _check_kinds(given, fields)
-    return given, [f"ignored: {text}" for text in unknown]
+    return given, warnings
+
+
+def ignored(problems: Iterable[str], *, lenient: bool) -> list[str]:
+    """What is said of fields that nobody knows, each once. Raises OptionError unless they may be ignored."""
+    unknown = list(dict.fromkeys(problems))
+    if unknown and not lenient:
+        raise OptionError(unknown)
+    return [f"ignored: {text}" for text in unknown]
+
+
+def unknown_in(place: str, values: Any, known: Collection[str]) -> Iterator[str]:
+    """What objects in a list say in fields beside `known`; null and an empty list say nothing."""
+    for value in values if isinstance(values, list) else ():
+        if isinstance(value, Mapping):
+            said = [name for name, part in value.items() if part is not None and part != []]
+            yield from (f"{place}: {problem}" for problem in _unknown(said, known))
 
 
 def _tasks(url: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -277,11 +320,20 @@ def _likely(url: str, body: Mapping[str, Any]) -> int | None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def _unknown(body: Mapping[str, Any], known: Mapping[str, Schema]) -> Iterator[str]:
-    for name in body:
+def _unknown(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
+    for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             yield f"{name!r:.80} is not supported here" + (f": did you mean {close[0]!r}?" if close else "")
+
+
+def _unknown_inside(body: Mapping[str, Any]) -> Iterator[str]:
+    messages, wanted = body.get("messages", []), body.get("response_format", {})
+    yield from unknown_in("messages", messages, _MESSAGE["properties"])
+    for message in messages:
+        yield from unknown_in("messages: content", message.get("content"), _PART["properties"])
+    yield from unknown_in("response_format", [wanted], _OF_A_FORMAT)
+    yield from unknown_in("response_format: json_schema", [wanted.get("json_schema")], _OF_A_SCHEMA)
 
 
 def _check_kinds(body: Mapping[str, Any], known: Mapping[str, Schema]) -> None:
@@ -309,6 +361,10 @@ def _is_kind(value: Any, kind: str) -> bool:
 def _check_options(url: str, body: Mapping[str, Any], *, served: bool) -> None:
     if body.get("stream") and not served:
         raise OptionError("stream: a batch has no streams")
+    if body.get("stream") and "prompt_logprobs" in body:
+        raise OptionError("prompt_logprobs: not with stream, which does not tell them")
+    if body.get("progress") and not body.get("stream"):
+        raise OptionError("progress: only with stream")
     if "stream_options" in body and not body.get("stream"):
         raise OptionError("stream_options: only with stream")
     if "top_logprobs" in body and not body.get("logprobs"):

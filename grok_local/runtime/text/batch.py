@@ -36,7 +36,7 @@ class Result:
 
     `parsed` is what a whole answer in the form of a schema says; `stopped_by` the stop string that ended it;
     `prompt` is the prompt's text where it was wanted, and `prompt_logprobs` are of its tokens, the first's meaning
-    nothing.
+    nothing; `notes` are what is to be known of how messages were laid out.
     """
 
     index: int
@@ -51,12 +51,13 @@ class Result:
     prompt: str = ""
     stopped_by: str | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A task that can be run: its tokens are known, and fit. `echo` is the prompt's text where it is wanted, and
-    `first` are the bytes of its first token.
+    `first` are the bytes of its first token; `notes` are what is to be known of how messages were laid out.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Prepared:
     request: Request
     echo: str = ""
     first: bytes = b""
+    notes: tuple[str, ...] = ()
 
 
 class Tasks:
@@ -114,7 +116,10 @@ class Tasks:
             request, echo = how.request(ids), self._echo(fields, ids)
         check_room(request.prompt, self._engine.context_size)
         request = replace(request, prompt_likely=fields.get("prompt_logprobs"))
-        return Prepared(index, id_, how, request, echo, self._first(request, echo))
+        return Prepared(index, id_, how, request, echo, self._first(request, echo), self._notes(fields))
+
+    def _notes(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(self._conversation.form.notes_on(fields["messages"])) if "messages" in fields else ()
 
     def _first(self, request: Request, echo: str) -> bytes:
         if request.prompt_likely is None:
@@ -237,6 +242,7 @@ def result_of(task: Prepared, done: Generation) -> Result:
         prompt=task.echo,
         stopped_by=done.stopped_by,
         prompt_logprobs=prompt_logprobs(task, done),
+        notes=task.notes,
     )
 
 

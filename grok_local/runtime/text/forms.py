@@ -29,6 +29,7 @@ _NO_TEMPLATE = "none"  # what `template` may say beside a file's name
 _KEY = "tokenizer.chat_template"
 _SPECIAL = ("bos", "eos", "unknown", "padding", "seperator", "cls", "mask")  # as GGUF's keys spell them
 _TEMPLATE_NAMES = {"unknown": "unk", "padding": "pad", "seperator": "sep"}  # what Transformers calls them
+_FOLDED = "the chat template has no system role: that text goes before the first question"
 _PRIVATE = range(0xE000, 0xF900)  # Unicode's private use: characters that mean nothing
 
 
@@ -41,7 +42,7 @@ class Segment(NamedTuple):
 
 class ChatForm(Protocol):
     """How messages become text that ends where the assistant's answer begins; `gap` is what stands before the answer
-    then. `notes` are what the user should know.
+    then. `notes` are what the user should know, of all conversations so far; `notes_on` has those of one.
     """
 
     stop: tuple[str, ...]
@@ -49,6 +50,7 @@ class ChatForm(Protocol):
     notes: list[str]
 
     def render(self, messages: Sequence[Message]) -> list[Segment]: ...
+    def notes_on(self, messages: Sequence[Message]) -> list[str]: ...
 
 
 class Transcript:
@@ -67,6 +69,10 @@ class Transcript:
         given = [m["content"] for m in messages if m["role"] == "system"]
         turns = [f"{self._names[m['role']]}: {m['content'].strip()}" for m in messages if m["role"] != "system"]
         return [Segment("\n\n".join([*(given or [DEFAULT_SYSTEM]), *turns, "Assistant:"]), False)]
+
+    def notes_on(self, messages: Sequence[Message]) -> list[str]:
+        """Why it is a transcript, where that is not what the model has."""
+        return self.notes
 
 
 class Template:
@@ -106,6 +112,11 @@ class Template:
                 break
         return list(self._segments(rendered, mark))
 
+    def notes_on(self, messages: Sequence[Message]) -> list[str]:
+        """Whether the system's text was moved. Raises ModelError where the template refuses them."""
+        has_system = any(message["role"] == "system" for message in messages)
+        return [_FOLDED] if has_system and self._accepted(messages)[0] != list(messages) else []
+
     def _accepted(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         folded = _folded(messages)
         try:
@@ -117,9 +128,8 @@ class Template:
             if folded is None:
                 raise
         text = self._text(folded)
-        note = "the chat template has no system role: that text goes before the first question"
-        if note not in self.notes:
-            self.notes.append(note)
+        if _FOLDED not in self.notes:
+            self.notes.append(_FOLDED)
         return folded, text
 
     def _text(self, messages: Sequence[Message]) -> str:

@@ -150,8 +150,8 @@ class SessionTurn:
     def keep(self, answer: str) -> None:
         """Write what was said and answered, once. Raises OutputError."""
         if not self._is_kept:
-            self._is_kept = True
             self._session.keep([*self._said, {"role": "assistant", "content": answer}], self._system)
+            self._is_kept = True
 
     def close(self) -> None:
         """Let the next one have the session; safe to call twice."""

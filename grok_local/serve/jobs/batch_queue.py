@@ -92,8 +92,11 @@ class BatchQueue:
         self._current: tuple[BatchRecord, Background] | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._work, name="grok-local-batches", daemon=True)
-        for record in filter(None, map(BatchRecord.read, self.folder.glob("batch_*.json"))):
-            self._records[record.id] = record
+        for path in sorted(self.folder.glob("batch_*.json")):
+            if record := BatchRecord.read(path):
+                self._records[record.id] = record
+            else:
+                self.means.say(f"note: {path}: a batch that cannot be read; it is left as it is")
 
     def start(self) -> None:
         """Go on with what is unfinished."""
@@ -154,8 +157,22 @@ class BatchQueue:
             if self._current is not None and is_current:
                 self._current[1].cancel()
         if not is_current:
-            self._finish(record)
+            try:
+                self._finish(record)
+            except (GrokLocalError, OSError) as error:
+                self._pause(record, str(error))
+                self._news.set()
         return record
+
+    def remove(self, id: str) -> None:
+        """Forget one that has ended; its files stay. Raises RefusedError where there is none, or it has not ended."""
+        with self._lock:
+            record = self.get(id)
+            if record.is_open:
+                raise RefusedError(409, f"batch {id}: it is {record.status}: cancel it first", code="batch_open")
+            del self._records[id]
+            for path in self.folder.glob(f"{record.id}.*"):
+                path.unlink(missing_ok=True)
 
     def remove_file(self, id: str) -> None:
         """Raises RefusedError where there is no such file, or a batch still needs it."""
@@ -230,9 +247,13 @@ class BatchQueue:
         return Ledger(results_path(self.folder, record), record.made_with or {}, lines, key=id_of)
 
     def _checked_lines(self, record: BatchRecord) -> list[Asked]:
-        """Its lines; of what is validated for the first time, and is no batch, none."""
+        """Its lines; of what is validated for the first time, and is no batch, none. Raises OutputError where they are
+        not those that were validated: without them its results would be nobody's.
+        """
+        if record.made_with is not None:
+            return self._lines_again(record)
         try:
-            asked = read_batch(self.files.path(record.input_file_id).read_text("utf-8"), as_text=False)
+            asked = self._lines(record)
             problems = problems_of(asked, record.endpoint)
         except (ValueError, OSError, RefusedError) as error:
             asked, problems = [], [problem("invalid_file", f"it cannot be read: {error}")]
@@ -242,6 +263,22 @@ class BatchQueue:
                 record.made_with = dict(self.means.made_with)
                 self._turn(record, "failed" if problems else "in_progress")
         return asked if record.is_open else []
+
+    def _lines_again(self, record: BatchRecord) -> list[Asked]:
+        try:
+            asked = self._lines(record)
+        except (ValueError, OSError, RefusedError) as error:
+            if record.status == "cancelling" and isinstance(error, RefusedError):
+                record.note = f"its lines without a result are not listed: {error}"
+                return []
+            raise OutputError(f"{record.input_file_id}: its lines cannot be read: {error}") from None
+        if len(asked) != record.total:
+            raise OutputError(f"{record.input_file_id}: it has {len(asked)} lines, and had {record.total}")
+        return asked
+
+    def _lines(self, record: BatchRecord) -> list[Asked]:
+        """Raises ValueError, OSError, RefusedError."""
+        return read_batch(self.files.path(record.input_file_id).read_text("utf-8"), as_text=False)
 
     def _misfit(self, record: BatchRecord) -> str | None:
         """Why this server cannot go on with a batch that another one began."""

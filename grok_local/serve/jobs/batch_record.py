@@ -11,6 +11,7 @@ from typing import Any
 
 from grok_local.files import write_whole
 from grok_local.runtime.jobs.batch_lines import Asked
+from grok_local.runtime.jobs.lines import is_encodable
 
 __all__ = ["BatchRecord", "problem", "problems_of"]
 
@@ -102,8 +103,9 @@ def problem(code: str, message: str, *, line: int | None = None, param: str | No
 
 def _wrong(one: Asked, endpoint: str) -> tuple[str | None, str | None]:
     fields = one.line.fields
-    if one.line.error:
-        return one.line.error, None
+    is_text = is_encodable([one.line.id, fields])
+    if error := one.line.error or (None if is_text else "it has half a character: a surrogate without the other"):
+        return error, None
     if not one.is_openai:
         return "custom_id: a text is wanted", "custom_id"
     if fields.get("method", "POST") != "POST":

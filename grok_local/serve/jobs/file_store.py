@@ -112,17 +112,23 @@ class FileStore:
             )
 
     def _found(self) -> dict[str, StoredFile]:
-        """What is there; what a kill left of others goes."""
-        files = dict(filter(None, map(self._read, self._folder.glob("file-*.json"))))
+        """What is there; what a kill left of others goes. What cannot be read now is left for the next start."""
+        files, unread = dict[str, StoredFile](), set[str]()
+        for about in self._folder.glob("file-*.json"):
+            try:
+                files |= filter(None, [self._read(about)])
+            except OSError:
+                unread.add(about.stem)
         for path in self._folder.iterdir():
-            if path.name.split(".")[0] not in files:
+            if path.name.split(".")[0] not in {*files, *unread}:
                 path.unlink()
         return files
 
     def _read(self, about: Path) -> tuple[str, StoredFile] | None:
+        """Raises OSError."""
         try:
             file = StoredFile(**json.loads(about.read_bytes()))
-        except (OSError, ValueError, TypeError):
+        except (ValueError, TypeError):
             return None
         there = _ID.fullmatch(file.id) and file.id == about.stem and self._content(file.id).is_file()
         return (file.id, file) if there else None

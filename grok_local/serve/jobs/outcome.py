@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 from grok_local.files import JsonLines
 from grok_local.runtime.jobs.batch_lines import id_of
 from grok_local.runtime.jobs.ledger import manifest_of
+from grok_local.runtime.jobs.lines import is_encodable
 
 if TYPE_CHECKING:
     from grok_local.runtime.jobs.batch_lines import Asked
@@ -74,8 +75,12 @@ def _written(record: BatchRecord, kind: str, lines: Sequence[Any], files: FileSt
 
 
 def _encoded(lines: Iterable[Any]) -> Iterable[bytes]:
-    return (json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for line in lines)
+    """Lines in UTF-8; one that repeats half a character is written with escapes, as it came."""
+    for line in lines:
+        text = json.dumps(line, ensure_ascii=not is_encodable(line), separators=(",", ":"))
+        yield text.encode() + b"\n"
 
 
 def _name(prefix: str, record: BatchRecord, part: str, *, mark: str = "_") -> str:
-    return f"{prefix}{mark}{hashlib.sha256(f'{record.id}:{part}'.encode()).hexdigest()[:24]}"
+    digest = hashlib.sha256(f"{record.id}:{part}".encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{prefix}{mark}{digest[:24]}"

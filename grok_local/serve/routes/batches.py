@@ -65,6 +65,13 @@ async def cancel(request: Request, id: str) -> Json:
     return Json(record.described())
 
 
+@router.delete("/v1/batches/{id}", responses=answered())
+async def delete(request: Request, id: str) -> Json:
+    """Forget one that has ended. Its files are deleted as others are."""
+    await asyncio.to_thread(queue_of(request).remove, id)
+    return Json({"id": id, "object": "batch", "deleted": True})
+
+
 def _check(body: Mapping[str, Any]) -> None:
     for name in _REQUIRED:
         known = _FIELDS[name].get("enum")

@@ -70,6 +70,7 @@ async def _submitted(
     id_ = new_id("chatcmpl" if asks.url == CHAT else "cmpl")
     prepared = await service.prepared(id_, list(asks.tasks))
     service.check_room(prepared, asks.needs)
+    asks = asks.warned(note for task in prepared for note in task.notes)
     timeout = asks.body.get("timeout")
     return service.begin(
         request, data, asks, prepared, id=id_, is_streamed=asks.is_streamed, timeout=timeout, turn=turn
@@ -99,7 +100,6 @@ async def _whole(service: Service, request: Request, exchange: Exchange) -> dict
     async with service.following(exchange, request) as answer:
         results = await answer.results()
         _keep(exchange, results[0].text)
-        exchange.is_told = True
         service.log(exchange, [result.stats for result in results])
         return body_of(asks, results, _head(service, exchange))
 
@@ -117,7 +117,6 @@ async def _events(service: Service, request: Request, exchange: Exchange) -> Asy
                 yield event(chunk_of(asks, teller.piece(part), head))
         answer.check()
         _keep(exchange, answer.generations[0].text)
-        exchange.is_told = True
         service.log(exchange, answer.stats)
         if asks.has_usage:
             yield event(usage_chunk(asks, answer.stats, head))
@@ -125,8 +124,10 @@ async def _events(service: Service, request: Request, exchange: Exchange) -> Asy
 
 
 def _keep(exchange: Exchange, text: str) -> None:
+    """In its session, which is free for the next question then, however long the answer can be had."""
     if exchange.turn:
         exchange.turn.keep(text)
+        exchange.turn.close()
 
 
 def _progress(service: Service, exchange: Exchange) -> list[bytes]:

@@ -52,7 +52,9 @@ async def count_tokens(request: Request) -> Json:
         (prepared,) = await service.prepared("count", list(asks.tasks))
     except GrokLocalError as error:
         raise refusal_of(error, body=body) from None
-    return Json({"input_tokens": len(prepared.request.prompt)})
+    warnings = asks.warned(prepared.notes).warnings
+    counted: dict[str, Any] = {"input_tokens": len(prepared.request.prompt)}
+    return Json(counted | ({"warnings": list(warnings)} if warnings else {}))
 
 
 async def _begun(service: Service, request: Request, data: bytes, body: Any) -> Exchange:
@@ -60,6 +62,7 @@ async def _begun(service: Service, request: Request, data: bytes, body: Any) -> 
     asks = anthropic.messages_inquiry(body, lenient=service.is_lenient)
     id_ = new_id("msg")
     prepared = await service.prepared(id_, list(asks.tasks))
+    asks = asks.warned(note for task in prepared for note in task.notes)
     return service.begin(
         request, data, asks, prepared, id=id_, is_streamed=asks.is_streamed, timeout=asks.body.get("timeout")
     )
@@ -68,7 +71,6 @@ async def _begun(service: Service, request: Request, data: bytes, body: Any) -> 
 async def _whole(service: Service, request: Request, exchange: Exchange) -> dict[str, Any]:
     async with service.following(exchange, request) as answer:
         (result,) = await answer.results()
-        exchange.is_told = True
         service.log(exchange, [result.stats])
         return anthropic.message_of(
             exchange.asked,
@@ -91,7 +93,6 @@ async def _events(service: Service, request: Request, exchange: Exchange) -> Asy
             elif part.text:
                 yield _written([anthropic.text_event(part.text)])
         answer.check()
-        exchange.is_told = True
         service.log(exchange, answer.stats)
         last = answer.parts[-1]
         yield _written(

@@ -52,7 +52,7 @@ async def upload(request: Request) -> Json:
     queue, form = queue_of(request), await _form(request)
     try:
         file = _checked(form)
-        name = (file.filename or "file")[:255]
+        name = (file.filename or "file")[:255].encode("utf-8", "replace").decode()  # a form has any encoding
         kept = await asyncio.to_thread(queue.files.upload, file.file, filename=name, purpose=_PURPOSE)
     finally:
         await form.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,11 @@ def test_short_lines_of_every_kind() -> None:
         (openai_line(CHAT, {"messages": [], "n": 0.5}), "n 0.5"),
         (openai_line(CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "type text"),
         (openai_line(CHAT, {"messages": [], "response_format": {"type": "xml"}}), "response_format"),
+        (openai_line(CHAT, {"messages": [{"role": "user", "contnet": "x"}]}), "did you mean 'content'"),
+        (openai_line(CHAT, {"messages": [{"role": "user", "content": "x", "name": "me"}]}), "messages: 'name'"),
+        (openai_line(CHAT, {"messages": [{"role": "assistant", "tool_calls": [{}]}]}), "messages: 'tool_calls'"),
+        (openai_line(CHAT, {"messages": [{"content": [{"type": "text", "text": "x", "lang": "de"}]}]}), "'lang'"),
+        (openai_line(CHAT, {"messages": [], "response_format": {"type": "json_object", "schema": {}}}), "'schema'"),
     ],
 )
 def test_bad_lines_say_why(line: str, reason: str) -> None:
@@ -139,3 +145,18 @@ def test_refusals_in_kind() -> None:
 def test_a_digest_is_of_what_is_asked() -> None:
     first, same, other = read_batch('{"prompt": "a", "seed": 1}\n{"seed": 1, "prompt": "a"}\nb', as_text=False)
     assert first.digest == same.digest != other.digest
+
+
+def test_what_says_nothing_may_stand_in_a_message() -> None:
+    said: dict[str, Any] = {"role": "assistant", "content": "Yes", "refusal": None, "tool_calls": [], "annotations": []}
+    (asked,) = read_batch(openai_line(CHAT, {"messages": [said]}), as_text=False)
+    assert asked.error is None
+    assert asked.tasks[0]["messages"] == [{"role": "assistant", "content": "Yes"}]
+
+
+def test_notes_become_warnings() -> None:
+    chat, short = read_batch(openai_line(CHAT, {"messages": []}) + '\n{"messages": []}', as_text=False)
+    noted = replace(result(), notes=("laid out otherwise",))
+    assert AUTHOR.written(chat, [noted, noted])["response"]["body"]["warnings"] == ["laid out otherwise"]
+    assert AUTHOR.written(short, [noted])["warnings"] == ["laid out otherwise"]
+    assert "warnings" not in AUTHOR.written(short, [result()])
