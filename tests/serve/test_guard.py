@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grok_local.errors import OptionError
 from grok_local.runtime.jobs.openai import CHAT, TEXT, fields_of
 from grok_local.serve.guard import Guard, names_of
-from grok_local.serve.listening import bound, key_for
+from grok_local.serve.listening import key_for
 from tests.serve.conftest import Running, Start
 
 KEYS = {"message", "type", "param", "code"}
@@ -110,11 +110,6 @@ def test_a_proxy_s_pages_may_ask_and_no_others(start: Start) -> None:
 def test_what_is_no_name(name: str) -> None:
     with pytest.raises(OptionError, match="--name"):
         names_of([name])
-
-
-def test_a_port_in_use_is_said() -> None:
-    with bound("127.0.0.1", 0) as sock, pytest.raises(OptionError, match="give another --port"):
-        bound("127.0.0.1", sock.getsockname()[1])
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_a_deadline_is_forgotten_with_its_answer(start: Start) -> None:
         body = {"prompt": PROMPT, "max_tokens": 10, "timeout": 1000}
         asked = pool.submit(http.post, "/v1/completions", json=body)
         until(lambda: bool(server.service.exchanges))
-        (exchange,) = server.service.exchanges.values()
+        ((exchange,),) = server.service.exchanges.values()
         assert asked.result().status_code == 200
         assert exchange.deadline
         until(exchange.deadline.cancelled)
