@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from grok_local.runtime.text.reply import Reply, Stats, TokenLogprob
     from grok_local.runtime.text.scoring import Score
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GrokLocalError",
