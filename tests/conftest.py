@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import grok_local
 from samples.checkpoints import REFERENCE, SMALL, Spec, write_checkpoint
@@ -22,6 +23,10 @@ if "GROK_LOCAL_TEST_GPU" not in os.environ:  # which scripts/test-gpu sets for t
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script: some tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says nothing where other programs compute.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
