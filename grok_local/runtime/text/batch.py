@@ -86,6 +86,14 @@ class Tasks:
         self._conversation = Conversation(engine, template=template)
         self._defaults = dict(defaults)
 
+    def check(self) -> Answering:
+        """How tasks are answered that do not say otherwise. Raises OptionError for defaults, or a template, that nobody
+        can use, ModelError for a template that cannot be read.
+        """
+        how = self._how("", {})
+        how.request([], stop=self._conversation.form.stop)
+        return how
+
     def prepare(self, index: int, task: Any) -> Prepared | Result:
         """What can be run, or the result that says why it cannot."""
         id_: str | int = index
@@ -98,6 +106,7 @@ class Tasks:
 
     def _prepared(self, index: int, id_: str | int, fields: dict[str, Any]) -> Prepared:
         _check_names(fields)
+        fields = {name: value for name, value in fields.items() if value is not None}
         how = self._how(id_, fields)
         if "messages" in fields:
             request, echo = self._of_messages(fields, how), ""
@@ -123,14 +132,14 @@ class Tasks:
         return prompt if isinstance(prompt, str) else self._engine.detokenize(ids)
 
     def _how(self, id_: str | int, fields: Mapping[str, Any]) -> Answering:
-        given = {**self._defaults, **{name: value for name, value in fields.items() if value is not None}}
+        given = {**self._defaults, **fields}
         sampling = {name: given[name] for name in _SAMPLING if name in given}
         if sampling.get("seed") in (None, -1):
             sampling["seed"] = _derived(self._seed, id_)
         return answering({name: given[name] for name in _ANSWERING if name in given}, sampling)  # type: ignore[arg-type]
 
     def _of_messages(self, fields: Mapping[str, Any], how: Answering) -> Request:
-        if fields.get("prompt") is not None:
+        if "prompt" in fields:
             raise OptionError("prompt and messages: give one of the two")
         if fields.get("echo"):
             raise OptionError("echo: of a prompt alone, and these are messages")
@@ -244,7 +253,8 @@ def prompt_logprobs(task: Prepared, done: Generation) -> list[TokenLogprob] | No
 
 def _derived(seed: int, id_: str | int) -> int:
     """A task's own seed: of the run's and its id, never of its place among the others."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{id_}".encode()).digest()[:8], "big") % _SEEDS
+    named = f"{seed}:{id_}".encode("utf-8", "surrogatepass")  # an id in JSON may have a half of a character
+    return int.from_bytes(hashlib.sha256(named).digest()[:8], "big") % _SEEDS
 
 
 def _id(value: Any) -> str | int:
