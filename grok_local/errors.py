@@ -2,6 +2,7 @@
 
     GrokLocalError
     |-- OptionError        a value nobody can use (exit code 2, like every usage error)
+    |   `-- TemplateError  a conversation that the model's chat template does not take
     |-- CheckpointError    the release on disk: missing, truncated, misshapen, hostile
     |-- TokenizerError     the tokenizer's file: missing, unreadable, of the wrong size
     |-- FetchError         the release on the hub: refused, cut off, not what its hash says, no space for it
@@ -39,6 +40,7 @@ __all__ = [
     "OutputError",
     "PlacementError",
     "RefusedError",
+    "TemplateError",
     "TokenizerError",
     "VerifyError",
     "WorkerError",
@@ -60,6 +62,10 @@ class OptionError(GrokLocalError):
     """An option or argument has a value that cannot be used."""
 
     exit_code = 2
+
+
+class TemplateError(OptionError):
+    """A chat template does not take a conversation: of another one it may."""
 
 
 class CheckpointError(GrokLocalError):

@@ -195,7 +195,7 @@ class JsonLines:
         return start.startswith(os.pread(self._fd, len(start), 0))
 
     def append(self, *values: Any) -> None:
-        """Write a line for each of the values, all in one call: lines of several threads never mix."""
+        """Write a line for each of the values, all at once: lines of several threads never mix."""
         self._write(b"".join(json.dumps(value, separators=(",", ":")).encode() + b"\n" for value in values))
 
     def clear(self) -> None:
@@ -213,8 +213,10 @@ class JsonLines:
         self.close()
 
     def _write(self, data: bytes) -> None:
-        if os.write(self._fd, data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        """In one call where the system takes that much: Linux takes 2 GiB. On a full disk the next one says so."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
 
 
 def whole_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -335,17 +337,15 @@ def write_whole(path: Path, data: bytes) -> None:
 def written_whole(path: Path) -> Iterator[TextIO]:
     """A text file to write to, whose name leads to it when all is in it. Raises OSError.
 
-    A link leads on to its file, which keeps its permissions; a pipe or a device is written to as it is.
+    A link leads on to its file, which keeps its permissions.
     """
-    if path.exists() and not path.is_file():
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-        return
     target = path.resolve() if path.is_symlink() else path
     partial = partial_of(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
     try:
         with partial.open("x", encoding="utf-8") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         if target.exists():
             partial.chmod(target.stat().st_mode & 0o7777)
         partial.replace(target)

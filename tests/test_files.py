@@ -139,6 +139,22 @@ def test_what_is_no_json_is_no_value(tmp_path: Path) -> None:
         assert lines.read() == [{"a": 1}, None, None, None, 2]
 
 
+def test_more_than_one_call_takes_is_written_in_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux takes at most 0x7ffff000 bytes in a call."""
+    write, calls = os.write, list[int]()
+
+    def short(fd: int, data: Any) -> int:
+        calls.append(write(fd, data[:10]))
+        return calls[-1]
+
+    with JsonLines(tmp_path / "lines") as lines:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", short)
+            lines.append({"text": "x" * 50}, {"text": "y"})
+        assert lines.read() == [{"text": "x" * 50}, {"text": "y"}]
+    assert len(calls) > 5
+
+
 def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     with JsonLines(tmp_path / "lines") as lines:
 

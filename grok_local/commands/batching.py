@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from grok_local.commands.options import (
     say,
     structure_options,
 )
-from grok_local.commands.prompts import decoded, input_bytes
+from grok_local.commands.prompts import decoded, input_bytes, require_apart
 from grok_local.commands.running import MaxTokens, Stop, answer_options, opened, shown_packing
 from grok_local.errors import GGUFError, LinesFailed, OptionError
 from grok_local.library.built_in import BUILT_IN
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from grok_local.placement.load_options import LoadOptions, LoadRequest
     from grok_local.placement.shape import ModelShape
     from grok_local.placement.whatif import Width
-    from grok_local.runtime.jobs.batch_job import Job
+    from grok_local.runtime.engine.tokens import BareVocabulary
+    from grok_local.runtime.jobs.batch_job import Job, Runner
     from grok_local.runtime.jobs.batch_lines import Asked, Author
     from grok_local.runtime.jobs.ledger import Ledger
+    from grok_local.runtime.text.batch import Tasks
 
 __all__ = ["batch"]
 
@@ -89,11 +91,13 @@ def batch(
     """
     from grok_local.runtime.jobs.batch_lines import read_batch
 
+    require_apart(file, output)
     asked = read_batch(decoded(input_bytes(file), str(file)), as_text=file.suffix == ".txt")
     if not asked:
         raise OptionError(f"{file}: has no line that is not blank")
     defaults = answer_options(sampling, structure, model, max_tokens=max_tokens, stop=stop) | {"logprobs": logprobs}
     work = _Work(model, {**(loading or {}), "template": template}, defaults, parallel, reproducible, ray)
+    work.check()
     with ExitStack() as stack:
         ledger = None
         if output is not None and not dry_run:
@@ -162,32 +166,43 @@ class _Work:
 
     def ledger(self, output: Path, asked: list[Asked], *, retry: bool) -> Ledger:
         """The output, with what an earlier run has done. Raises OptionError where that was another job."""
-        from grok_local.formats.identity import identity
+        from grok_local.runtime.jobs.batch_job import loaded_with, unsaid
         from grok_local.runtime.jobs.batch_lines import id_of
         from grok_local.runtime.jobs.ledger import Ledger
 
         made_with = {
-            "model": identity(self.headers),
             **self.defaults,
-            "context": self.size,
-            "kv_type": self.request.wishes.kv_type,
-            "template": self.request.template,
+            **loaded_with(self.headers, self.request, context=self.size),
             "reproducible": self.author.fingerprint if self.reproducible else False,
         }
         lines = {one.id: one.digest for one in asked}
-        return Ledger(output, made_with, lines, key=id_of, retry=retry)
+        return Ledger(output, made_with, lines, key=id_of, retry=retry, absent=unsaid(made_with))
+
+    def check(self) -> None:
+        """Raises OptionError for options that no line could be answered with, before there is an output."""
+        from grok_local.runtime.engine.sampling import Constraint
+
+        with self._tasks() as (tasks, vocabulary):
+            structure = tasks.check().structure
+            if structure is not None:
+                Constraint(structure.grammar, vocabulary.for_grammars)
 
     def job(self, asked: list[Asked]) -> Job:
         """The lines tokenized, which needs no weights."""
-        from grok_local.runtime.engine.tokens import BareVocabulary
         from grok_local.runtime.jobs.batch_job import prepared
+
+        with self._tasks() as (tasks, _):
+            return prepared(asked, tasks, size=self.size)
+
+    @contextmanager
+    def _tasks(self) -> Iterator[tuple[Tasks, BareVocabulary]]:
+        from grok_local.runtime.engine.tokens import BareVocabulary
         from grok_local.runtime.text.batch import Tasks
 
-        size, seed = self.size, self.defaults.get("seed") or 0
-        with BareVocabulary(self.request.path, context_size=size) as vocabulary:
-            defaults = {name: value for name, value in self.defaults.items() if name != "seed"}
-            tasks = Tasks(vocabulary, template=self.request.template, defaults=defaults, seed=seed)
-            return prepared(asked, tasks, size=size)
+        defaults = {name: value for name, value in self.defaults.items() if name != "seed"}
+        seed = self.defaults.get("seed") or 0
+        with BareVocabulary(self.request.path, context_size=self.size) as vocabulary:
+            yield Tasks(vocabulary, template=self.request.template, defaults=defaults, seed=seed), vocabulary
 
     def width(self, job: Job) -> Width:
         """How many sequences go together on this machine: as many as was said, or as are fastest."""
@@ -233,12 +248,19 @@ def _answered(work: _Work, asked: list[Asked], ledger: Ledger | None, *, in_orde
         if dry_run:
             print_estimate(job, work.width(job), chosen=work.parallel is None)
             return 0
-        runner = work.fleet(job) if work.ray is not None else opened(work.fitted(job))
-        with runner as running, batch_view() as watch, _writing(ledger, order if in_order else None) as write:
+        writing = _writing(ledger, order if in_order else None)
+        with _runner(work, job) as running, batch_view() as watch, writing as write:
             failed += run(running, job, work.author, write=write, watch=watch)
     if ledger and in_order:
         ledger.sort(order)
     return failed
+
+
+def _runner(work: _Work, job: Job) -> AbstractContextManager[Runner | None]:
+    """What answers the job; nobody where no line can be answered."""
+    if not job.lines:
+        return nullcontext()
+    return work.fleet(job) if work.ray is not None else opened(work.fitted(job))
 
 
 @contextmanager
@@ -249,7 +271,9 @@ def _writing(ledger: Ledger | None, order: Mapping[str | int, int] | None) -> It
     if ledger or order is None:
         yield ledger.write if ledger else print_json
         return
-    results: list[Mapping[str, Any]] = []
-    yield results.append
-    for result in sorted(results, key=lambda value: order[id_of(value) or 0]):
-        print_json(result)
+    results: list[tuple[int, Mapping[str, Any]]] = []
+    try:
+        yield lambda result: results.append((order[cast("str | int", id_of(result))], result))
+    finally:  # whatever ended the run, what was answered is told
+        for _, result in sorted(results, key=lambda pair: pair[0]):
+            print_json(result)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from grok_local.commands.options import Bundle, Json, ModelOption, bundled, load_options, print_json
-from grok_local.commands.prompts import decoded, input_bytes
-from grok_local.commands.running import loaded
+from grok_local.commands.options import (
+    Bundle,
+    Json,
+    ModelOption,
+    bundled,
+    load_options,
+    print_json,
+    resumable,
+    say,
+)
+from grok_local.commands.prompts import decoded, input_bytes, require_apart
+from grok_local.commands.running import opened, requested
 from grok_local.errors import LinesFailed, OptionError, OutputError
-from grok_local.files import written_whole
 from grok_local.library.built_in import BUILT_IN
+
+if TYPE_CHECKING:
+    from grok_local.placement.load_options import LoadRequest
+    from grok_local.runtime.jobs.ledger import Ledger
+    from grok_local.runtime.jobs.lines import Line
 
 __all__ = ["perplexity", "score"]
 
@@ -31,26 +44,29 @@ def score(
     ],
     model: ModelOption = BUILT_IN,
     output: Annotated[
-        Optional[Path], typer.Option("-o", "--output", help="Where the results go.  [default: stdout]")
+        Optional[Path],
+        typer.Option("-o", "--output", help="Where results go; a stopped run goes on from there.  [default: stdout]"),
     ] = None,
     loading: Bundle = None,
 ) -> None:
-    """Say how likely texts are: the log-probability of every token, a JSON object a line.
+    """Say how likely texts are: the log-probability of every token, a JSON object a line. Stopped, the same command
+    goes on.
 
     grok-local score -m grok-1-q4_k questions.jsonl -o scores.jsonl
     """
     from grok_local.runtime.jobs.lines import read_lines
-    from grok_local.runtime.jobs.score_lines import FIELDS, scored
+    from grok_local.runtime.jobs.score_lines import FIELDS
 
+    require_apart(file, output)
     lines = read_lines(decoded(input_bytes(file), str(file)), known=FIELDS, as_text=file.suffix == ".txt")
     if not lines:
         raise OptionError(f"{file}: has no line that is not blank")
-    failed = 0
-    with loaded(model, loading) as running, _writing(output) as out:
-        for line in lines:
-            result = scored(running, line)
-            failed += "error" in result
-            print_json(result, out)
+    request = requested(model, loading)
+    if output is None or (output.exists() and not output.is_file()):
+        with _printing(output) as write:
+            failed = _scored(request, lines, write)
+    else:
+        failed = _scored_into(output, request, lines)
     if failed:
         raise LinesFailed(f"{failed} of {len(lines)} lines could not be scored: their results say why")
 
@@ -75,10 +91,14 @@ def perplexity(
     from grok_local.runtime.text.scoring import perplexity as measured
     from grok_local.views.scores import describe_perplexity, print_perplexity
 
-    text = decoded(input_bytes(file), str(file))
+    text, options = decoded(input_bytes(file), str(file)), _with_context(loading, window)
+    if kl_base == "":
+        raise OptionError("--kl-base names no model: its value is empty")
+    request = requested(model, options)
+    other = None if kl_base is None else requested(kl_base, options | {"trace_experts": None})
     with ExitStack() as stack:
-        running = stack.enter_context(loaded(model, _with_context(loading, window)))
-        base = stack.enter_context(loaded(kl_base, _with_context(loading, window))) if kl_base is not None else None
+        running = stack.enter_context(opened(request))
+        base = stack.enter_context(opened(other)) if other else None
         ids = running.tokenize(text)
         if base and base.tokenize(text) != ids:
             raise OptionError(f"{kl_base} has another vocabulary than {model}: their distributions cannot be compared")
@@ -91,17 +111,56 @@ def perplexity(
         print_perplexity(found, apart)
 
 
+def _scored(request: LoadRequest, lines: Sequence[Line], write: Callable[[Mapping[str, Any]], None]) -> int:
+    """Score lines, and write each result as soon as it is there. Returns how many failed."""
+    from grok_local.runtime.jobs.score_lines import scored
+
+    failed = 0
+    with opened(request) as running:
+        for line in lines:
+            result = scored(running, line)
+            failed += "error" in result
+            write(result)
+    return failed
+
+
+def _scored_into(output: Path, request: LoadRequest, lines: Sequence[Line]) -> int:
+    """Likewise, those that have no result in a file yet. Returns how many failed, those of earlier runs among them."""
+    with _ledger(output, request, lines) as ledger, resumable():
+        done, missing = ledger.done, [line for line in lines if line.key not in ledger.done]
+        if done:
+            say(f"note: {len(done)} of {len(lines)} lines have their results already")
+        failed = _scored(request, missing, ledger.write) if missing else 0
+        if done and missing:
+            ledger.sort({line.key: number for number, line in enumerate(lines)})
+    return failed + sum(done.values())
+
+
+def _ledger(output: Path, request: LoadRequest, lines: Sequence[Line]) -> Ledger:
+    """The output, with what an earlier run has done. Raises OptionError where that was another job."""
+    from grok_local.formats.gguf_file import read_model
+    from grok_local.placement.shape import ModelShape
+    from grok_local.placement.wishes import usual_context
+    from grok_local.runtime.jobs.batch_job import loaded_with
+    from grok_local.runtime.jobs.batch_lines import id_of
+    from grok_local.runtime.jobs.ledger import Ledger
+
+    headers = read_model(request.path)
+    context = usual_context(ModelShape.from_headers(headers), request.wishes)
+    made_with = {"task": "score", **loaded_with(headers, request, context=context)}
+    hashes = {line.key: line.digest for line in lines}
+    return Ledger(output, made_with, hashes, key=id_of)
+
+
 @contextmanager
-def _writing(output: Path | None) -> Iterator[TextIO]:
-    """Stdout, or a file that has its name only when all is in it."""
+def _printing(output: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """To stdout, or to a pipe or a device."""
     if output is None:
-        yield sys.stdout
+        yield print_json
         return
-    if str(output) in ("", "."):
-        raise OptionError("-o: name a file")
     try:
-        with written_whole(output) as file:
-            yield file
+        with output.open("w", encoding="utf-8") as file:
+            yield lambda result: print_json(result, file)
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from None
 

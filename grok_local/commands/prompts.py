@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ from typing import BinaryIO
 from grok_local.commands.options import say
 from grok_local.errors import OptionError
 
-__all__ = ["decoded", "input_bytes", "lines_of", "prompt_text", "unescaped"]
+__all__ = ["decoded", "input_bytes", "lines_of", "prompt_text", "require_apart", "unescaped"]
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -52,6 +53,16 @@ def decoded(data: bytes, name: str) -> str:
 def input_bytes(file: Path) -> bytes:
     """What is in a file, or with "-" comes from stdin. Raises OptionError."""
     return sys.stdin.buffer.read() if str(file) == "-" else _contents(file)
+
+
+def require_apart(file: Path, output: Path | None) -> None:
+    """Raises OptionError where an output is the file that its input comes from, under whatever name."""
+    if output is None:
+        return
+    with suppress(OSError, ValueError):  # there is no such output yet, or no file behind stdin
+        source = os.fstat(sys.stdin.fileno()) if str(file) == "-" else file.stat()
+        if stat.S_ISREG(source.st_mode) and os.path.samestat(source, output.stat()):
+            raise OptionError(f"-o {output}: is the input: give another file")
 
 
 def lines_of(file: BinaryIO) -> Iterator[str]:

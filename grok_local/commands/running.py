@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from grok_local.runtime.text.session import Session
     from grok_local.views.progress import Show
 
-__all__ = ["answer_options", "chat", "generate", "loaded", "opened", "routing", "shown_packing"]
+__all__ = ["answer_options", "chat", "generate", "loaded", "opened", "requested", "routing", "shown_packing"]
 
 MaxTokens = Annotated[
     Optional[int], typer.Option(help="At most this many tokens an answer; -1 is no limit.", min=-1, max=1 << 30)
@@ -165,9 +165,14 @@ def routing(
 
 def loaded(model: str, options: Bundle, *, quiet: bool = False) -> AbstractContextManager[Model]:
     """The model, with what had to be said about its placement on stderr."""
+    return opened(requested(model, options), quiet=quiet)
+
+
+def requested(model: str, options: Bundle) -> LoadRequest:
+    """How it is to be loaded. Raises GGUFError, OptionError."""
     from grok_local.library.names import model_request
 
-    return opened(model_request(model, cast("LoadOptions", options or {}), packing=shown_packing), quiet=quiet)
+    return model_request(model, cast("LoadOptions", options or {}), packing=shown_packing)
 
 
 @contextmanager

@@ -121,16 +121,11 @@ def _served(running: Model, name: str, request: LoadRequest, width: Width, queue
 def _batches(service: Service, request: LoadRequest) -> AbstractContextManager[BatchQueue | None]:
     """The batches of this machine, which this server goes on with if no other does."""
     from grok_local.folders import server_folder
-    from grok_local.formats.identity import identity
+    from grok_local.runtime.jobs.batch_job import loaded_with
     from grok_local.runtime.jobs.batch_lines import Author
     from grok_local.serve.jobs.batch_queue import Means, kept_batches
 
-    made_with = {
-        "model": identity(service.model.engine.headers),
-        "context": service.model.context_size,
-        "kv_type": request.wishes.kv_type,
-        "template": request.template,
-    }
+    made_with = loaded_with(service.model.engine.headers, request, context=service.model.context_size)
     author = Author(service.name, service.fingerprint)
     means = Means(service.loop, service.tasks, author, made_with, service.model.context_size, say)
     return kept_batches(server_folder(), means)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grok_local.errors import ContextError, GrokLocalError, ModelError, OutputError, WorkerLost
+from grok_local.errors import ContextError, GrokLocalError, ModelError, OutputError, TemplateError, WorkerLost
 from grok_local.library import names
 from grok_local.units import printable
 from grok_local.views.speeds import experts_line, stats_line
@@ -122,7 +122,7 @@ class Repl:
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
             reply = self.model.chat([*system, *self.turns, question], **self._options)
-        except (ContextError, ModelError) as error:  # of this question: the conversation goes on
+        except (ContextError, ModelError, TemplateError) as error:  # of this question: the conversation goes on
             self._failed += 1
             _say(f"error: {'' if self._interactive else f'line {number}: '}{error}")
             return

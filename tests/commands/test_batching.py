@@ -63,6 +63,78 @@ def test_without_output_results_go_to_stdout(run: Run, packed: Path) -> None:
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [1, 3, 4]
 
 
+def test_results_in_order_are_told_whatever_happens(run: Run, packed: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "x", "id": "z"}, {"prompt": "y", "id": ""}, {"prompt": 5, "id": "bad"}]
+    source = written(tmp_path / "in.jsonl", lines)
+    done = run("batch", "-m", packed, source, "--max-tokens", 2, "--in-order")
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["z", "", "bad"]
+    lines += [{"prompt": "Once", "id": number, "max_tokens": 200} for number in range(400)]
+    trace = tmp_path / "trace"  # has a second line when the model has computed: what is refused is known by then
+    command = ("batch", "-m", packed, written(source, lines), "--in-order", "--trace-experts", trace, "--context", 256)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grok_local", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while process.poll() is None and not (trace.exists() and trace.read_bytes().count(b"\n") > 1):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "bad" in [json.loads(line)["id"] for line in stdout.splitlines()]
+
+
+def test_what_no_line_could_be_answered_with_comes_before_the_output(run: Run, packed: Path, tmp_path: Path) -> None:
+    source, output = written(tmp_path / "in.jsonl", ["Once", {"prompt": "x", "regex": "a"}]), tmp_path / "out.jsonl"
+    (tmp_path / "bad.json").write_text('{"type": "nonsense"}')
+    for options in (
+        ("--logprobs", 500),
+        ("--regex", "("),
+        ("--min-p", 1.5),
+        ("--top-p", 0),
+        ("--stop", "X", "--regex", "Y"),
+        ("--json-schema", tmp_path / "bad.json"),
+        ("--template", tmp_path / "missing.jinja"),
+    ):
+        done = run("batch", "-m", packed, source, "-o", output, *options)
+        assert (done.returncode, list(tmp_path.glob("out*"))) == (2, []), done.stderr
+
+
+def test_where_nothing_can_be_answered_no_model_is_loaded(run: Run, packed: Path, tmp_path: Path) -> None:
+    source, trace = written(tmp_path / "in.jsonl", [{"prompt": 5}, {"messages": None}]), tmp_path / "trace"
+    done = run("batch", "-m", packed, source, "-o", tmp_path / "out.jsonl", "--trace-experts", trace)
+    assert (done.returncode, len(results(tmp_path / "out.jsonl"))) == (3, 2), done.stderr
+    assert not trace.exists()
+
+
+def test_files_of_others_are_left_alone(run: Run, packed: Path, tmp_path: Path) -> None:
+    source, notes = tmp_path / "in.jsonl", tmp_path / "notes.txt"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b"}')
+    notes.write_text("one line, and no newline")
+    same = run("batch", "-m", packed, source, "-o", source)
+    assert (same.returncode, "is the input" in same.stderr) == (2, True)
+    other = run("batch", "-m", packed, source, "-o", notes)
+    assert (other.returncode, "no output to go on with" in other.stderr) == (1, True)
+    assert source.read_text() == '{"prompt": "a"}\n{"prompt": "b"}'
+    assert notes.read_text() == "one line, and no newline"
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["in.jsonl", "notes.txt"]
+
+
+def test_another_text_of_the_template_is_another_job(run: Run, packed: Path, tmp_path: Path) -> None:
+    source, output, template = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "t.jinja"
+    written(source, [{"messages": [{"role": "user", "content": "Hi"}]}])
+    template.write_text("A{{ messages[0].content }}")
+    command = ("batch", "-m", packed, source, "-o", output, "--max-tokens", 2, "--template", template)
+    assert run(*command).returncode == 0
+    manifest = tmp_path / "out.jsonl.manifest.json"
+    described = json.loads(manifest.read_text())
+    for name in ("template_text", "routing"):  # as an earlier version left it
+        del described["made_with"][name]
+    manifest.write_text(json.dumps(described))
+    assert run(*command).returncode == 0
+    template.write_text("B{{ messages[0].content }}")
+    refused = run(*command)
+    assert (refused.returncode, "template_text was" in refused.stderr) == (2, True)
+
+
 def test_what_changed_is_computed_anew(run: Run, packed: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
     command = ("batch", "-m", packed, source, "-o", output, "--max-tokens", 2)

@@ -14,11 +14,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grok_local.commands.prompts import unescaped
+from grok_local.commands.prompts import require_apart, unescaped
+from grok_local.errors import OptionError
 from samples.rewritten import CHATML, chatml, rewritten
 from tests.conftest import Run
 
 QUESTION = "What is an expert?"
+
+
+def test_an_output_is_not_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, other, link = tmp_path / "in", tmp_path / "out", tmp_path / "link"
+    source.write_text("x")
+    link.hardlink_to(source)
+    with source.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        for file, output in ((source, source), (source, link), (tmp_path / "." / "in", link), (Path("-"), source)):
+            with pytest.raises(OptionError, match="is the input"):
+                require_apart(file, output)
+        for file in (source, Path("-"), tmp_path / "missing", Path("/dev/null")):
+            require_apart(file, other)
+            require_apart(file, None)
+            require_apart(file, Path("/dev/null"))
 
 
 def asked(packed: Path, *arguments: object, stdin: bytes | Any = b"", **env: str) -> subprocess.CompletedProcess[bytes]:

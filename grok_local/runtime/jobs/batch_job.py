@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import llama_cpp
 
 from grok_local.errors import GrokLocalError
+from grok_local.formats.identity import identity
 from grok_local.machine.this_machine import this_machine
 from grok_local.placement.forecast import forecast
 from grok_local.placement.planner import make_plan
@@ -18,15 +19,17 @@ from grok_local.runtime.jobs.batch_lines import Asked, Author
 from grok_local.runtime.remote.probing import probe_workers
 from grok_local.runtime.scheduling.generation import Generation
 from grok_local.runtime.text.batch import Prepared, Result, Tasks
+from grok_local.runtime.text.forms import template_text
 
 if TYPE_CHECKING:
+    from grok_local.formats.gguf_file import Header
     from grok_local.machine.facts import Say
     from grok_local.placement.load_options import LoadRequest
     from grok_local.placement.shape import ModelShape
     from grok_local.runtime.scheduling.generation import Stats
     from grok_local.runtime.text.batch import Watch
 
-__all__ = ["Job", "chosen_width", "estimate", "fingerprint", "prepared", "run"]
+__all__ = ["Job", "chosen_width", "estimate", "fingerprint", "loaded_with", "prepared", "run", "unsaid"]
 
 _LARGE = 1_000_000_000  # bytes: for smaller models nothing is measured, they should start at once
 
@@ -146,14 +149,15 @@ def chosen_width(
 
 
 def run(
-    runner: Runner,
+    runner: Runner | None,
     job: Job,
     author: Author,
     *,
     write: Callable[[Mapping[str, Any]], None],
     watch: Callable[[BatchProgress], None] = lambda _: None,
 ) -> int:
-    """Answer the lines of a job, and write each when it is finished. Returns how many failed.
+    """Answer the lines of a job, and write each when it is finished. Returns how many failed. Where no line can be
+    answered, nobody is needed for it.
 
     Raises what ends the model; what is written stays.
     """
@@ -163,7 +167,7 @@ def run(
 class _Run:
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | None,
         job: Job,
         author: Author,
         write: Callable[[Mapping[str, Any]], None],
@@ -180,7 +184,7 @@ class _Run:
             self._write_line(self._author.refused(asked, error), failed=True)
         tasks = [task for line in self._job.lines for task in line.tasks]
         numbered = (replace(task, index=index) for index, task in enumerate(tasks))
-        for result in self._runner.run(numbered, size=self._job.size, watch=self._look):
+        for result in self._runner.run(numbered, size=self._job.size, watch=self._look) if self._runner else ():
             if result.finish_reason == "interrupted":
                 raise KeyboardInterrupt
             self._collect(result)
@@ -216,6 +220,24 @@ def _longest(task: Prepared, size: int) -> int:
 
 
 # -- what results come from --------------------------------------------------------------------------------------------
+
+
+def loaded_with(headers: Sequence[Header], request: LoadRequest, *, context: int) -> dict[str, Any]:
+    """What results depend on beside their lines, for a manifest. Raises OptionError for a missing template."""
+    text = template_text(headers[0].metadata, request.template)
+    return {
+        "model": identity(headers),
+        "context": context,
+        "kv_type": request.wishes.kv_type,
+        "routing": request.wishes.routing,
+        "template": request.template,
+        "template_text": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32],
+    }
+
+
+def unsaid(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest of an earlier version means, which has less than `made_with`."""
+    return {"routing": "release", "template_text": made_with.get("template_text")}
 
 
 def fingerprint(model: str, request: LoadRequest) -> str:

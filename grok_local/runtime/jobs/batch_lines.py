@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,18 +35,17 @@ class Asked:
     @property
     def id(self) -> str | int:
         """The line's id, or where it has none of its own, its number."""
-        return self.line.number if self.line.id is None else self.line.id
+        return self.line.key
+
+    @property
+    def digest(self) -> str:
+        """Changes with what the line asks, and with nothing else."""
+        return self.line.digest
 
     @property
     def is_openai(self) -> bool:
         """Whether it is in OpenAI's shape, and its result is to be."""
         return "custom_id" in self.line.given
-
-    @property
-    def digest(self) -> str:
-        """Changes with what the line asks, and with nothing else."""
-        text = json.dumps([self.line.fields, self.line.error], sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,10 @@ class Author:
 
     def _short(self, asked: Asked, result: Result) -> dict[str, Any]:
         stats = result.stats
+        echo = {"prompt": result.prompt} if asked.tasks[0].get("echo") else {}
         found: dict[str, Any] = {
             "id": asked.id,
+            **echo,
             "text": result.text,
             "finish_reason": result.finish_reason,
             "tokens": {
@@ -88,6 +88,9 @@ class Author:
             found["parsed"] = result.parsed
         if result.logprobs is not None:
             found["logprobs"] = [_described(token) for token in result.logprobs]
+        if result.prompt_logprobs is not None:
+            first, *others = result.prompt_logprobs
+            found["prompt_logprobs"] = [{**_described(first), "logprob": None}, *map(_described, others)]
         if result.notes:
             found["warnings"] = list(result.notes)
         seconds = {"prompt": round(stats.prompt_seconds, 4), "generation": round(stats.generation_seconds, 4)}

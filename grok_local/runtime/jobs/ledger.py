@@ -1,4 +1,5 @@
-"""A batch's output as it grows, and the manifest beside it, so that a stopped run goes on with what is missing.
+"""The output of a batch, or of scores, as it grows, and the manifest beside it, so that a stopped run goes on with what
+is missing.
 
 Every line of the output is whole as soon as it is there. The manifest has what the results depend on, the hash of every
 line of the input, and is there before the first result.
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from grok_local.errors import InUseError, OptionError, OutputError
-from grok_local.files import JsonLines, lock, partial_of, write_whole
+from grok_local.files import JsonLines, lock, write_whole, written_whole
 
 __all__ = ["Ledger", "manifest_of"]
 
 _FORMAT = 1
+_ADVICE = "give another -o, or move it away"
 
 Id = str | int
 Key = Callable[[Mapping[str, Any]], Id | None]
@@ -32,18 +34,26 @@ def manifest_of(output: Path) -> Path:
 class Ledger:
     """The open output of one batch; holds the lock that keeps a second run away. A context manager.
 
-    `made_with` is what results depend on: a run that was made with something else is refused. `lines` are the hashes of
-    the input's lines by id. `done` are the ids that have a result, and whether they failed: of lines that changed, or
-    are not there any more, the old ones are moved aside, and with `retry` those that failed are done anew.
+    `made_with` is what results depend on: a run that was made with something else is refused. `absent` is what a
+    manifest of an earlier version means that does not say it. `lines` are the hashes of the input's lines by id. `done`
+    are the ids that have a result, and whether they failed: of lines that changed, or are not there any more, the old
+    ones are moved aside, and with `retry` those that failed are done anew. Other programs' files stay as they are.
     """
 
     def __init__(
-        self, output: Path, made_with: Mapping[str, Any], lines: Mapping[Id, str], *, key: Key, retry: bool = False
+        self,
+        output: Path,
+        made_with: Mapping[str, Any],
+        lines: Mapping[Id, str],
+        *,
+        key: Key,
+        retry: bool = False,
+        absent: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.set_aside = output.resolve(), 0
-        self._manifest, self._key = manifest_of(self.path), key
+        self._manifest, self._key, self._absent = manifest_of(self.path), key, absent or {}
         if self.path.exists() and not self.path.is_file():
-            raise OutputError(f"{output}: no file: a batch goes on from what is in it")
+            raise OutputError(f"{output}: no file: a stopped run goes on from what is in it")
         try:
             self._out = _locked(self.path)
             try:
@@ -66,8 +76,9 @@ class Ledger:
     def sort(self, order: Mapping[Id, int]) -> None:
         """Put the results in the order of the input. Raises OutputError."""
         try:
-            results = [value for value in self._out.read() if isinstance(value, dict)]
-            self._replace(sorted(results, key=lambda value: order.get(self._id(value), len(order))))
+            results = [(self._id(value), value) for value in self._out.read()]
+            ranked = [(len(order) if id_ is None else order.get(id_, len(order)), value) for id_, value in results]
+            self._replace([value for _, value in sorted(ranked, key=lambda pair: pair[0])])
         except OSError as error:
             raise self._trouble(error) from None
 
@@ -79,35 +90,40 @@ class Ledger:
 
     def _resumed(self, made_with: Mapping[str, Any], lines: Mapping[Id, str], *, retry: bool) -> dict[Id, bool]:
         """The ids that are done, and whether each of them failed."""
-        values = self._out.read()
-        if not values:
-            return {}
         before = self._read_manifest()
+        if not os.fstat(self._out.fileno()).st_size:
+            return {}
+        if before is None or not self._out.begins_with(b"{"):
+            missing = f", and {self._manifest.name} beside it is not" if before is None else ""
+            raise OutputError(f"{self.path}: is there{missing}, so it is no output to go on with: {_ADVICE}")
         self._check_same(before.get("made_with", {}), made_with)
         hashes = {_hashable(id_): digest for id_, digest in before.get("lines", [])}
         kept, gone = dict[Id, Any](), []
-        for value in values:
+        for value in self._out.read():
             id_ = self._id(value)
-            current = id_ in lines and hashes.get(id_) == lines[id_] and id_ not in kept
-            (kept.__setitem__(id_, value) if current and not (retry and _failed(value)) else gone.append(value))
+            if id_ is None or id_ in kept or hashes.get(id_, "") != lines.get(id_) or (retry and _failed(value)):
+                gone.append(value)
+            else:
+                kept[id_] = value
         if gone:
             self._move_aside([value for value in gone if isinstance(value, dict) and not _failed(value)])
             self._replace(list(kept.values()))
         return {id_: _failed(value) for id_, value in kept.items()}
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """What the output was begun with, if there is one. Raises OutputError for what is no manifest of ours."""
         try:
             found = json.loads(self._manifest.read_bytes())
-        except (OSError, ValueError):
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or found.get("format") != _FORMAT:
-            raise OutputError(
-                f"{self.path}: is there, and {self._manifest.name} beside it is not, so it is no batch's output: "
-                "give another -o, or move it away"
-            )
+            raise OutputError(f"{self._manifest}: is there, and is no manifest that can be used: {_ADVICE}")
         return found
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        before = {**self._absent, **before}
         different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if different:
             told = "; ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in different)
@@ -116,26 +132,22 @@ class Ledger:
                 "was, or give another -o"
             )
 
-    def _id(self, value: Any) -> Id:
-        found = self._key(value) if isinstance(value, dict) else None
-        return "" if found is None else found
+    def _id(self, value: Any) -> Id | None:
+        """Whose result it is, if it is any line's."""
+        return self._key(value) if isinstance(value, dict) else None
 
     def _move_aside(self, values: list[Any]) -> None:
         """Results of lines that are not in the input any more are kept, but not in the output."""
         self.set_aside = len(values)
         if values:
             with JsonLines(self.path.with_name(f"{self.path.name}.replaced")) as file:
-                file.append(*values)
+                for value in values:
+                    file.append(value)
 
     def _replace(self, values: list[Any]) -> None:
-        partial = partial_of(self.path)
-        partial.unlink(missing_ok=True)
-        with JsonLines(partial) as file:
-            if values:
-                file.append(*values)
-            os.fsync(file.fileno())
-        partial.chmod(os.fstat(self._out.fileno()).st_mode & 0o7777)
-        partial.replace(self.path)
+        with written_whole(self.path) as file:
+            for value in values:
+                file.write(json.dumps(value, separators=(",", ":")) + "\n")
         self._out.close()
         self._out = _locked(self.path)
 
@@ -150,7 +162,7 @@ def _locked(path: Path) -> JsonLines:
         out = JsonLines(path)
         try:
             if not lock(out.fileno(), path):
-                raise InUseError(f"{path}: another grok-local batch is writing it")
+                raise InUseError(f"{path}: another grok-local is writing it")
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(out.fileno()), path.stat()):
                     return out

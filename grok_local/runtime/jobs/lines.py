@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections import Counter
@@ -28,14 +29,26 @@ class Line:
     error: str | None = None
     given: frozenset[str] = frozenset()
 
+    @property
+    def key(self) -> str | int:
+        """Its id, or its number."""
+        return self.number if self.id is None else self.id
+
+    @property
+    def digest(self) -> str:
+        """Changes with what the line says, and with nothing else."""
+        text = json.dumps([self.fields, self.error], sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
 
 def read_lines(text: str, *, known: Sequence[str], as_text: bool, ids: Sequence[str] = ("id",)) -> list[Line]:
     """The lines that are not blank. A line that begins with { is an object with `known` fields, unless all are text.
 
     `ids` are the names of the field that is its id. The id of a line that has none is its number, or where that is
-    another's id, "line" and its number. Lines end as on any system.
+    another's id, "line" and its number. Lines end as on any system. Files that were joined have byte order marks at the
+    beginnings of lines: these are no text.
     """
-    numbered = enumerate(re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff")), 1)
+    numbered = enumerate((line.lstrip("\ufeff") for line in re.split(r"\r\n|\n|\r", text)), 1)
     lines = [_line(n, line, known, as_text=as_text, ids=ids) for n, line in numbered if line.strip()]
     own = Counter[str | int | None](line.id for line in lines if line.id is not None)
     return [_named(line, own) for line in lines]
@@ -89,7 +102,7 @@ def _line(number: int, line: str, known: Sequence[str], *, as_text: bool, ids: S
     except (ValueError, RecursionError) as error:
         return Line(number, None, error=f"no JSON: {error}")
     given = frozenset(fields)
-    own = [fields.pop(name) for name in ids if fields.get(name) is not None]
+    own = [id_ for id_ in [fields.pop(name) for name in ids if name in fields] if id_ is not None]
     if len(own) > 1 or not all(isinstance(id_, str | int) and not isinstance(id_, bool) for id_ in own):
         return Line(number, None, error=f"{ids[0]}: one text or whole number is wanted", given=given)
     unknown = "; ".join(_unknown(fields, known))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from grok_local.errors import GrokLocalError, ModelError, OptionError
+from grok_local.errors import ContextError, OptionError
 from grok_local.runtime.jobs.lines import Line, error_of, text_of, texts_of
 
 if TYPE_CHECKING:
@@ -21,20 +21,18 @@ def scored(model: Model, line: Line) -> dict[str, Any]:
     """A line's result, {"id", ...}: a text's or continuation's tokens and log-probabilities, and their sum; of choices
     each one's, and which is likeliest, by sum (`best`) and by sum over characters (`best_by_length`). Or its error.
 
-    Raises ModelError, which is nobody's line's fault.
+    Raises what is no line's fault: that the model, a worker or a record of routing failed.
     """
     try:
         if line.error:
             raise OptionError(line.error)
         return {"id": line.id, **_result(model, line)}
-    except ModelError:
-        raise
-    except GrokLocalError as error:
+    except (OptionError, ContextError) as error:
         return error_of(line, error)
 
 
 def _result(model: Model, line: Line) -> Mapping[str, Any]:
-    given = set(line.fields)
+    given = {name for name, value in line.fields.items() if value is not None}
     if given == {"text"}:
         return _whole(model.score([text_of(line, "text")])[0])
     if given == {"tokens"}:

@@ -92,6 +92,14 @@ class Tasks:
         self._conversation = Conversation(engine, template=template)
         self._defaults = dict(defaults)
 
+    def check(self) -> Answering:
+        """How tasks are answered that do not say otherwise. Raises OptionError for defaults, or a template, that nobody
+        can use, ModelError for a template that cannot be read.
+        """
+        how = self._how("", {})
+        how.request([], stop=self._conversation.form.stop)
+        return how
+
     def prepare(self, index: int, task: Any) -> Prepared | Result:
         """What can be run, or the result that says why it cannot."""
         id_: str | int = index
@@ -256,7 +264,8 @@ def prompt_logprobs(task: Prepared, done: Generation) -> list[TokenLogprob] | No
 
 def _derived(seed: int, id_: str | int) -> int:
     """A task's own seed: of the run's and its id, never of its place among the others."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{id_}".encode()).digest()[:8], "big") % _SEEDS
+    named = f"{seed}:{id_}".encode("utf-8", "surrogatepass")  # an id in JSON may have a half of a character
+    return int.from_bytes(hashlib.sha256(named).digest()[:8], "big") % _SEEDS
 
 
 def _id(value: Any) -> str | int:

@@ -73,8 +73,8 @@ class Conversation:
     def lay_out(self, messages: Sequence[Message], *, reserve: int | None) -> Laid:
         """For an answer to the last of `messages`, with `reserve` tokens kept free for it.
 
-        Raises ContextError if the last message alone is too long, OptionError for messages that make no sense,
-        ModelError where the template refuses them.
+        Raises ContextError if the last message alone is too long, OptionError for messages that make no sense, or that
+        the template refuses, ModelError for a template that cannot be read.
         """
         _check(messages)
         size = self.engine.context_size
@@ -196,7 +196,7 @@ def _goes_on(messages: Sequence[Message], last: _Answered) -> bool:
 
 
 def _check(messages: Sequence[Message]) -> None:
-    if isinstance(messages, str | Mapping) or not all(isinstance(message, Mapping) for message in messages):
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
         raise OptionError("messages: a list is wanted, such as [{'role': 'user', 'content': 'What is an expert?'}]")
     for message in messages:
         if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):

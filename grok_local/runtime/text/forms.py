@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
-from grok_local.errors import ModelError, OptionError
+from grok_local.errors import ModelError, OptionError, TemplateError
 
 if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Lexicon
 
-__all__ = ["DEFAULT_SYSTEM", "ChatForm", "Message", "Segment", "Template", "Transcript", "form_for"]
+__all__ = ["DEFAULT_SYSTEM", "ChatForm", "Message", "Segment", "Template", "Transcript", "form_for", "template_text"]
 
 Message: TypeAlias = Mapping[str, str]
 
@@ -93,7 +93,7 @@ class Template:
         self._template = _compiled(source, lambda layout: time.strftime(layout, self._began))
 
     def render(self, messages: Sequence[Message]) -> list[Segment]:
-        """The template's text for `messages`. Raises ModelError where the template refuses them.
+        """The template's text for `messages`. Raises TemplateError where the template refuses them.
 
         The date is that of the conversation's first message. For a template without a system role, that text goes
         before the first question.
@@ -101,7 +101,9 @@ class Template:
         if sum(message["role"] != "system" for message in messages) == 1:
             self._began = time.localtime()
         taken, text = self._accepted(messages)
-        mark = next(chr(code) for code in _PRIVATE if all(chr(code) not in m["content"] for m in taken))
+        mark = next((chr(code) for code in _PRIVATE if all(chr(code) not in m["content"] for m in taken)), "")
+        if not mark:
+            raise TemplateError("messages: every character of private use is in them: none is left to mark names")
         for roles in (("system", "user", "assistant"), ("system", "user")):
             marked = [self._marked(message, mark) if message["role"] in roles else message for message in taken]
             if marked == taken:
@@ -124,7 +126,7 @@ class Template:
             # Some templates refuse a system message, and some leave it out without a word.
             if folded is None or all(m["content"].strip() in text for m in messages if m["role"] == "system"):
                 return list(messages), text
-        except ModelError:
+        except TemplateError:
             if folded is None:
                 raise
         text = self._text(folded)
@@ -137,7 +139,7 @@ class Template:
         try:
             return str(self._template.render(**given, **self._tokens))
         except Exception as error:  # a template is a program, and fails as it likes
-            raise ModelError(f"the chat template does not take this conversation: {error}") from None
+            raise TemplateError(f"the chat template does not take this conversation: {error}") from None
 
     def _marked(self, message: Message, mark: str) -> Message:
         """The message with `mark` inside every control token's name."""
@@ -170,18 +172,25 @@ def form_for(engine: Lexicon, template: str | None) -> ChatForm:
 
     A template of the model's own that cannot be read costs a note. Raises OptionError, ModelError for a file's.
     """
-    own = _own_templates(engine.metadata)
-    if template == _NO_TEMPLATE:
-        return Transcript()
-    if template is not None:
-        return _template(own.get(template) or _read_template(template, own), engine)
-    source = own.get("default") or next(iter(own.values()), "")
+    source = template_text(engine.metadata, template)
+    if template not in (None, _NO_TEMPLATE):
+        return _template(source, engine)
     if not source.strip():
         return Transcript()
     try:
         return _template(source, engine)
     except ModelError as error:
         return Transcript(f"{error}; the conversation is laid out as a transcript instead")
+
+
+def template_text(metadata: Mapping[str, Any], template: str | None) -> str:
+    """The template that `template` means to a model, empty for the transcript. Raises OptionError."""
+    own = _own_templates(metadata)
+    if template == _NO_TEMPLATE:
+        return ""
+    if template is None:
+        return own.get("default") or next(iter(own.values()), "")
+    return own.get(template) or _read_template(template, own)
 
 
 def _own_templates(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -129,6 +129,16 @@ def test_results_in_kind() -> None:
     assert legacy["top_logprobs"][1] == {"bytes:\\xe2\\x82": -2.0, "bytes:\\xe2": -9999.0}
 
 
+def test_what_short_lines_ask_for_is_told() -> None:
+    (asked,) = read_batch('{"prompt": "Wh", "echo": true, "prompt_logprobs": 1}', as_text=False)
+    prompt = [TokenLogprob(3, b"W", 0.0, ()), TokenLogprob(4, b"h", -0.25, ((4, b"h", -0.25),))]
+    written = AUTHOR.written(asked, [replace(result("y?"), prompt="Wh", prompt_logprobs=prompt)])
+    assert (written["prompt"], written["text"]) == ("Wh", "y?")
+    assert [token["logprob"] for token in written["prompt_logprobs"]] == [None, -0.25]
+    assert written["prompt_logprobs"][1]["top"][0]["id"] == 4
+    assert "prompt" not in AUTHOR.written(read_batch("Wh", as_text=False)[0], [result()])
+
+
 def test_refusals_in_kind() -> None:
     short, openai = read_batch("x\n" + openai_line(TEXT, {"prompt": "y"}, "c"), as_text=False)
     assert AUTHOR.refused(short, ContextError("too long")) == {

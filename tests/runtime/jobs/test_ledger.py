@@ -85,19 +85,61 @@ def test_another_job_is_refused(tmp_path: Path) -> None:
         assert ledger.done
 
 
-def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun_before", [False, True])
+@pytest.mark.parametrize(
+    "data", [b"mine\n", b"a note without a newline", b'{"prompt": "a"}\n{"prompt": "b"}', b"GGUF\0"]
+)
+def test_files_of_others_are_left_alone(tmp_path: Path, data: bytes, begun_before: bool) -> None:
+    """Also where there was an output of that name once, and where a line looks like one of a batch."""
     path = tmp_path / "out.jsonl"
-    path.write_text("mine\n")
-    with pytest.raises(OutputError, match="no batch's output"):
+    if begun_before and data[:1] != b"{":
+        opened(path).__exit__()
+    path.write_bytes(data)
+    with pytest.raises(OutputError, match="no output to go on with"):
         opened(path)
-    assert path.read_text() == "mine\n"
-    assert not manifest_of(path).exists()
+    assert path.read_bytes() == data
+    assert manifest_of(path).exists() == (begun_before and data[:1] != b"{")
+
+
+def test_what_lies_beside_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    manifest_of(path).write_text("packing list\n")
+    with pytest.raises(OutputError, match="no manifest that can be used"):
+        opened(path)
+    assert manifest_of(path).read_text() == "packing list\n"
+    manifest_of(path).unlink()
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text("precious")
+    with opened(begun(path)) as ledger:
+        ledger.sort({1: 0, 3: 1})
+    assert ids(path) == [1, 3]
+    assert partial.read_text() == "precious"
 
 
 def test_two_at_once(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with opened(path), pytest.raises(InUseError):
         opened(path)
+
+
+def test_a_manifest_of_an_earlier_version(tmp_path: Path) -> None:
+    path = begun(tmp_path / "out.jsonl")
+    made = {**MADE, "routing": "release"}
+    with Ledger(path, made, LINES, key=lambda value: value.get("id"), absent={"routing": "release"}) as ledger:
+        assert ledger.done
+    with pytest.raises(OptionError, match='routing was "release", is "llama'):
+        opened(path, made={**MADE, "routing": "llama.cpp"})
+
+
+def test_a_result_without_an_id_is_no_lines(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with opened(path, {"": "h"}) as ledger:
+        ledger.write({"text": "whose?"})
+    with opened(path, {"": "h"}) as ledger:
+        assert ledger.done == {}
+        ledger.write({"id": "", "text": "mine"})
+        ledger.sort({"": 0})
+    assert ids(path) == [""]
 
 
 def test_nowhere_to_write(tmp_path: Path) -> None:

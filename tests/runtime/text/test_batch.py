@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import grok_local
-from grok_local.errors import ContextError, OptionError
+from grok_local.errors import ContextError, OptionError, TemplateError
 from samples.rewritten import chatml
 
 PROMPTS = ["What is an expert?", "What does a router do?", "Once upon a time", "one two three", "Why?", "x"]
@@ -89,6 +89,35 @@ def test_any_option_of_a_task_may_be_one_of_all(packed: Path, tmp_path: Path) ->
         (told,) = model.batch(["one two"], echo=True, prompt_logprobs=0, max_tokens=1)
         assert told.prompt == "one two"
         assert len(told.prompt_logprobs or ()) == told.stats.prompt_tokens
+
+
+def test_lines_that_no_program_would_write_fail_alone(wide: grok_local.Model) -> None:
+    user = {"role": "user", "content": "hi"}
+    values: list[Any] = [None, 5, True, {}, "x", [5], [{}]]
+    odd: list[dict[str, Any]] = [{"messages": value} for value in values]
+    odd += [{"prompt": 5}, {"prompt": None}, {"prompt": "x", "messages": [user]}, {"id": 1.5, "prompt": "x"}]
+    fine: list[dict[str, Any]] = [
+        {"prompt": "x", "messages": None},
+        {"prompt": None, "messages": [user]},
+        {"id": "\ud83d", "prompt": "hi"},
+    ]
+    found = {result.index: result for result in wide.batch([*odd, *fine], max_tokens=2)}
+    assert [isinstance(found[index].error, OptionError) for index in range(len(found))] == [True] * 11 + [False] * 3
+    assert found[13].id == "\ud83d"
+
+
+def test_a_conversation_that_a_template_refuses_fails_alone(packed: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    template += "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+    (tmp_path / "strict.jinja").write_text(template)
+    user = {"role": "user", "content": "hi"}
+    with grok_local.load(packed, context=256, threads=1, template=str(tmp_path / "strict.jinja")) as model:
+        results = list(model.batch([{"messages": [user, user]}, {"messages": [user]}], max_tokens=2, parallel=2))
+        errors = {result.index: result.error for result in results}
+        with pytest.raises(TemplateError, match="must alternate"):
+            model.chat([user, user])
+    assert isinstance(errors[0], TemplateError)
+    assert errors[1] is None
 
 
 def test_a_batch_may_be_left(wide: grok_local.Model) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import grok_local
-from grok_local.errors import ModelError, OptionError
+from grok_local.errors import ModelError, OptionError, TemplateError
 from grok_local.runtime.text.forms import DEFAULT_SYSTEM, Message, Template, Transcript
 from samples.rewritten import CHATML, rewritten
 
@@ -71,12 +71,18 @@ def test_the_date_is_that_of_the_first_message(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_templates_that_refuse() -> None:
-    with pytest.raises(ModelError, match="must alternate"):
+    with pytest.raises(TemplateError, match="must alternate"):
         Template("{{ raise_exception('roles must alternate') }}").render([user("x")])
     with pytest.raises(ModelError, match="cannot be read"):
         Template("{% if %}")
-    with pytest.raises(ModelError):
+    with pytest.raises(TemplateError):
         Template("{{ ''.__class__.__mro__[1].__subclasses__() }}").render([user("x")])
+
+
+def test_a_text_that_leaves_no_mark_to_use() -> None:
+    everything = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(TemplateError, match="private use"):
+        Template(CHATML, control=lambda: NAMES).render([user(everything + NAMES[0])])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,7 @@ def test_a_template_without_a_system_role_gets_its_text_before_the_question(begi
     )
     assert [note for note in form.notes if "no system role" in note] == form.notes != []
     if begins:
-        with pytest.raises(ModelError, match="no system role"):
+        with pytest.raises(TemplateError, match="no system role"):
             form.render([system])
 
 

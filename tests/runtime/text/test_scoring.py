@@ -6,6 +6,10 @@ import json
 import math
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import grok_local
-from grok_local.errors import ContextError, GrokLocalError, ModelError, OptionError
+from grok_local.errors import ContextError, GrokLocalError, ModelError, OptionError, OutputError, WorkerLost
 from grok_local.runtime.jobs.lines import read_lines
+from grok_local.runtime.jobs.score_lines import FIELDS, scored
 from grok_local.runtime.text.scoring import Estimate, divergence, perplexity
 from tests.conftest import Run
 
@@ -137,7 +142,7 @@ def test_an_estimate_of_one_value_knows_nothing() -> None:
 @given(st.text(), st.booleans())
 def test_any_text_is_lines(text: str, as_text: bool) -> None:
     lines = read_lines(text, known=("id", "text"), as_text=as_text)
-    assert len(lines) == sum(bool(line.strip()) for line in re.split("\r\n|\n|\r", text))
+    assert len(lines) == sum(bool(line.lstrip("\ufeff").strip()) for line in re.split("\r\n|\n|\r", text))
     assert len({line.id for line in lines}) == len(lines)
     assert all(line.error or line.fields is not None for line in lines)
 
@@ -155,6 +160,55 @@ def test_what_lines_say() -> None:
     assert lines[4].error == "id: one text or whole number is wanted"
     assert (lines[5].error or "").startswith("no JSON: ")
     assert lines[6].fields == {"text": "[" * 9}
+
+
+def test_files_that_were_joined_have_marks_inside() -> None:
+    text = '\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n\ufeffplain\n\ufeff\n'
+    lines = read_lines(text, known=("text",), as_text=False)
+    assert [line.fields for line in lines] == [{"text": "a"}, {"text": "b"}, {"text": "plain"}]
+    assert read_lines(text, known=("text",), as_text=True)[1].fields == {"text": '{"text": "b"}'}
+
+
+def test_an_id_of_null_is_none(scorer: grok_local.Model) -> None:
+    (line,) = read_lines('{"id": null, "text": "hello you", "tokens": null}', known=FIELDS, as_text=False)
+    assert line.id == 1
+    assert scored(scorer, line)["sum"] < 0
+
+
+@pytest.mark.parametrize("error", [WorkerLost("gone"), OutputError("the trace: no space"), ModelError("dead")])
+def test_what_is_no_lines_fault_ends_all(error: GrokLocalError) -> None:
+    class Failing:
+        def score(self, *_: object, **__: object) -> None:
+            raise error
+
+    (line,) = read_lines("a text", known=FIELDS, as_text=False)
+    with pytest.raises(type(error)):
+        scored(Failing(), line)  # type: ignore[arg-type]
+
+
+def test_a_stopped_score_goes_on(run: Run, packed: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("".join(f"{number} experts of a layer that has a router\n" for number in range(3000)))
+    command = ("score", "-m", packed, source, "-o", output, "--context", 256)
+    process = subprocess.Popen([sys.executable, "-m", "grok_local", *map(str, command)], stderr=subprocess.PIPE)
+    while process.poll() is None and not (output.exists() and output.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, b"the same command goes on" in stderr) == (130, True)
+    before = output.read_bytes()
+    assert before.count(b"\n") < 3000
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[: before.count(b"\n") + 5]))
+    output.write_bytes(before[before.index(b"\n") + 1 :])  # as if the first had never been scored
+    done = run(*command)
+    assert (done.returncode, "have their results already" in done.stderr) == (0, True)
+    ids = [json.loads(line)["id"] for line in output.read_text().splitlines()]
+    assert ids == list(range(1, before.count(b"\n") + 6))
+    again = run("score", "-m", packed, source, "-o", output, "--context", 128)
+    assert (again.returncode, "context was 256, is 128" in again.stderr) == (2, True)
+    same = run("score", "-m", packed, source, "-o", source)
+    assert (same.returncode, "is the input" in same.stderr) == (2, True)
+    assert source.read_text().count("\n") == len(ids)
 
 
 def test_a_file_is_scored_line_by_line(run: Run, packed: Path, tmp_path: Path) -> None:
@@ -189,22 +243,23 @@ def test_a_file_is_scored_line_by_line(run: Run, packed: Path, tmp_path: Path) -
     assert results["long"]["error"]["code"] == "context"
 
 
-def test_a_score_that_breaks_off_leaves_no_file(run: Run, packed: Path, tmp_path: Path) -> None:
+def test_where_scores_go(run: Run, packed: Path, tmp_path: Path) -> None:
     done = run("score", "-m", packed, "-", "-o", tmp_path / "no folder" / "out.jsonl", stdin="x\n")
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {tmp_path}/no folder/out.jsonl: cannot be written (")
     assert run("score", "-m", packed, tmp_path / "missing").stderr.startswith("error: ")
-    # A link leads on, and a device stays one.
+    # A link leads on, others' files stay, and a device stays one.
     target, link = tmp_path / "target.jsonl", tmp_path / "link.jsonl"
-    target.write_text("before")
-    target.chmod(0o600)
     link.symlink_to(target)
-    (tmp_path / "target.jsonl.partial").write_text("precious")
+    target.write_text("before")
+    assert run("score", "-m", packed, "-", "-o", link, stdin="The router\n").returncode == 1
+    assert target.read_text() == "before"
+    target.write_text("")
+    target.chmod(0o600)
     assert run("score", "-m", packed, "-", "-o", link, stdin="The router\n").returncode == 0
     assert link.is_symlink()
     assert json.loads(target.read_text())["id"] == 1
     assert target.stat().st_mode & 0o777 == 0o600
-    assert (tmp_path / "target.jsonl.partial").read_text() == "precious"
     assert run("score", "-m", packed, "-", "-o", "/dev/stdout", stdin="The router\n").stdout.startswith('{"id": 1')
     plain = run("score", "-m", packed, "-", stdin="The router\n")
     assert json.loads(plain.stdout)["logprobs"][0] is None
@@ -220,7 +275,14 @@ def test_perplexity_and_divergence_of_a_file(run: Run, packed: Path, small: Path
     assert done.stdout.startswith(f"perplexity {value:.2f}"[:-1])
     assert (done.returncode, done.stdout.count("\n")) == (0, 1)
     base = grok_local.quantize_checkpoint(small, tmp_path / "base.gguf", type="q8_0").path
-    found = json.loads(run("perplexity", "-m", packed, text, "--window", 128, "--kl-base", base, "--json").stdout)
+    trace = ("--trace-experts", tmp_path / "trace")
+    compared = run("perplexity", "-m", packed, text, "--window", 128, "--kl-base", base, "--json", *trace)
+    found = json.loads(compared.stdout)
+    empty = run(
+        "perplexity", "-m", packed, text, "--kl-base", "", *trace
+    )  # a trace that is there is an error of loading
+    assert (empty.returncode, empty.stderr) == (2, "error: --kl-base names no model: its value is empty\n")
+    assert "no such file" in run("perplexity", "-m", packed, text, "--kl-base", "nowhere", *trace).stderr
     assert found["perplexity"] == pytest.approx(value, rel=1e-3)
     assert found["interval"][0] < found["perplexity"] < found["interval"][1]
     assert 0 < found["kl_divergence"]["mean"] < found["kl_divergence"]["largest"]
