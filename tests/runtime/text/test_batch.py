@@ -67,8 +67,9 @@ def test_bad_requests_fail_alone(wide: grok_local.Model) -> None:
 
 @pytest.mark.parametrize("name", ["temprature", "max_token", "prefix", "id", "prompt"])
 def test_options_that_there_are_not(wide: grok_local.Model, name: str) -> None:
+    options: Any = {name: 1}
     with pytest.raises(TypeError, match=name):
-        wide.batch(PROMPTS, **{name: 1})
+        wide.batch(PROMPTS, **options)
 
 
 @pytest.mark.parametrize("requests", ["one text", b"one text", {"prompt": "x"}, 5, None])
