@@ -168,8 +168,12 @@ class LlamaEngine:
         outputs: dict[int, list[int]] = {}
         for index in (index for index, row in enumerate(rows) if row.output):
             outputs.setdefault(rows[index].sequence, []).append(index)
-        lengths = [len(self._cache.ids(draw.sequence)) for draw in draws]
-        return [self._draws.made(d, outputs.get(d.sequence, []), length=n) for d, n in zip(draws, lengths, strict=True)]
+        found: list[Drawn] = []
+        for draw in draws:
+            at = outputs.get(draw.sequence, [])
+            self._draws.keep(draw, at, length=len(self._cache.ids(draw.sequence)))
+            found.append(self._draws.drawn(draw, at)._replace(known=self._draws.known(draw, at)))
+        return found
 
     def copy(self, source: int, target: int, *, length: int) -> int:
         """Have `target` begin as the first `length` tokens of `source`, without evaluating them.

@@ -275,20 +275,17 @@ class Draws:
         for chain in list(self._chains):
             self.end(chain)
 
-    def made(self, draw: Draw, outputs: Sequence[int], *, length: int) -> Drawn:
-        """What a draw comes to. `outputs` are the rows of its sequence in the last evaluation, which has so many tokens
-        now. Raises ModelError where their logits are no numbers; what its grammar dies of is returned.
+    def keep(self, draw: Draw, outputs: Sequence[int], *, length: int) -> None:
+        """Keep the logits after a draw's sequence, which has so many tokens, if that is wanted; `outputs` are the rows
+        of the sequence in the last evaluation.
         """
         if draw.keep and outputs:
             self._kept[draw.sequence] = _Kept(length, self._logits_at(outputs[-1]).copy())
-        try:
-            chosen = Drawn(()) if draw.chain is None else self._drawn(draw, outputs[-1] if outputs else None)
-        except OptionError as error:
-            chosen = Drawn((), error=error)
-        return chosen._replace(known=self._known(draw, outputs))
 
-    def _known(self, draw: Draw, outputs: Sequence[int]) -> tuple[Token, ...]:
-        """How likely a draw's known tokens are, each by the logits of the row before it."""
+    def known(self, draw: Draw, outputs: Sequence[int]) -> tuple[Token, ...]:
+        """How likely a draw's known tokens are, each by the logits of the row before it. Raises ModelError where they
+        are no numbers.
+        """
         found = []
         for index, token in zip(outputs, draw.known, strict=False):  # after the last row there may be none
             logits = self._logits_at(index)
@@ -297,20 +294,27 @@ class Draws:
             found.append(Token(token, self._tokens.piece(token), False, likely))
         return tuple(found)
 
-    def _drawn(self, draw: Draw, index: int | None) -> Drawn:
-        """What a draw chooses by the logits of row `index` of the last evaluation, or by those its sequence kept."""
-        chain = self._chains[draw.chain or 0]
-        # Where log-probabilities are wanted, every token is chosen by its own logits.
-        forced = chain.forced() if draw.likely is None else []
-        if forced or chain.is_over:
-            return self._named(forced, chain)
-        logits = self._kept[draw.sequence].logits if index is None else self._logits_at(index)
-        check_finite(logits)
-        as_computed = index is not None and not chain.is_constrained
-        chosen = chain.choose_at(self._context, index or 0) if as_computed else chain.choose(logits)
-        if draw.likely is None:
-            return self._named([chosen, *chain.forced()], chain)
-        return self._named([chosen], chain, likely=self._likely(logits, chosen, draw.likely))
+    def drawn(self, draw: Draw, outputs: Sequence[int]) -> Drawn:
+        """What a draw chooses by the logits of the last of its rows, or by those its sequence kept; or what its grammar
+        dies of. Raises ModelError where they are no numbers.
+        """
+        if draw.chain is None:
+            return Drawn(())
+        chain, index = self._chains[draw.chain], outputs[-1] if outputs else None
+        try:
+            # Where log-probabilities are wanted, every token is chosen by its own logits.
+            forced = chain.forced() if draw.likely is None else []
+            if forced or chain.is_over:
+                return self._named(forced, chain)
+            logits = self._kept[draw.sequence].logits if index is None else self._logits_at(index)
+            check_finite(logits)
+            as_computed = index is not None and not chain.is_constrained
+            chosen = chain.choose_at(self._context, index or 0) if as_computed else chain.choose(logits)
+            if draw.likely is None:
+                return self._named([chosen, *chain.forced()], chain)
+            return self._named([chosen], chain, likely=self._likely(logits, chosen, draw.likely))
+        except OptionError as error:
+            return Drawn((), error=error)
 
     def copy(self, source: int, target: int, *, length: int) -> None:
         """`target` has become the first `length` tokens of `source`."""
