@@ -27,7 +27,7 @@ DIMENSIONS = Dimensions(layers=4, width=256, expert_width=256, experts=8, kv_wid
 class Settings:
     """Numbers of a training run. A step sees `tokens` tokens, in sequences of 256 at first, of 512 in the end."""
 
-    steps: int = 4400
+    steps: int = 5000
     tokens: int = 2048
     seed: int = 1
     rate: float = 2e-3
