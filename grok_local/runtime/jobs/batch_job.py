@@ -237,7 +237,8 @@ def loaded_with(headers: Sequence[Header], request: LoadRequest, *, context: int
 
 def unsaid(made_with: Mapping[str, Any]) -> dict[str, Any]:
     """What a manifest of an earlier version means, which has less than `made_with`."""
-    return {"routing": "release", "template_text": made_with.get("template_text")}
+    meant = {"routing": "release", "template_text": made_with.get("template_text")}
+    return {name: value for name, value in meant.items() if name in made_with}
 
 
 def fingerprint(model: str, request: LoadRequest) -> str:
