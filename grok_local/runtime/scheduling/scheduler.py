@@ -159,7 +159,7 @@ class Scheduler:
     def _admit(self, wanted: Wanted, may_yield: Wanted) -> None:
         """Give places to those that are wanted, in the order of their turns."""
         for one in list(self._queue):
-            if self._is_full:
+            if self._is_full and self._running:
                 return
             others = [] if self._sequences.has_free else self._displaceable(one, wanted, may_yield)
             if not (self._sequences.has_free or others):

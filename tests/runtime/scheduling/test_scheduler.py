@@ -213,6 +213,24 @@ def test_without_room_the_youngest_begins_again() -> None:
         assert one.error is None
 
 
+def test_without_room_who_wants_the_engine_alone_leaves_nobody_waiting_for_ever() -> None:
+    engine = FakeEngine(sequences=2, cells=40)
+    scheduler = Scheduler(engine, places=2)
+    some = endless(2)
+    for one in some:
+        scheduler.submit(one)
+    tick = partial(scheduler.tick, wanted=lambda _: True, may_yield=lambda _: False)
+    tick()
+    while all(engine.cached):
+        tick()
+    assert scheduler.vacate(may_yield=lambda _: True)
+    scheduler.look_again()
+    run(scheduler)
+    for one in some:
+        check(one)
+        assert one.finish_reason == "length"
+
+
 def test_a_prompt_that_never_fits_fails_alone() -> None:
     engine = FakeEngine(sequences=2, cells=30)
     scheduler = Scheduler(engine, places=2)
