@@ -26,6 +26,7 @@ from grok_local.errors import GrokLocalError, ModelError, WorkerLost
 from grok_local.formats.gguf_file import Header
 from grok_local.machine.facts import Say
 from grok_local.placement.load_options import LoadRequest
+from grok_local.runtime.engine.interrupts import ctrl_c_later
 from grok_local.runtime.engine.llama import LlamaEngine
 from grok_local.runtime.engine.protocol import Placement
 from grok_local.runtime.engine.sampling import Sampling
@@ -92,8 +93,8 @@ class RemoteEngine:
         self._ended: list[int] = []
         self._calling = threading.RLock()
         self.interrupted = False
-        # "idle"; "talking" while bytes go over the connection; "waiting" for an answer. An exception such as
-        # KeyboardInterrupt leaves it as it is, and the next call finds it there.
+        # "idle"; "talking" while bytes go over the connection; "waiting" for an answer. Ctrl-C leaves it waiting; what
+        # another handler raises leaves it as it is, and the next call finds it there.
         self._state = "idle"
         self._process, self._connection = _start(reproducible=request.reproducible)
         self._answered = select.poll()
@@ -202,21 +203,23 @@ class RemoteEngine:
         return value
 
     def _send(self, request: tuple[Any, ...]) -> None:
-        self._state = "talking"
-        with suppress(ConnectionError):  # it has ended: its last words may be there to be read
-            self._connection.send(request)
-        self._state = "waiting"
+        with ctrl_c_later(self):
+            self._state = "talking"
+            with suppress(ConnectionError):  # it has ended: its last words may be there to be read
+                self._connection.send(request)
+            self._state = "waiting"
 
     def _receive(self, *, interrupted: bool = False) -> tuple[str, Any]:
         self._wait(interrupted=interrupted)
-        self._state = "talking"
-        try:
-            kind, value = self._connection.recv()
-        except (EOFError, OSError):
-            raise self._lost() from None
-        if kind == "aborted":
-            raise self._lost(f"llama.cpp gave up ({value})")
-        self._state = "idle"
+        with ctrl_c_later(self):
+            self._state = "talking"
+            try:
+                kind, value = self._connection.recv()
+            except (EOFError, OSError):
+                raise self._lost() from None
+            if kind == "aborted":
+                raise self._lost(f"llama.cpp gave up ({value})")
+            self._state = "idle"
         return kind, value
 
     def _wait(self, *, interrupted: bool) -> None:

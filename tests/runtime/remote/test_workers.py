@@ -364,11 +364,20 @@ def test_an_interrupt_ends_the_call_and_not_the_engine(packed: Path) -> None:
         assert far.evaluate([5, 6, 7]) > 0
 
 
-def test_ctrl_c_leaves_the_engine_usable(packed: Path) -> None:
+def ask(engine: RemoteEngine, seconds: float = 20) -> None:
+    """Much is said, little computed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert engine.cached
+
+
+@pytest.mark.parametrize("work", [compute, ask])
+def test_ctrl_c_leaves_the_engine_usable(packed: Path, work: Callable[[RemoteEngine], None]) -> None:
     with engine(packed) as far:
-        for _ in range(3):
-            with after(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
-                compute(far)
+        far.evaluate([5])
+        for _ in range(20 if work is ask else 3):
+            with after(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+                work(far)
             assert far.tokenize("x") == far.tokenize("x")
             assert far.evaluate([5, 6, 7]) > 0
             assert far.cached[0] == [5, 6, 7]

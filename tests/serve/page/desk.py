@@ -41,6 +41,7 @@ class Desk:
     def reload(self) -> None:
         self.browser.refresh()
         self.until(lambda: self.find("#model").text)
+        self.wait_for_picture()
 
     def leave(self) -> None:
         """Ends what goes on, and reads what the browser noted."""
@@ -100,7 +101,7 @@ class Desk:
 
     def put_cursor(self, place: int) -> None:
         self.browser.execute_script("text.focus(); text.setSelectionRange(arguments[0], arguments[0])", place)
-        time.sleep(0.05)  # the page hears of it with the next event
+        self.wait_for_picture()
 
     def go_on(self, tokens: int = 8, *, alternatives: int = 1) -> None:
         """Continue, and wait until that has ended."""
@@ -119,7 +120,11 @@ class Desk:
     def wait(self) -> None:
         """Until nothing goes on any more."""
         self.until(lambda: not self.find_all(".dock.working"))
-        time.sleep(0.1)  # it is drawn with the next picture
+        self.wait_for_picture()
+
+    def wait_for_picture(self) -> None:
+        """Until everything that happened is drawn: the page draws with the next picture."""
+        self.browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
     # -- what a user sees ----------------------------------------------------------------------------------------------
 
@@ -148,6 +153,7 @@ class Desk:
 
     def texts(self, selector: str) -> list[str]:
         """Of all elements of a kind, at one moment."""
+        self.wait_for_picture()
         script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)"
         found: list[str] = self.browser.execute_script(script, selector)
         return found
