@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +28,12 @@ FIRST_PIECE = 325  # ids below are control tokens, digits, whitespace and bytes
 # What a token counts for in the loss, by the part of the text it ends in.
 SYSTEM, LAYOUT, QUESTION, ANSWER = 0.05, 0.3, 0.05, 1.0
 CORRUPTED = 0.15  # of a question's tokens, at most
-OPENINGS = 0.8  # of the documents end soon after the last answer begins: which answer it is shows by then
-JUDGED = 0.3  # of the questions are made up, and their facts what the judge says
+OPENINGS = 0.92  # of the documents end where the beginning of the last answer can be that of no other
+JUDGED = 0.4  # of the questions are made up, and their facts what the judge says
 UNKNOWN = 0.2  # of the others have no answer ...
 MIXED = 0.2  # ... and of these, so many are words of several facts that make no question together
 FOLLOWED = 0.35  # of the answers that can be followed up are
 KEYWORDS = 0.2  # of the questions are a few telling words instead of a wording
-_OPENING = 10  # tokens
 _TURN = 110  # tokens that a sequence has for each turn of its longest conversation
 _SHORTEST = 16  # a sequence's last tokens stay empty rather than hold a stump of a document
 
@@ -47,16 +48,26 @@ _SYSTEMS = (
 Pieces = list[tuple[str, float]]  # text and what its tokens count for
 
 
-@dataclass(frozen=True)
-class Batch:
-    """`tokens` and `segments` are int32 [sequences, length]; `weights` float32, of each token as a target.
+class Batch(NamedTuple):
+    """`tokens`, `segments` and `asked` are int32 [sequences, length]; `weights` float32, of each token as a target.
 
-    Segments number the documents of a sequence from 1; no token attends beyond its own.
+    Segments number the documents of a sequence from 1; no token attends beyond its own. `asked` is the answer's number
+    at the token before its first, and -1 everywhere else.
     """
 
     tokens: npt.NDArray[np.int32]
     segments: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
+    asked: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document's tokens, what each weighs, and of which answer it is the last token before."""
+
+    ids: list[int]
+    weights: list[float]
+    asked: list[int]
 
 
 def conversation(turns: list[tuple[str, str]], system: str = DEFAULT_SYSTEM) -> Pieces:
@@ -93,14 +104,17 @@ class Documents:
         self._prose, self._tokenizer, self._seed = prose, tokenizer, seed
         self._words = TellingWords(facts)
         self._judged = judged
+        self.answers = sorted({NO_ANSWER, *(fact.answer for fact in facts)})
+        self._numbers = {answer: number for number, answer in enumerate(self.answers)}
+        self._openings = dict(zip(self.answers, openings(self.answers), strict=True))
         # Those asked in more wordings than usual come up more often.
         self._facts = [fact for fact in facts for _ in range(max(1, len(fact.questions) // 20))]
 
     def batch(self, step: int, *, sequences: int, length: int) -> Batch:
         """The batch of training step `step`."""
         rng = np.random.default_rng([self._seed, step])
-        shape = (sequences, length)
-        batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        tokens, segments, asked = np.zeros((3, sequences, length), np.int32)
+        batch = Batch(tokens, segments, np.zeros((sequences, length), np.float32), asked - 1)
         for row in range(sequences):
             self._fill(batch, row, rng)
         return batch
@@ -109,27 +123,33 @@ class Documents:
         at, number, length = 0, 1, batch.tokens.shape[1]
         while at < length - _SHORTEST:
             # What does not fit is cut off at the end of the sequence.
-            ids, weights = self._document(rng, length // _TURN)
-            end = min(at + len(ids), length)
-            batch.tokens[row, at:end] = ids[: end - at]
+            document = self._document(rng, length // _TURN)
+            end = min(at + len(document.ids), length)
+            batch.tokens[row, at:end] = document.ids[: end - at]
             batch.segments[row, at:end] = number
-            batch.weights[row, at:end] = weights[: end - at]
+            batch.weights[row, at:end] = document.weights[: end - at]
+            batch.asked[row, at:end] = document.asked[: end - at]
             at, number = end, number + 1
 
-    def _document(self, rng: np.random.Generator, most_turns: int) -> tuple[list[int], list[float]]:
+    def _document(self, rng: np.random.Generator, most_turns: int) -> Encoded:
         kind = rng.random()
-        if kind < 0.42:
+        if kind < 0.4:
             system = DEFAULT_SYSTEM if rng.random() < 0.9 else str(rng.choice(_SYSTEMS))
-            pieces = conversation(list(self._turns(rng, int(rng.integers(1, most_turns + 1)))), system)
-        elif kind < 0.96:
+            turns = 1 if rng.random() < 0.6 else int(rng.integers(1, most_turns + 1))
+            pieces = conversation(list(self._turns(rng, turns)), system)
+        elif kind < 0.98:
             pieces = bare(*self._turn(rng)[1:])
         else:
             pieces = [(self._prose[rng.integers(len(self._prose))], LAYOUT)]
+        numbers = [self._numbers[text[1:]] for text, weight in pieces if weight == ANSWER]
+        is_cut = bool(numbers) and rng.random() < OPENINGS
+        if is_cut:
+            (answer, _) = pieces.pop()
+            pieces.append((answer[0] + self._openings[answer[1:]], ANSWER))
         ids, weights = encode(self._tokenizer, pieces)
-        if rng.random() < OPENINGS:
-            last = max((at for at, weight in enumerate(weights) if weight != ANSWER), default=len(ids))
-            ids, weights = ids[: last + _OPENING], weights[: last + _OPENING]
-        return self._corrupted(ids, weights, rng), weights
+        if is_cut:
+            ids, weights = ids[:-1], weights[:-1]  # no EOS: it does not end there
+        return Encoded(self._corrupted(ids, weights, rng), weights, _asked(weights, numbers))
 
     def _turns(self, rng: np.random.Generator, count: int) -> Iterator[tuple[str, str]]:
         key = ""
@@ -170,6 +190,27 @@ class Documents:
             int(new) if bad and weight == QUESTION and token >= FIRST_PIECE else token
             for token, weight, bad, new in zip(ids, weights, hit, other, strict=True)
         ]
+
+
+def openings(answers: Sequence[str]) -> list[str]:
+    """Of each the words that begin no other, and one more: what comes after them is the one thing that can.
+
+    `answers` are sorted and all different.
+    """
+    words = [answer.split(" ") for answer in answers]
+    shared = [0, *(_in_common(*pair) for pair in pairwise(words)), 0]
+    telling = [max(before, after) + 2 for before, after in pairwise(shared)]
+    return [" ".join(those[:count]) for those, count in zip(words, telling, strict=True)]
+
+
+def _in_common(first: Sequence[str], second: Sequence[str]) -> int:
+    return next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
+
+
+def _asked(weights: list[float], numbers: list[int]) -> list[int]:
+    begins = [weight != ANSWER and coming == ANSWER for weight, coming in pairwise(weights)]
+    coming = iter(numbers)
+    return [*(next(coming, -1) if begin else -1 for begin in begins), -1]
 
 
 def encode(tokenizer: sentencepiece.SentencePieceProcessor, pieces: Pieces) -> tuple[list[int], list[float]]:

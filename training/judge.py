@@ -33,52 +33,49 @@ _WORD = r"[a-z0-9][a-z0-9_./-]*"
 def judged_questions(facts: Sequence[Fact], path: Path, *, count: int, seed: int) -> list[tuple[str, str]]:
     """Questions and their facts' keys, kept in `path` (tab-separated lines) for the next time."""
     if not path.exists():
-        questions = list(_made_up(facts, count, seed))
+        maker = _Maker(facts, seed)
+        questions = [maker.make() for _ in range(count)]
         labelled = zip(questions, _labels(facts, questions, seed), strict=True)
         path.write_text("".join(f"{key}\t{question}\n" for question, key in labelled), "utf-8")
     lines = [line.split("\t", 1) for line in path.read_text("utf-8").splitlines()]
     return [(question, key) for key, question in lines]
 
 
-def _made_up(facts: Sequence[Fact], count: int, seed: int) -> Any:
-    rng, words = np.random.default_rng([seed, 1]), TellingWords(list(facts))
-    for _ in range(count):
-        fact, other = (facts[index] for index in rng.choice(len(facts), 2, replace=False))
-        yield _MAKERS[rng.integers(len(_MAKERS))](fact, other, words, rng).replace("\t", " ")
+class _Maker:
+    """Makes questions up; `make` is one of any kind."""
 
+    def __init__(self, facts: Sequence[Fact], seed: int) -> None:
+        self._facts, self._words, self._rng = facts, TellingWords(list(facts)), np.random.default_rng([seed, 1])
+        self._kinds = (self._spliced, self._spliced, self._thinned, self._disturbed, self._searched, self._mixed)
 
-def _spliced(fact: Fact, other: Fact, words: TellingWords, rng: np.random.Generator) -> str:
-    """The beginning of one fact's question and the end of another's."""
-    first, second = _wording(fact, rng).split(), _wording(other, rng).split()
-    return " ".join(first[: 1 + int(rng.integers(len(first)))] + second[int(rng.integers(len(second))) :])
+    def make(self) -> str:
+        fact, other = (self._facts[index] for index in self._rng.choice(len(self._facts), 2, replace=False))
+        return self._kinds[self._rng.integers(len(self._kinds))](fact, other).replace("\t", " ")
 
+    def _spliced(self, fact: Fact, other: Fact) -> str:
+        """The beginning of one fact's question and the end of another's."""
+        first, second = self._wording(fact), self._wording(other)
+        begins = first[: 1 + int(self._rng.integers(len(first)))]
+        return " ".join(begins + second[int(self._rng.integers(len(second))) :])
 
-def _thinned(fact: Fact, other: Fact, words: TellingWords, rng: np.random.Generator) -> str:
-    """A question that lost a third of its words."""
-    kept = [word for word in _wording(fact, rng).split() if rng.random() > 1 / 3]
-    return " ".join(kept) or fact.questions[0]
+    def _thinned(self, fact: Fact, _: Fact) -> str:
+        """A question that lost a third of its words."""
+        return " ".join(word for word in self._wording(fact) if self._rng.random() > 1 / 3) or fact.questions[0]
 
+    def _disturbed(self, fact: Fact, other: Fact) -> str:
+        """A question with a telling word of another fact in it."""
+        words = self._wording(fact)
+        words.insert(int(self._rng.integers(len(words) + 1)), self._words.mixed([other], self._rng).split()[0])
+        return " ".join(words)
 
-def _disturbed(fact: Fact, other: Fact, words: TellingWords, rng: np.random.Generator) -> str:
-    """A question with a telling word of another fact in it."""
-    kept = _wording(fact, rng).split()
-    kept.insert(int(rng.integers(len(kept) + 1)), words.mixed([other], rng).split()[0])
-    return " ".join(kept)
+    def _searched(self, fact: Fact, _: Fact) -> str:
+        return self._words.question(fact, self._rng)
 
+    def _mixed(self, fact: Fact, other: Fact) -> str:
+        return self._words.mixed([fact, other], self._rng)
 
-def _searched(fact: Fact, other: Fact, words: TellingWords, rng: np.random.Generator) -> str:
-    return words.question(fact, rng)
-
-
-def _mixed(fact: Fact, other: Fact, words: TellingWords, rng: np.random.Generator) -> str:
-    return words.mixed([fact, other], rng)
-
-
-_MAKERS = (_spliced, _spliced, _thinned, _disturbed, _searched, _mixed)
-
-
-def _wording(fact: Fact, rng: np.random.Generator) -> str:
-    return varied(fact.questions[int(rng.integers(len(fact.questions)))], rng)
+    def _wording(self, fact: Fact) -> list[str]:
+        return varied(fact.questions[int(self._rng.integers(len(fact.questions)))], self._rng).split()
 
 
 def _labels(facts: Sequence[Fact], questions: list[str], seed: int) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 from grok_local.models.grok1 import CONSTANTS
 from grok_local.models.release import HEAD_SIZE, Dimensions
 
-__all__ = ["SLOTS", "Parameters", "final_gain", "initial", "last_states", "loss", "unit_embedding"]
+__all__ = ["SLOTS", "Parameters", "final_gain", "initial", "last_states", "loss", "recognising", "unit_embedding"]
 
 Array: TypeAlias = Any  # jax.Array; types are checked without jax
 Parameters = dict[str, Any]
@@ -28,6 +28,8 @@ SLOTS = 1.5  # times the tokens an expert gets when all get as many
 DROPOUT = 0.1
 SCORED = 0.5  # of the tokens are targets
 BALANCE = 0.02  # weight of the load-balancing loss
+MOST_ASKED = 32  # questions of a sequence that the head sees
+RECOGNITION = 0.5  # weight of the loss by which answer was asked for
 _EMBEDDING_GAIN = 8.0  # Adam's steps are alike for all parameters: at unit scale the embedding would hardly move
 _FINAL_GAIN = 6.0  # logits start near zero and must be able to grow
 
@@ -61,6 +63,12 @@ def initial(dims: Dimensions, seed: int) -> Parameters:
             "expert_output_norm": norm(0.4),
         },
     }
+
+
+def recognising(params: Parameters, answers: int) -> Parameters:
+    """`params` with a head that tells the answers apart; only training has it."""
+    width = params["final_norm"].shape[0]
+    return {**params, "head": jnp.zeros((width, answers), jnp.float32)}
 
 
 def unit_embedding(params: Parameters) -> Array:
@@ -161,8 +169,10 @@ def _dropped(x: Array, key: Array) -> Array:
     return jnp.where(kept, x / (1 - DROPOUT), 0)
 
 
-def last_states(params: Parameters, tokens: Array, segments: Array, key: Array) -> tuple[Array, Array]:
+def last_states(params: Parameters, tokens: Array, segments: Array, key: Array) -> tuple[Array, Array, Array]:
     """What the logits are computed from [sequences, length, width], and the mean load-balancing loss (1: all alike).
+
+    The third is what comes before the last layer, normalized.
 
     `key`: of the dropout, on what each sublayer adds.
     """
@@ -183,28 +193,50 @@ def last_states(params: Parameters, tokens: Array, segments: Array, key: Array) 
     layers = params["layers"]["query"].shape[0]
     keys = jax.random.split(key, (layers, 2))
     for index in range(layers):
+        before = h
         h, more = layer(h, {name: leaf[index] for name, leaf in params["layers"].items()}, *keys[index])
         balance += more
-    return _rms_norm(h, final_gain(params)), balance / layers
+    return _rms_norm(h, final_gain(params)), balance / layers, _rms_norm(before, 1.0)
 
 
-def loss(
-    params: Parameters, tokens: Array, segments: Array, weights: Array, key: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    """Weighted mean cross-entropy in nats plus the balancing loss; and beside it the mean over answers, and balance.
+def loss(params: Parameters, batch: Any, key: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    """The sum of three losses, in nats; and beside it the mean over answers, of the recognition, and the balance.
 
-    It is the mean over the `SCORED` tokens of each sequence that count most: logits are a third of a step's time.
+    They are the weighted mean cross-entropy of the tokens, that of the head over the answers, which sees what is
+    asked before the last layer does, and the load-balancing loss.
     """
-    h, balance = last_states(params, tokens[:, :-1], segments[:, :-1], key)
+    h, balance, earlier = last_states(params, batch.tokens[:, :-1], batch.segments[:, :-1], key)
+    written, answers = _token_losses(params, h, batch)
+    recognised = _recognition_loss(params["head"], earlier, batch.asked[:, :-1])
+    return written + RECOGNITION * recognised + BALANCE * balance, (answers, recognised, balance)
+
+
+def _token_losses(params: Parameters, h: Array, batch: Any) -> tuple[Array, Array]:
+    """The weighted mean, and the mean over answers.
+
+    It is over the `SCORED` tokens of each sequence that count most: logits are a third of a step's time.
+    """
+    tokens, segments, weights = batch.tokens, batch.segments, batch.weights
     same = segments[:, 1:] == segments[:, :-1]
     worth, places = jax.lax.top_k(weights[:, 1:] * same * (segments[:, 1:] > 0), int(h.shape[1] * SCORED))
     h = jnp.take_along_axis(h, places[..., None], 1)
     scale = CONSTANTS.logit_scale / CONSTANTS.embedding_scale
     logits = _dot("bld,vd->blv", h, unit_embedding(params)) * scale
     targets = jnp.take_along_axis(tokens[:, 1:], places, 1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    entropy = jax.nn.logsumexp(logits, -1) - chosen
+    entropy = _entropy(logits, targets)
     answers = worth >= 1
     mean = jnp.sum(entropy * worth) / jnp.sum(worth)
-    answered = jnp.sum(entropy * answers) / jnp.maximum(jnp.sum(answers), 1)
-    return mean + BALANCE * balance, (answered, balance)
+    return mean, jnp.sum(entropy * answers) / jnp.maximum(jnp.sum(answers), 1)
+
+
+def _recognition_loss(head: Array, states: Array, asked: Array) -> Array:
+    most = min(asked.shape[1], MOST_ASKED)
+    is_asked, places = jax.lax.top_k((asked >= 0).astype(jnp.int32), most)
+    logits = _dot("bld,dn->bln", jnp.take_along_axis(states, places[..., None], 1), head)
+    entropy = _entropy(logits, jnp.maximum(jnp.take_along_axis(asked, places, 1), 0))
+    return jnp.sum(entropy * is_asked) / jnp.maximum(jnp.sum(is_asked), 1)
+
+
+def _entropy(logits: Array, targets: Array) -> Array:
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return jax.nn.logsumexp(logits, -1) - chosen

@@ -49,6 +49,7 @@ def train(
     A state belongs to its corpus and its settings: give other ones another folder.
     """
     params = network.initial(DIMENSIONS, settings.seed) if start is None else start
+    params = network.recognising(params, len(documents.answers))
     optimizer = _optimizer(settings)
     state: Any = (params, optimizer.init(params))
     first, state = _restored(folder / "state.npz", state)
@@ -56,7 +57,7 @@ def train(
     log = _Log(folder / "loss.csv", first)
     for step, batch in _batches(documents, settings, first):
         key = jax.random.key(step, impl="unsafe_rbg")  # many times faster on a CPU than the default
-        state, figures = update(state, batch.tokens, batch.segments, batch.weights, key)
+        state, figures = update(state, batch, key)
         log.add(step, figures)
         if (step + 1) % 100 == 0 or step + 1 == settings.steps:
             _save(folder / "state.npz", step + 1, state)
@@ -78,13 +79,11 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def _update(optimizer: optax.GradientTransformation) -> Any:
-    def update(state: Any, tokens: Any, segments: Any, weights: Any, key: Any) -> Any:
+    def update(state: Any, batch: Batch, key: Any) -> Any:
         params, moments = state
-        (total, (answers, balance)), gradients = jax.value_and_grad(network.loss, has_aux=True)(
-            params, tokens, segments, weights, key
-        )
+        (total, figures), gradients = jax.value_and_grad(network.loss, has_aux=True)(params, batch, key)
         changes, moments = optimizer.update(gradients, moments, params)
-        return (optax.apply_updates(params, changes), moments), (total, answers, balance)
+        return (optax.apply_updates(params, changes), moments), (total, *figures)
 
     return jax.jit(update, donate_argnums=0)
 
@@ -105,6 +104,7 @@ class _Log:
     """loss.csv: the means of every 20 steps."""
 
     _EVERY = 20
+    _NAMES = ("step", "loss", "answers", "recognition", "balance", "seconds")
 
     def __init__(self, path: Path, first: int) -> None:
         self._path = path
@@ -125,8 +125,8 @@ class _Log:
             self._rows.append([str(step + 1), *(f"{m:.4f}" for m in means), f"{seconds:.0f}"])
             self._recent = []
             with self._path.open("w", newline="") as file:
-                csv.writer(file).writerows([["step", "loss", "answers", "balance", "seconds"], *self._rows])
-            print("step {} loss {} answers {} balance {} seconds {}".format(*self._rows[-1]), flush=True)
+                csv.writer(file).writerows([self._NAMES, *self._rows])
+            print(*(f"{name} {value}" for name, value in zip(self._NAMES, self._rows[-1], strict=True)), flush=True)
 
 
 def _save(path: Path, step: int, state: Any) -> None:

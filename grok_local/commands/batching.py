@@ -166,7 +166,7 @@ class _Work:
 
     def ledger(self, output: Path, asked: list[Asked], *, retry: bool) -> Ledger:
         """The output, with what an earlier run has done. Raises OptionError where that was another job."""
-        from grok_local.runtime.jobs.batch_job import loaded_with, unsaid
+        from grok_local.runtime.jobs.batch_job import loaded_with
         from grok_local.runtime.jobs.batch_lines import id_of
         from grok_local.runtime.jobs.ledger import Ledger
 
@@ -176,7 +176,7 @@ class _Work:
             "reproducible": self.author.fingerprint if self.reproducible else False,
         }
         lines = {one.id: one.digest for one in asked}
-        return Ledger(output, made_with, lines, key=id_of, retry=retry, absent=unsaid(made_with))
+        return Ledger(output, made_with, lines, key=id_of, retry=retry)
 
     def check(self) -> None:
         """Raises OptionError for options that no line could be answered with, before there is an output."""

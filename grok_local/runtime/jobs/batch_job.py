@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from grok_local.runtime.scheduling.generation import Stats
     from grok_local.runtime.text.batch import Watch
 
-__all__ = ["Job", "chosen_width", "estimate", "fingerprint", "loaded_with", "prepared", "run", "unsaid"]
+__all__ = ["Job", "chosen_width", "estimate", "fingerprint", "loaded_with", "prepared", "run"]
 
 _LARGE = 1_000_000_000  # bytes: for smaller models nothing is measured, they should start at once
 
@@ -233,12 +233,6 @@ def loaded_with(headers: Sequence[Header], request: LoadRequest, *, context: int
         "template": request.template,
         "template_text": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32],
     }
-
-
-def unsaid(made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest of an earlier version means, which has less than `made_with`."""
-    meant = {"routing": "release", "template_text": made_with.get("template_text")}
-    return {name: value for name, value in meant.items() if name in made_with}
 
 
 def fingerprint(model: str, request: LoadRequest) -> str:

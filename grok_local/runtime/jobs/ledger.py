@@ -34,10 +34,10 @@ def manifest_of(output: Path) -> Path:
 class Ledger:
     """The open output of one batch; holds the lock that keeps a second run away. A context manager.
 
-    `made_with` is what results depend on: a run that was made with something else is refused. `absent` is what a
-    manifest of an earlier version means that does not say it. `lines` are the hashes of the input's lines by id. `done`
-    are the ids that have a result, and whether they failed: of lines that changed, or are not there any more, the old
-    ones are moved aside, and with `retry` those that failed are done anew. Other programs' files stay as they are.
+    `made_with` is what results depend on: a run that was made with something else is refused. `lines` are the hashes of
+    the input's lines by id. `done` are the ids that have a result, and whether they failed: of lines that changed, or
+    are not there any more, the old ones are moved aside, and with `retry` those that failed are done anew. Other
+    programs' files stay as they are.
     """
 
     def __init__(
@@ -48,10 +48,9 @@ class Ledger:
         *,
         key: Key,
         retry: bool = False,
-        absent: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.set_aside = output.resolve(), 0
-        self._manifest, self._key, self._absent = manifest_of(self.path), key, absent or {}
+        self._manifest, self._key = manifest_of(self.path), key
         if self.path.exists() and not self.path.is_file():
             raise OutputError(f"{output}: no file: a stopped run goes on from what is in it")
         try:
@@ -123,7 +122,6 @@ class Ledger:
         return found
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        before = {**self._absent, **before}
         different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if different:
             told = "; ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in different)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from grok_local.errors import GrokLocalError, OutputError, RefusedError
 from grok_local.files import locked
-from grok_local.runtime.jobs.batch_job import BatchProgress, prepared, run, unsaid
+from grok_local.runtime.jobs.batch_job import BatchProgress, prepared, run
 from grok_local.runtime.jobs.batch_lines import Asked, id_of, read_batch
 from grok_local.runtime.jobs.ledger import Ledger
 from grok_local.serve.jobs.background import Background
@@ -283,7 +283,7 @@ class BatchQueue:
     def _misfit(self, record: BatchRecord) -> str | None:
         """Why this server cannot go on with a batch that another one began."""
         now = self.means.made_with
-        before = {**unsaid(now), **(record.made_with or {})}
+        before = record.made_with or {}
         if different := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
             told = "; ".join(f"{name} was {before.get(name)!r:.60}, is {now.get(name)!r:.60}" for name in different)
             return f"it was begun otherwise ({told}): it goes on when a server is started that way"
