@@ -15,6 +15,7 @@ from grok_local.commands.options import (
     Bundle,
     ModelOption,
     Parallel,
+    Reproducible,
     bundled,
     load_options,
     print_json,
@@ -60,9 +61,7 @@ def batch(
         typer.Option("-o", "--output", help="Where results go; a stopped run goes on from there.  [default: stdout]"),
     ] = None,
     parallel: Parallel = None,
-    reproducible: Annotated[
-        bool, typer.Option("--reproducible", help="The bits of a line's result depend on that line alone; on the CPU.")
-    ] = False,
+    reproducible: Reproducible = False,
     in_order: Annotated[
         bool, typer.Option("--in-order", help="Results in the order of the input, in the end.")
     ] = False,
@@ -170,11 +169,7 @@ class _Work:
         from grok_local.runtime.jobs.batch_lines import id_of
         from grok_local.runtime.jobs.ledger import Ledger
 
-        made_with = {
-            **self.defaults,
-            **loaded_with(self.headers, self.request, context=self.size),
-            "reproducible": self.author.fingerprint if self.reproducible else False,
-        }
+        made_with = {**self.defaults, **loaded_with(self.headers, self.request, context=self.size)}
         lines = {one.id: one.digest for one in asked}
         return Ledger(output, made_with, lines, key=id_of, retry=retry)
 

@@ -25,6 +25,7 @@ __all__ = [
     "ModelOption",
     "Parallel",
     "PromptCommand",
+    "Reproducible",
     "Threads",
     "bundled",
     "complete_entry",
@@ -78,6 +79,9 @@ Threads = Annotated[Optional[int], typer.Option(help="CPU threads.  [default: on
 Parallel = Annotated[
     Optional[int],
     typer.Option(help="Sequences that go together.  [default: as many as are fastest here]", min=1, max=256),
+]
+Reproducible = Annotated[
+    bool, typer.Option("--reproducible", help="The bits of a result depend on what was asked alone; on the CPU.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
-from grok_local.commands.options import Bundle, ModelOption, Parallel, bundled, load_options, say
+from grok_local.commands.options import Bundle, ModelOption, Parallel, Reproducible, bundled, load_options, say
 from grok_local.commands.running import opened, shown_packing
 from grok_local.errors import GGUFError, OptionError
 from grok_local.library.built_in import BUILT_IN
@@ -39,6 +39,7 @@ def serve(
         ),
     ] = None,
     parallel: Parallel = None,
+    reproducible: Reproducible = False,
     queue: Annotated[
         int, typer.Option(help="Answers that may wait; what comes then is to come later.", min=1, max=1 << 20)
     ] = 128,
@@ -72,7 +73,7 @@ def serve(
 
     (key, is_new), names = key_for(host, api_key), names_of(name or ())
     with bound(host, port) as sock:
-        own = {"template": template, "count_experts": routing_map}
+        own = {"template": template, "count_experts": routing_map, "reproducible": reproducible}
         request, width = _fitted(model, {**(loading or {}), **own}, parallel)
         with opened(request) as running, _served(running, model, request, width, queue) as service:
             service.is_lenient, service.logs_prompts = lenient, log_prompts
@@ -147,7 +148,7 @@ def _fitted(model: str, loading: dict[str, Any], parallel: int | None) -> tuple[
     shape = ModelShape.from_headers(headers)
     size = usual_context(shape, request.wishes)
     width = chosen_width(request, shape, context=size, most=_MOST, parallel=parallel, say=say)
-    return request.reshaped(parallel=width.sequences, reproducible=False), width
+    return request.reshaped(parallel=width.sequences, reproducible=request.reproducible), width
 
 
 def _require_server() -> None:

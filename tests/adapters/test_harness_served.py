@@ -13,6 +13,7 @@ import pytest
 
 import grok_local
 from grok_local.library.built_in import CHECKPOINT
+from tests.commands.test_serving import serving
 from tests.serve.conftest import Running, started
 
 pytest.importorskip("lm_eval", reason="lm_eval is too large for the group dev: pip install 'lm_eval[api]'")
@@ -85,6 +86,20 @@ def test_scores_are_those_in_the_process(lm: GrokLocalLM, remote: LocalCompletio
     differences = [abs(ours - theirs) for (ours, _), (theirs, _) in zip(expected, found, strict=True)]
     assert statistics.median(differences) < 1e-4
     assert max(differences) < 0.005
+
+
+def test_scores_that_are_reproducible(packed: Path) -> None:
+    """With 4 bits, in other widths, and with others beside: the same."""
+    pairs = [(_prompt(question), choice) for question in QUESTIONS for choice in CHOICES]
+    with serving(packed, "--parallel", "2", "--reproducible") as (_, url, _):
+        address = f"{url}/v1/completions"
+        remote = LocalCompletionsAPI(address, model="tiny", batch_size=3, num_concurrent=4, max_length=256)
+        found = remote.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
+    lm = GrokLocalLM(str(packed), context=256, reproducible=True)
+    expected = lm.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
+    lm.close()
+    assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-9)
 
 
 def test_texts_as_a_whole(lm: GrokLocalLM, remote: LocalCompletionsAPI) -> None:

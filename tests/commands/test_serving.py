@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import httpx
 import psutil
 import pytest
 
+import grok_local
 from tests.workers import Worker
 
 
@@ -129,6 +131,25 @@ def test_without_fastapi_a_line_says_how_to_get_it(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: serve needs FastAPI and uvicorn: ")
     assert "pip install" in ended.stderr
+
+
+def test_reproducible_results_do_not_depend_on_who_else_asks(packed: Path) -> None:
+    texts = [f"Line {n}: {'what it says, ' * n}and so on" for n in range(6)]
+    with serving(packed, "--parallel", "2", "--reproducible") as (_, url, _):
+        alone = [_scores(url, text) for text in texts]
+        with ThreadPoolExecutor(len(texts)) as together:
+            assert list(together.map(lambda text: _scores(url, text), texts)) == alone
+    with grok_local.load(packed, context=256, reproducible=True) as model:
+        for found, score in zip(alone, model.score(texts), strict=True):
+            # To the last place: the server sums what a softmax divides by with two more numbers beside it.
+            assert found[1:] == pytest.approx(score.logprobs[1:], rel=1e-13)
+
+
+def _scores(url: str, text: str) -> list[float]:
+    status, body = post(url, {"prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1})
+    assert status == 200
+    scores: list[float] = body["choices"][0]["logprobs"]["token_logprobs"]
+    return scores
 
 
 def _running(url: str) -> bool:

@@ -225,13 +225,15 @@ def _longest(task: Prepared, size: int) -> int:
 def loaded_with(headers: Sequence[Header], request: LoadRequest, *, context: int) -> dict[str, Any]:
     """What results depend on beside their lines, for a manifest. Raises OptionError for a missing template."""
     text = template_text(headers[0].metadata, request.template)
+    model = identity(headers)
     return {
-        "model": identity(headers),
+        "model": model,
         "context": context,
         "kv_type": request.wishes.kv_type,
         "routing": request.wishes.routing,
         "template": request.template,
         "template_text": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32],
+        "reproducible": fingerprint(model, request) if request.reproducible else False,
     }
 
 
