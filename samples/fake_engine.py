@@ -45,16 +45,24 @@ def _is_one_evaluation(sequences: Sequence[int]) -> bool:
 
 
 class FakeEngine:
-    """`cells` tokens fit; `fails` and `interrupts` say of a step, by its number, what goes wrong with it. A grammar
-    that is "bad" cannot be followed, and one that "breaks" not for long.
+    """`cells` tokens fit; `fails` and `interrupts` say of a step, by its number, what goes wrong with it, `breaks` of a
+    copy or of what is forgotten. A grammar that is "bad" cannot be followed, and one that "breaks" not for long. One
+    that `is_recurrent` cannot forget the end of a sequence, but all of it.
 
     With `in_parts` it refuses what llama.cpp would not evaluate at once where each sequence has a part of the KV cache:
     all but as many tokens each of sequences that follow each other.
     """
 
     def __init__(
-        self, *, sequences: int, batch_size: int = 16, cells: int | None = None, in_parts: bool = False
+        self,
+        *,
+        sequences: int,
+        batch_size: int = 16,
+        cells: int | None = None,
+        in_parts: bool = False,
+        is_recurrent: bool = False,
     ) -> None:
+        self._is_recurrent = is_recurrent
         self.batch_size, self._cells, self._in_parts = batch_size, cells, in_parts
         self.interrupted = False
         self.cached: list[list[int]] = [[] for _ in range(sequences)]
@@ -62,6 +70,8 @@ class FakeEngine:
         self.steps = self.evaluated = self.most_rows = 0
         self.fails: set[int] = set()
         self.interrupts: set[int] = set()
+        self.breaks: set[int] = set()
+        self._changes = itertools.count()
         self._numbers = itertools.count()
         self._kept: list[list[int] | None] = [None] * sequences
 
@@ -84,6 +94,8 @@ class FakeEngine:
         if self.steps in self.fails:
             raise ModelError("the fake engine failed")
         if self.steps in self.interrupts:
+            for row in rows if self._is_recurrent else ():
+                self.cached[row.sequence].clear()
             return None
         if self._cells is not None and sum(map(len, self.cached)) + len(rows) > self._cells:
             raise NoRoomError("full")
@@ -100,17 +112,27 @@ class FakeEngine:
         return [self._drawn(draw, outputs.get(draw.sequence, [])) for draw in draws]
 
     def copy(self, source: int, target: int, *, length: int) -> int:
+        self._change()
+        if self._is_recurrent and length < len(self.cached[source]):
+            length = 0
         self.cached[target] = self.cached[source][:length]
         kept = self._kept[source]
         self._kept[target] = kept if kept == self.cached[target] else None
         return length
 
     def forget(self, sequence: int, *, start: int = 0) -> int:
+        self._change()
+        if self._is_recurrent and start < len(self.cached[sequence]):
+            start = 0
         del self.cached[sequence][start:]
         kept = self._kept[sequence]
         if kept is not None and len(kept) > start:
             self._kept[sequence] = None
         return start
+
+    def _change(self) -> None:
+        if next(self._changes) in self.breaks:
+            raise ModelError("the fake engine broke")
 
     def _drawn(self, draw: Draw, outputs: Sequence[int]) -> Drawn:
         ids = self.cached[draw.sequence]

@@ -137,9 +137,9 @@ def read_ints(tensor: int) -> npt.NDArray[np.int32]:
     """int32 [rows, elements of a row]: a computed tensor of integers, wherever it is; its rows may lie apart."""
     base = _base()
     rows, nbytes = base.ggml_nrows(tensor), base.ggml_nbytes(tensor)
-    if not rows:
-        return np.empty((0, 0), np.int32)
-    width = base.ggml_nelements(tensor) // rows
+    width = TensorStruct.from_address(tensor).ne[0]
+    if not rows:  # as in the last layer, where no token has an output
+        return np.empty((0, width), np.int32)
     data = np.empty(nbytes // 4, np.int32)
     base.ggml_backend_tensor_get(tensor, data.ctypes.data, 0, nbytes)
     stride = (len(data) - width) // (rows - 1) if rows > 1 else width

@@ -38,7 +38,9 @@ class Residency:
         self._averages = [[[0.0] * experts for _ in sizes] for _ in _AVERAGES]
 
     def count(self, layer: int, choices: Mapping[int, int], *, tokens: int) -> None:
-        """So many of the `tokens` that came by have chosen each expert."""
+        """So many of the `tokens` that came by have chosen each expert; in the last layer there may have been none."""
+        if not tokens:
+            return
         for (half_life, _), averages in zip(_AVERAGES, self._averages, strict=True):
             left = 0.5 ** (tokens / half_life)
             averages[layer] = [
@@ -49,10 +51,6 @@ class Residency:
     def holds(self, layer: int, expert: int) -> bool:
         """Whether it is in memory."""
         return expert in self._held[layer]
-
-    def is_complete(self, layer: int, *, experts: int) -> bool:
-        """Whether all of a layer's are."""
-        return len(self._held[layer]) == experts
 
     def fits_beside(self, layer: int, *, experts: int, busy: int) -> bool:
         """Whether all of a layer's experts can be held while those of `busy` are in use."""

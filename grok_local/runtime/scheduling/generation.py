@@ -181,8 +181,10 @@ class Generation:
 
     def take(self) -> str:
         """The text that came since the last time."""
-        fresh = "".join(self._fresh)
-        self._fresh.clear()
+        # More may come meanwhile, in the thread of another reader.
+        count = len(self._fresh)
+        fresh = "".join(self._fresh[:count])
+        del self._fresh[:count]
         self.unread = 0
         self.text += fresh
         return fresh

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grok_local.errors import ContextError, GrokLocalError, NoRoomError
+from grok_local.runtime.engine.interrupts import ctrl_c_later
 from grok_local.runtime.engine.sampling import PENALTY_WINDOW
 from grok_local.runtime.graph.rows import Draw, Row
 from grok_local.runtime.scheduling.composing import Chunk, Composer, Running, Together
@@ -89,7 +90,12 @@ class Scheduler:
         """A step of those that are wanted, and of those beside them that are not far ahead of their readers.
 
         Says whether there was anything to do. An error of the engine ends all generations that were in the step.
+        Ctrl-C interrupts the engine, and is raised when everything is where it belongs.
         """
+        with ctrl_c_later(self._engine), self._doubted():
+            return self._tick(wanted, may_yield)
+
+    def _tick(self, wanted: Wanted, may_yield: Wanted) -> bool:
         self._begin(wanted, may_yield)
         active = [one for one in self._running if wanted(one.generation) or _may_go_along(one.generation)]
         if not any(wanted(one.generation) for one in active):
@@ -97,7 +103,9 @@ class Scheduler:
         step = self._composed(active)
         with self._watched(active):
             step.drawn = self._engine.step(step.rows, step.draws)
-        if step.drawn is not None:  # else it was interrupted: those that are cancelled end with the next tick
+        if step.drawn is None:  # interrupted: those that are cancelled end with the next tick
+            self._is_doubtful = True  # some models cannot forget a part, and have forgotten all
+        else:
             self._finish(step, step.drawn)
         return True
 
@@ -119,6 +127,12 @@ class Scheduler:
         except GrokLocalError as error:
             self._is_doubtful = True
             self._fail(active, error)
+
+    @contextmanager
+    def _doubted(self) -> Iterator[None]:
+        """After what breaks into a step nobody knows what the places hold."""
+        try:
+            yield
         except BaseException:
             self._is_doubtful = True
             raise
@@ -139,11 +153,12 @@ class Scheduler:
 
     def vacate(self, *, may_yield: Wanted) -> bool:
         """Have place 0 free, for what is done with the engine itself. Says whether it is."""
-        self.end_cancelled()
-        for one in list(self._running):
-            if one.place == 0 and may_yield(one.generation):
-                self._set_aside(one)
-        return self._sequences.reserve(0)
+        with ctrl_c_later(self._engine), self._doubted():
+            self.end_cancelled()
+            for one in list(self._running):
+                if one.place == 0 and may_yield(one.generation):
+                    self._set_aside(one)
+            return self._sequences.reserve(0)
 
     def stop_vacating(self) -> None:
         """Whoever waited for place 0 has given up. From any thread: others who wait for it ask for it again."""
@@ -181,9 +196,9 @@ class Scheduler:
         return one.chain is not None
 
     def _place(self, one: Running) -> None:
-        self._queue.remove(one)
         ids = one.generation.ids
         one.place, cached = self._sequences.take(ids[: one.generation.settled])
+        self._queue.remove(one)
         one.pending = ids[cached:]
         if one.in_prompt:
             one.generation.stats.cached_tokens = cached

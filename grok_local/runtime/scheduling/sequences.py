@@ -74,21 +74,23 @@ class Sequences:
         return best
 
     def take(self, ids: Sequence[int]) -> Found:
-        """Take a free place for `ids`, with as much of their beginning as is anywhere."""
-        source = self.found(ids)
+        """Take a free place for `ids`, with as much of their beginning as is anywhere. It stays free where the engine
+        raises an error.
+        """
+        source, target = self.found(ids), self._emptiest()
         if source.length and source.place in self._takeable:
-            self._free.remove(source.place)
-            return Found(source.place, self.shorten(source.place, source.length))
-        target = self._emptiest()
-        self._free.remove(target)
-        if source.length < self._worth_copying:
-            return Found(target, self.shorten(target, 0))
-        return Found(target, self._copy(source.place, target, source.length))
+            found = Found(source.place, self.shorten(source.place, source.length))
+        elif source.length < self._worth_copying:
+            found = Found(target, self.shorten(target, 0))
+        else:
+            found = Found(target, self._copy(source.place, target, source.length))
+        self._free.remove(found.place)
+        return found
 
     def move(self, place: int, target: int) -> None:
         """What is in a taken place is in `target` from now on, which must be free; what was there is forgotten."""
-        self._free.remove(target)
         self._copy(place, target, len(self._ids[place]))
+        self._free.remove(target)
         self._free.append(place)
 
     def may_take(self, place: int) -> bool:

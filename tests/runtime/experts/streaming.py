@@ -30,10 +30,11 @@ def memory_for(path: Path, held: float, context: int = CONTEXT, batch: int = 512
 
 
 def results(model: grok_local.Model) -> tuple[npt.NDArray[np.float32], list[list[int]]]:
-    """Logits of every position, and what is generated: after a long prompt, and in a conversation."""
+    """Logits of every position, and what is generated: after prompts of one batch and of two, and in a conversation."""
     logits = model.logits(IDS[:300])
     replies = [
         model.generate(model.detokenize(IDS[:150]), max_tokens=30, temperature=0),
+        model.generate(IDS, max_tokens=4, temperature=0),
         model.chat([{"role": "user", "content": "Why?"}], max_tokens=20, temperature=1.0, seed=3),
     ]
     return logits, [reply.tokens for reply in replies if "".join(reply)]
