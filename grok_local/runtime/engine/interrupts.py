@@ -1,4 +1,4 @@
-"""Ctrl-C while C code computes: it ends the evaluation first, and is raised afterwards."""
+"""What ends an evaluation: somebody who asks for it, or Ctrl-C, which is raised afterwards."""
 
 from __future__ import annotations
 
@@ -6,9 +6,31 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ["ctrl_c_later"]
+import llama_cpp
+
+from grok_local.runtime.graph.tap import Tap
+
+__all__ = ["Halt", "ctrl_c_later"]
+
+
+class Halt:
+    """Whether what is under way shall end. llama.cpp asks `callback` for every node of the graph, and Python handles
+    signals on the way.
+    """
+
+    def __init__(self) -> None:
+        self.is_wanted = False
+        self.tap: Tap | None = None
+        self.callback = llama_cpp.ggml_abort_callback(self._is_time)
+
+    def close(self) -> None:
+        """Nobody looks on any more."""
+        self.tap = None
+
+    def _is_time(self, _: Any) -> bool:
+        return self.is_wanted or (self.tap is not None and self.tap.should_abort())
 
 
 class _Interruptible(Protocol):

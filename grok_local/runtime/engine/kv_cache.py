@@ -18,7 +18,7 @@ from grok_local.errors import ModelError, OutputError
 from grok_local.ggml import log
 from grok_local.runtime.graph.rows import Row
 
-__all__ = ["KVCache"]
+__all__ = ["KVCache", "RowBatch"]
 
 
 class KVCache:
@@ -98,3 +98,23 @@ class KVCache:
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class RowBatch:
+    """llama.cpp's batch, with room for so many rows."""
+
+    def __init__(self, size: int) -> None:
+        self._batch = llama_cpp.llama_batch_init(size, 0, 1)
+
+    def filled(self, rows: Sequence[Row]) -> Any:
+        """The batch with these rows, valid until the next ones."""
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, row in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = row.token, row.position, row.output
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row.sequence
+        return batch
+
+    def close(self) -> None:
+        """Free it."""
+        llama_cpp.llama_batch_free(self._batch)

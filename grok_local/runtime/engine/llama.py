@@ -6,8 +6,9 @@ the last one did only costs its new tokens.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,14 @@ from grok_local.ggml import log
 from grok_local.machine.facts import Device, Say
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.runnable import why_not_continued
-from grok_local.runtime.engine.interrupts import ctrl_c_later
-from grok_local.runtime.engine.kv_cache import KVCache
+from grok_local.runtime.engine.interrupts import Halt, ctrl_c_later
+from grok_local.runtime.engine.kv_cache import KVCache, RowBatch
 from grok_local.runtime.engine.opening import open_planned
 from grok_local.runtime.engine.protocol import Placement
 from grok_local.runtime.engine.sampling import Draws, Sampling, check_finite, log_probabilities
 from grok_local.runtime.engine.tokens import Tokens
 from grok_local.runtime.experts.waiting import ExpertStats
 from grok_local.runtime.graph.rows import Draw, Drawn, Row
-from grok_local.runtime.graph.tap import Tap
 
 __all__ = ["LlamaEngine"]
 
@@ -48,35 +48,32 @@ class _Evaluation:
 
 
 class LlamaEngine:
-    """An `Engine` in this process.
+    """An `Engine` in this process. One that nobody closes is freed when nobody has it any more.
 
     `workers` are the devices that were registered of other machines; `say` is told what takes long. The constructor
     raises GGUFError, ModelError, OptionError, PlacementError or OutputError.
     """
 
     def __init__(self, request: LoadRequest, *, workers: Sequence[Device] = (), say: Say | None = None) -> None:
-        self.interrupted = False
+        self._halt = halt = Halt()
         self.failure: GrokLocalError | None = None
         self.threads = request.threads
         self.headers = gguf_file.read_model(request.path)
-        self._abort = llama_cpp.ggml_abort_callback(self._should_abort)
-        self._tap: Tap | None = None
-        self._batch: Any = None
         log.listen()
         llama_cpp.llama_backend_init()
         opened = open_planned(
             request,
             self.headers,
             workers=workers,
-            interrupted=lambda: self.interrupted,
-            abort=self._abort,
+            interrupted=lambda: halt.is_wanted,
+            abort=halt.callback,
             say=say,
         )
         # llama.cpp aborts the process when it is to decode with a model that first encodes.
         encodes = llama_cpp.llama_model_has_encoder(opened.model) or not llama_cpp.llama_model_has_decoder(opened.model)
         self._refusal = why_not_continued(self.headers) or ("a model that first encodes" if encodes else None)
         self._files = [(path, path.stat()) for path in (header.path for header in self.headers)]
-        self._opened, self._tap = opened, opened.watch.tap if opened.watch else None
+        self._opened, halt.tap = opened, opened.watch.tap if opened.watch else None
         self.placement: Placement = opened.placement
         plan = self.placement.plan
         self._tokens = Tokens(opened.model, self.metadata)
@@ -84,15 +81,25 @@ class LlamaEngine:
         self._cache = KVCache(opened.context, sequences=plan.wishes.sequences)
         self.context_size = min(plan.context, int(llama_cpp.llama_n_ctx(opened.context)))
         self.batch_size = min(plan.batch, int(llama_cpp.llama_n_batch(opened.context)))
-        self._batch = llama_cpp.llama_batch_init(self.batch_size, 0, 1)
+        self._batch = RowBatch(self.batch_size)
+        closing = ExitStack()  # nothing of which leads back to the engine
+        for close in (opened.close, self._batch.close, self._draws.close, halt.close):
+            closing.callback(close)
+        self._freed = weakref.finalize(self, closing.close)
+        self._freed.atexit = False  # memory is given back then anyway
 
     def close(self) -> None:
         """Free everything; the engine is unusable afterwards. Safe to call twice."""
-        self._draws.close()
-        if self._batch:
-            llama_cpp.llama_batch_free(self._batch)
-        self._batch = self._tap = None
-        self._opened.close()
+        self._freed()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an evaluation is to end, or has ended, before it is complete."""
+        return self._halt.is_wanted
+
+    @interrupted.setter
+    def interrupted(self, value: bool) -> None:
+        self._halt.is_wanted = value
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -315,15 +322,15 @@ class LlamaEngine:
     @contextmanager
     def _evaluation(self, rows: Sequence[Row]) -> Iterator[_Evaluation]:
         """Around llama.cpp's evaluation of `rows`: what is not complete leaves nothing in the cache."""
-        going = _Evaluation(self._filled(rows))
+        going, tap = _Evaluation(self._batch.filled(rows)), self._halt.tap
         log.clear()
         try:
-            if self._tap:
-                self._tap.begin(rows)
+            if tap:
+                tap.begin(rows)
             with ctrl_c_later(self):
                 yield going
-            if self._tap:
-                self._tap.finish(complete=going.status == 0)
+            if tap:
+                tap.finish(complete=going.status == 0)
         except BaseException:
             self._cache.roll_back(rows)
             raise
@@ -339,14 +346,6 @@ class LlamaEngine:
         if status == _NO_ROOM:
             raise NoRoomError(f"the KV cache has no room for {len(rows)} tokens more")
         raise ModelError(f"llama.cpp failed to evaluate {len(rows)} tokens (status {status}): {log.reason()}")
-
-    def _filled(self, rows: Sequence[Row]) -> Any:
-        batch = self._batch
-        batch.n_tokens = len(rows)
-        for i, row in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.logits[i] = row.token, row.position, row.output
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row.sequence
-        return batch
 
     def expert_stats(self) -> ExpertStats | None:
         """What was read and waited for so far; None where no experts are streamed."""
@@ -376,10 +375,6 @@ class LlamaEngine:
         """End the evaluation that is under way as soon as llama.cpp looks; from a signal handler or another thread."""
         self.interrupted = True
 
-    def _should_abort(self, _: Any) -> bool:
-        # Called for every node of the graph; Python handles pending signals on the way.
-        return self.interrupted or (self._tap is not None and self._tap.should_abort())
-
     def _check_usable(self) -> None:
         """Mapped weights change with their file. One that was deleted or replaced is kept by the mapping as it was."""
         if self._refusal:
@@ -395,5 +390,5 @@ class LlamaEngine:
                 raise self.failure
 
     def _check_open(self) -> None:
-        if not self._batch:
+        if not self._freed.alive:
             raise ModelError("the model is closed")

@@ -156,11 +156,6 @@ class Constraint:
         """Whether nothing may come any more."""
         return bool(self._matcher.is_stopped())
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer may end here."""
-        return bool(self._matcher.is_accepting())
-
     def masked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """A copy of a row of logits in which what is not allowed has no chance."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)

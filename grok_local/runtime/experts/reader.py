@@ -115,7 +115,8 @@ class Reader:
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # one of them may have found that nobody has the model
+                thread.join()
         for file in self._files:
             file.close()
 

@@ -101,9 +101,6 @@ class Fetches:
         self._tickets: dict[tuple[str, int], Ticket] = {}
         self._known: set[tuple[str, int]] = set()  # slices that were read before
 
-    def __len__(self) -> int:
-        return len(self._tickets)
-
     def add(self, weight: ExpertTensor, expert: int, ticket: Ticket) -> None:
         """An expert's slice is being read."""
         key, stats = (weight.name, expert), self._waiting.stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,13 +20,25 @@ if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Lexicon
     from grok_local.runtime.scheduling.turns import Turns
 
-__all__ = ["TASK_FIELDS", "Prepared", "Result", "Tasks", "Watch", "prompt_logprobs", "result_of", "run_batch"]
+__all__ = [
+    "TASK_FIELDS",
+    "Prepared",
+    "Result",
+    "Tasks",
+    "Watch",
+    "check_room",
+    "prompt_logprobs",
+    "result_of",
+    "run_batch",
+    "whole_numbers",
+]
 
 _SAMPLING = tuple(Sampling.__dataclass_fields__)
 _ANSWERING = ("max_tokens", "stop", "logprobs", "schema", "regex", "choice", "grammar")
 _OPTIONS = ("special", "echo", "prompt_logprobs", *_ANSWERING, *_SAMPLING)
 TASK_FIELDS = ("id", "prompt", "messages", "prefix", *_OPTIONS)
 _SEEDS = 1 << 31
+_TEXTS = (str, bytes, bytearray, memoryview)
 
 Watch = Callable[[Collection[Stats]], None]
 
@@ -163,10 +176,9 @@ class Tasks:
     def _ids(self, prompt: Any, *, special: bool) -> list[int]:
         if isinstance(prompt, str):
             return self._engine.tokenize(prompt, special=special)
-        if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
-            self._engine.detokenize(prompt)
-            return list(prompt)
-        raise OptionError("prompt: a text, or a list of token ids, is wanted")
+        ids = whole_numbers(prompt)
+        self._engine.detokenize(ids)
+        return ids
 
 
 def _prefix(fields: Mapping[str, Any]) -> str:
@@ -175,6 +187,15 @@ def _prefix(fields: Mapping[str, Any]) -> str:
     if not isinstance(found, str) or found != found.rstrip():
         raise OptionError(f"prefix {found!r:.60}: a text is wanted that does not end in white space")
     return found
+
+
+def whole_numbers(ids: Any) -> list[int]:
+    """Token ids as a list, numpy's too. Raises OptionError for what is none: bytes are not, nor are booleans."""
+    are_listed = isinstance(ids, Iterable) and not isinstance(ids, _TEXTS)
+    listed: list[Any] = list(ids) if are_listed else [None]
+    if any(isinstance(token, bool) or not hasattr(token, "__index__") for token in listed):
+        raise OptionError("prompt: a text, or a list of token ids, is wanted")
+    return [operator.index(token) for token in listed]
 
 
 def check_room(ids: Sequence[int], size: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from grok_local.errors import ContextError, OptionError
+from grok_local.errors import OptionError
 from grok_local.runtime.scheduling.reopening import Reopenable, engine_class
 from grok_local.runtime.text.answering import answering
-from grok_local.runtime.text.batch import Prepared, Result, Tasks, Watch, run_batch
+from grok_local.runtime.text.batch import Prepared, Result, Tasks, Watch, check_room, run_batch, whole_numbers
 from grok_local.runtime.text.chat import ChatReply, Conversation
 from grok_local.runtime.text.reply import AsyncReply, Reply
 from grok_local.runtime.text.scoring import Score, score_choices, score_ids
@@ -80,12 +79,13 @@ class Model:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Raises OptionError for ids outside the vocabulary."""
-        return self._opened.vocabulary.detokenize(ids)
+        return self._opened.vocabulary.detokenize(whole_numbers(ids))
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [len(ids), vocabulary]: the logits after each position. Raises ContextError, OptionError."""
+        whole = self._checked(ids)
         with self.alone() as engine:
-            return engine.logits(ids)
+            return engine.logits(whole)
 
     def alone(self) -> AbstractContextManager[Engine]:
         """The engine itself: nobody else computes meanwhile, and its first sequence is nobody's."""
@@ -139,7 +139,7 @@ class Model:
         enforced, TypeError for unknown names.
         """
         ids = self.tokenize(prompt, special=special) if isinstance(prompt, str) else self._checked(prompt)
-        self._check_room(ids)
+        check_room(ids, self.context_size)
         given: AnswerOptions = {"max_tokens": max_tokens, "stop": stop, "logprobs": logprobs}
         form: AnswerOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
         how = answering({**given, **form}, {**self._usual, **sampling})
@@ -242,21 +242,9 @@ class Model:
         self.close()
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
-        try:
-            whole = [operator.index(token) for token in ids]  # numpy's too
-        except TypeError:
-            raise OptionError("prompt: a text, or a list of token ids, is wanted") from None
+        whole = whole_numbers(ids)
         self.detokenize(whole)
         return whole
-
-    def _check_room(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise ContextError("the prompt is empty: there is nothing to continue")
-        if len(ids) > self.context_size:
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens and the context {self.context_size}: shorten it, or take a larger "
-                "context"
-            )
 
 
 def _choices(choices: object) -> list[str]:

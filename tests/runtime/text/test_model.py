@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,3 +196,37 @@ def test_ids_outside_the_vocabulary(model: grok_local.Model) -> None:
     for use in (model.detokenize, model.logits):
         with pytest.raises(OptionError, match="99999"):
             use([99_999])
+
+
+@pytest.mark.parametrize("ids", [b"hello", bytearray(b"x"), "hello", [5.0, 6], [True], 7, None])
+def test_what_is_no_list_of_token_ids(model: grok_local.Model, ids: Any) -> None:
+    uses: list[Any] = [model.logits, model.detokenize]
+    if not isinstance(ids, str):
+        uses += [model.generate, lambda ids: model.score([ids])]
+        (result,) = model.batch([ids])
+        assert isinstance(result.error, OptionError)
+    for use in uses:
+        with pytest.raises(OptionError, match="list of token ids"):
+            use(ids)
+
+
+def test_the_first_token_comes_with_the_prompt(model: grok_local.Model) -> None:
+    reply = model.generate("Once", max_tokens=1)
+    list(reply)
+    assert (reply.stats.generated_tokens, reply.stats.generation_speed) == (1, 0.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files are counted there")
+@pytest.mark.parametrize("stream", ["on", "off"])
+def test_a_model_that_nobody_has_any_more_is_freed(packed: Path, stream: Any) -> None:
+    def used() -> tuple[int, int]:
+        gc.collect()
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    before = used()
+    model = grok_local.load(packed, context=256, threads=1, stream=stream, repack="off")
+    reply = model.generate("Once", max_tokens=9)
+    next(reply)
+    assert stream == "off" or used() > before
+    del model, reply
+    assert used() == before
