@@ -43,6 +43,7 @@ BLOCK = 4096  # bytes: what O_DIRECT asks of addresses, offsets and lengths, on 
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _NO_DIRECT = (errno.EINVAL, errno.ENOTSUP)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of folders, in shared ones of virtual machines and networks
 _ENOTSUPP = 524  # of the Linux kernel, which has it beside ENOTSUP; NFS returns it
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, _ENOTSUPP)
 
@@ -354,9 +355,15 @@ def written_whole(path: Path) -> Iterator[TextIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY)
+    """Have the names in a folder reach the disk, where its file system knows how. Raises OSError."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(fd)

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grok_local import files
-from grok_local.files import BLOCK, DirectFile, JsonLines, NoLocks
+from grok_local.files import BLOCK, DirectFile, JsonLines, NoLocks, sync_folder
 
 DATA = os.urandom(5 * BLOCK + 100)
 DIRECT = getattr(os, "O_DIRECT", 0)
@@ -257,3 +257,16 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
         files.write_whole(path, json.dumps({"after": 1}).encode())
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_its_file_system_cannot_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = [errno.EINVAL]
+
+    def fsync(_: int) -> None:
+        raise OSError(code[0], os.strerror(code[0]))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sync_folder(tmp_path)
+    code[0] = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        sync_folder(tmp_path)

@@ -50,7 +50,8 @@ def demo(
 def pull(
     release: Annotated[str, typer.Argument(help="grok-1 or grok-2.", autocompletion=one_of("grok-1", "grok-2"))],
     to: Annotated[
-        Optional[Path], typer.Option(help="The folder for it.  [default: its name in the checkpoints folder]")
+        Optional[str],
+        typer.Option(help="The folder for it.  [default: its name in the checkpoints folder]", metavar="<path>"),
     ] = None,
     tokenizer: Annotated[
         Optional[Path],
@@ -82,9 +83,9 @@ def pull(
     """
     from grok_local import folders
 
-    if to == Path():
+    if to == "":
         raise OptionError("--to names no folder")
-    folder = to or folders.checkpoints_folder() / release
+    folder = Path(to) if to else folders.checkpoints_folder() / release
     if quantize is None:
         if discard or dry_run or output or force or split_size:
             raise OptionError("--discard, --dry-run, --output, --force and --split-size belong to --quantize TYPE")

@@ -20,7 +20,7 @@ from grok_local.quantize.output.journal import Journal
 from grok_local.quantize.output.part_file import PartFile
 from grok_local.quantize.packing.pool import Budget, PackingRun, Progress
 from grok_local.quantize.recipe import Recipe, recipe_named
-from grok_local.quantize.sources.checkpoint import Checkpoint, check_scales, fingerprint
+from grok_local.quantize.sources.checkpoint import Checkpoint, check_scales, check_unchanged, check_whole, fingerprint
 from grok_local.quantize.sources.recognise import input_files, open_checkpoint, open_vocabulary
 from grok_local.quantize.sources.vocabulary import Vocabulary
 
@@ -73,21 +73,22 @@ def quantize_checkpoint(
     _check_no_input(target, source, Path(tokenizer) if tokenizer else None)
     plan = plan_output(source, recipe, vocabulary=vocabulary, name=target.name, split_size=limits.split_size)
     destination = Destination(target, plan, cache(partial(fingerprint, source)))
-    return pack_into(destination, limits, force=force, progress=progress)
+    return pack_into(destination, limits, partial(_all_at_once, source), force=force, progress=progress)
 
 
-def _all_at_once(pending: Sequence[Piece], _: Callable[[], None]) -> Iterable[Sequence[Piece]]:
-    """The supply where all files are there."""
-    return [pending]
+def _all_at_once(source: Checkpoint, pending: Sequence[Piece], _: Callable[[], None]) -> Iterable[Sequence[Piece]]:
+    """The supply where all files are there. Raises CheckpointError where they are others in the end."""
+    yield pending
+    check_unchanged(source)
 
 
 def pack_into(
     destination: Destination,
     limits: Limits,
+    supply: Supply,
     *,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    supply: Supply = _all_at_once,
 ) -> QuantizeReport:
     """Pack what is planned, as the `supply` has it. Raises OutputError, OptionError, CheckpointError."""
     started, resumed = time.monotonic(), 0
@@ -146,6 +147,7 @@ def _open(
     vocabulary: Vocabulary | None = None
     try:
         source = open_checkpoint(path)
+        check_whole(source)
         check_scales(source)
     except CheckpointError as error:
         problems.append(error)

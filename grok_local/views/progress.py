@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grok_local.errors import OutputError
@@ -109,7 +110,7 @@ def _bar(console: Console) -> Iterator[Show]:
                 total=event.total,
                 completed=event.done,
                 speed=rate.text(event),
-                tensor=event.label,
+                tensor=escape(printable(event.label)),
             )
 
         yield show
@@ -123,7 +124,9 @@ def _lines(label: str) -> Show:
             last[0] = time.monotonic()
             percent = 100 * event.done / max(event.total, 1)
             with suppress(OSError):  # nobody may be listening: the work goes on
-                print(f"{label}: {percent:.0f}% {rate.text(event)} {event.label}", file=sys.stderr, flush=True)
+                print(
+                    f"{label}: {percent:.0f}% {rate.text(event)} {printable(event.label)}", file=sys.stderr, flush=True
+                )
 
     return show
 

@@ -164,6 +164,13 @@ def test_a_token_is_needed(hub: Hub, run: Run, tmp_path: Path, monkeypatch: pyte
     assert run("pull", "grok-1", "--to", tmp_path, "--tokenizer", TOKENIZER).returncode == 0
 
 
+def test_the_folder_one_is_in(hub: Hub, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("pull", "grok-1", "--to", ".", "--tokenizer", TOKENIZER).returncode == 0
+    assert (tmp_path / "ckpt-0").is_dir()
+    assert run("pull", "grok-1", "--to", "").returncode == 2
+
+
 def test_no_room_is_said_before_anything_comes(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(FetchError, match=r"are still to come and only 1 kB are free.*--to"):

@@ -64,14 +64,14 @@ class Destination:
 
     @contextmanager
     def unfinished(self, *, force: bool) -> Iterator[tuple[list[PartFile], Journal]]:
-        """The files to pack into, and the journal, for this process alone; what an earlier run left is kept unless
-        `force` is given. Raises OutputError, InUseError.
+        """The files to pack into, and the journal, for this process alone; what an earlier run of this plan left is
+        kept. With `force` nothing else is in the way. Raises OutputError, InUseError.
         """
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with Journal(journal_of(self.target), self.plan, force=force) as journal:
             if not (journal.resumed or force):
                 self._refuse_strangers(journal)
-            self._prepare(resumed=journal.resumed and not force)
+            self._prepare(resumed=journal.resumed, force=force)
             try:
                 self._check_room()
                 with ExitStack() as stack:
@@ -98,12 +98,15 @@ class Destination:
                 "anew with --force"
             )
 
-    def _prepare(self, *, resumed: bool) -> None:
-        """Leave only what the run may go on from: stray bytes of another would stay in the padding."""
+    def _prepare(self, *, resumed: bool, force: bool) -> None:
+        """Leave only what the run may go on from: stray bytes of another would stay in the padding.
+
+        With `force` what is complete is not gone on from.
+        """
         for partial, final, part in zip(self.partials, self.finals, self.plan.parts, strict=True):
             if not resumed:
                 partial.unlink(missing_ok=True)
-            elif not partial.exists() and final.exists() and self._holds(final, part):
+            elif not (force or partial.exists()) and final.exists() and self._holds(final, part):
                 final.rename(partial)  # killed between the parts' renames
 
     def _check_room(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -26,16 +27,20 @@ __all__ = [
     "Span",
     "check_file",
     "check_scales",
+    "check_unchanged",
+    "check_whole",
     "fingerprint",
     "looked_at",
     "names_in",
     "read_scales",
+    "stamp_of",
 ]
 
 NumberType: TypeAlias = Literal["i1", "bf16", "f2", "f4"]
 
 _SAMPLE = 1 << 16  # bytes
 _SAMPLES = 16
+_GLANCE = 4096  # bytes
 _ITEM_SIZES = {"i1": 1, "bf16": 2, "f2": 2, "f4": 4}
 
 
@@ -154,6 +159,66 @@ def _moved(tensor: SourceTensor, places: Mapping[Path, Place]) -> SourceTensor:
         scales=tensor.scales and replace(tensor.scales, path=places[tensor.scales.path].path),
         stamp=tuple(number for path in tensor.paths for number in places[path].stamp),
     )
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError listing the files with holes, where a download left out what it had made room for."""
+    problems = [
+        f"{path.name}: a part of it was never written: let the download end, or fetch it again"
+        for path in sorted(checkpoint.paths)
+        if _has_holes(path)
+    ]
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _has_holes(path: Path) -> bool:
+    if not hasattr(os, "SEEK_HOLE"):
+        return False
+    with path.open("rb") as file:
+        try:
+            end = os.fstat(file.fileno()).st_size
+            return os.lseek(file.fileno(), 0, os.SEEK_HOLE) < end
+        except OSError:  # the file system knows of none
+            return False
+
+
+def stamp_of(paths: Iterable[Path]) -> tuple[int, ...]:
+    """What tells versions of files apart, wherever they are, also where a file system gives all the same time. Raises
+    OSError.
+    """
+    return tuple(number for path in paths for number in _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, _glance(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _glance(path: Path, size: int, _: int) -> int:
+    """A number that stands for what is in the middle of a file of a size and a time."""
+    with path.open("rb") as file:
+        file.seek(size // 2)
+        return int.from_bytes(hashlib.sha256(file.read(_GLANCE)).digest()[:6], "big")
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError listing the tensors whose files are no longer those that were opened."""
+    problems = [
+        f"{tensor.file_name}: changed while it was packed: run the same command again"
+        for tensor in checkpoint.tensors
+        if _is_changed(tensor)
+    ]
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _is_changed(tensor: SourceTensor) -> bool:
+    try:
+        return stamp_of(tensor.paths) != tensor.stamp
+    except OSError:
+        return True
 
 
 def names_in(folder: Path) -> list[str]:

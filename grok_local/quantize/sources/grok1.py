@@ -15,7 +15,15 @@ from grok_local.errors import CheckpointError
 from grok_local.formats.pickles import Array, StoredTensor, read_pickle
 from grok_local.models import grok1
 from grok_local.models.release import HEAD_SIZE, Dimensions, Kind
-from grok_local.quantize.sources.checkpoint import Checkpoint, Scales, Shard, SourceTensor, check_file, names_in
+from grok_local.quantize.sources.checkpoint import (
+    Checkpoint,
+    Scales,
+    Shard,
+    SourceTensor,
+    check_file,
+    names_in,
+    stamp_of,
+)
 
 __all__ = ["has_checkpoint", "open_grok1"]
 
@@ -54,7 +62,6 @@ def _source(leaf: grok1.Leaf, path: Path, stored: StoredTensor) -> SourceTensor:
         for expert in range(outer[0])
     )
     scales = Scales(path, stored.scales.offset, stored.scales.shape) if stored.scales else None
-    status = path.stat()
     return SourceTensor(
         target=leaf.target,
         where=leaf.path,
@@ -63,7 +70,7 @@ def _source(leaf: grok1.Leaf, path: Path, stored: StoredTensor) -> SourceTensor:
         transposed=leaf.transposed,
         matrices=matrices,
         scales=scales,
-        stamp=(status.st_size, status.st_mtime_ns),
+        stamp=stamp_of([path]),
     )
 
 

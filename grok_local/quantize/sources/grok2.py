@@ -16,7 +16,15 @@ from typing import TypeAlias
 from grok_local.errors import CheckpointError
 from grok_local.formats.safetensors import TensorInfo, read_safetensors
 from grok_local.models.grok2 import NamedTensor, named_tensors
-from grok_local.quantize.sources.checkpoint import Checkpoint, NumberType, Shard, SourceTensor, check_file, names_in
+from grok_local.quantize.sources.checkpoint import (
+    Checkpoint,
+    NumberType,
+    Shard,
+    SourceTensor,
+    check_file,
+    names_in,
+    stamp_of,
+)
 from grok_local.quantize.sources.config import grok2_of, read_config
 from grok_local.units import printable
 
@@ -161,7 +169,6 @@ def _source(tensor: NamedTensor, stored: _Stored) -> SourceTensor:
     matrices = tuple(_shards(tensor, stored[name]) for name in tensor.names)
     first = next(iter(stored[tensor.names[0]].values()))
     paths = dict.fromkeys(shard.path for matrix in matrices for shard in matrix)
-    status = [path.stat() for path in paths]
     return SourceTensor(
         target=tensor.target,
         where=tensor.title,
@@ -170,7 +177,7 @@ def _source(tensor: NamedTensor, stored: _Stored) -> SourceTensor:
         transposed=False,
         matrices=matrices,
         scales=None,
-        stamp=tuple(number for file in status for number in (file.st_size, file.st_mtime_ns)),
+        stamp=stamp_of(paths),
     )
 
 

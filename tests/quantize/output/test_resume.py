@@ -116,8 +116,51 @@ def test_other_options_do_not_destroy_a_run(small: Path, stopped: Path) -> None:
     stopped.unlink()
 
 
-def test_force_starts_anew(small: Path, stopped: Path) -> None:
+def test_force_starts_anew_with_other_options_and_goes_on_with_the_same(small: Path, stopped: Path) -> None:
+    assert grok_local.quantize_checkpoint(small, stopped, force=True).resumed_pieces == 20
     assert grok_local.quantize_checkpoint(small, stopped, type="q4_0", force=True).resumed_pieces == 0
+
+
+def test_a_file_that_is_replaced_while_it_is_packed(small: Path, tmp_path: Path) -> None:
+    path, output = shutil.copytree(small, tmp_path / "copy"), tmp_path / "x.gguf"
+    source = path / "ckpt-0" / "tensor00002_000"
+
+    def replace(progress: object) -> None:
+        if not source.with_name("old").exists():
+            source.rename(source.with_name("old"))
+            data = bytearray(source.with_name("old").read_bytes())
+            data[len(data) // 2] ^= 1
+            source.write_bytes(data)
+
+    with pytest.raises(CheckpointError, match="tensor00002_000: changed while it was packed: run the same command"):
+        grok_local.quantize_checkpoint(path, output, progress=replace)
+    assert not output.exists()
+    source.with_name("old").unlink()
+    assert grok_local.quantize_checkpoint(path, output).resumed_pieces > 0
+    assert _sha256(output) == _sha256(grok_local.quantize_checkpoint(path, tmp_path / "straight" / "x.gguf").path)
+
+
+def test_another_checkpoint_whose_files_have_the_same_times(small: Path, stopped: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(small, tmp_path / "other")
+    for path in (other / "ckpt-0").iterdir():
+        times, data = path.stat(), bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert grok_local.quantize_checkpoint(other, stopped).resumed_pieces == 0
+
+
+def test_what_a_download_left_out_is_not_packed_as_zeros(small: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(small, tmp_path / "copy")
+    source = path / "ckpt-0" / "tensor00000_000"
+    data = source.read_bytes()
+    source.unlink()
+    with source.open("wb") as file:
+        file.write(data[: len(data) // 4])
+        file.seek(3 * len(data) // 4)
+        file.write(data[3 * len(data) // 4 :])
+    with pytest.raises(CheckpointError, match="tensor00000_000: a part of it was never written"):
+        grok_local.quantize_checkpoint(path, tmp_path / "x.gguf")
 
 
 def test_two_runs_at_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,7 @@ def test_one_rank_alone_and_files_without_rank(copy: Path) -> None:
         ('{"num_local_experts": true}', "num_local_experts is True"),
         ('{"rope_theta": NaN}', "rope_theta is nan, where a number is due"),
         ('{"rms_norm_eps": -1}', "rms_norm_eps is -1"),
+        ('{"rms_norm_eps": 1' + "0" * 400 + "}", "rms_norm_eps is 1000"),
         ('{"num_experts_per_tok": 2.0}', "num_experts_per_tok is 2.0"),
         ('{"rope_type": "yarn"}', "rope_type is 'yarn': llama.cpp's graph for Grok has 'original' alone"),
         ('{"head_dim": 64, "residual_moe": false}', "residual_moe is False"),
