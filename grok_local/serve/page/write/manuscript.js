@@ -11,6 +11,7 @@ const STEPS = 500; // that can be undone
 export class Manuscript {
   #past = [];
   #future = [];
+  #typed = new Set(); // steps of typing since the text was last gone to, which nothing but undo has left
   #typedAt = 0;
   #base = [];
 
@@ -72,7 +73,9 @@ export class Manuscript {
 
   #begin(change) {
     this.#dropUndone();
-    this.go(this.tree.add(this.current.id, { ...change, kind: "typed" }).id);
+    const node = this.tree.add(this.current.id, { ...change, kind: "typed" });
+    this.#typed.add(node.id);
+    this.#leaveFor(node.id);
   }
 
   #mayGoOn() {
@@ -87,11 +90,12 @@ export class Manuscript {
     this.onChange("text");
   }
 
-  /** Typing that was undone and then replaced is nobody's branch. */
+  /** Typing that was undone and then replaced is nobody's branch, if it is all there is: a visit is no typing. */
   #dropUndone() {
-    for (const id of this.#future) {
-      const node = this.tree.node(id);
-      if (node && node.id !== this.current.id && node.kind === "typed" && !this.tree.holdsWriting(id)) this.#remove(id);
+    const undone = new Set(this.#future.filter((id) => this.#typed.has(id)));
+    for (const id of undone) {
+      if (this.tree.node(id) && this.tree.below(id).every((each) => undone.has(each))) this.#remove(id);
+      this.#typed.delete(id);
     }
   }
 
@@ -110,6 +114,11 @@ export class Manuscript {
   /** Goes to another state; undo leads back. */
   go(id) {
     if (id === this.current.id) return;
+    this.#typed.clear();
+    this.#leaveFor(id);
+  }
+
+  #leaveFor(id) {
     this.#past = [...this.#past.slice(-STEPS), this.current.id];
     this.#future = [];
     this.#arrive(id);
@@ -202,6 +211,7 @@ export class Manuscript {
     Object.assign(this, { tree, current: null });
     this.#past = past;
     this.#future = future;
+    this.#typed.clear();
     this.#stand(tree.node(current));
     this.saveAll();
     this.onChange("tree");

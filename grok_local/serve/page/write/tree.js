@@ -49,10 +49,16 @@ export class Tree {
     return Math.max(this.#last + 1, Date.now() * 1000 + Math.floor(Math.random() * 1000));
   }
 
+  /** The ids of a node and of all that came of it, thrown away or not. */
+  below(id) {
+    const found = [id];
+    for (const each of found) found.push(...(this.#children.get(each) ?? []));
+    return found;
+  }
+
   /** Takes a node and all that came of it out, for good; returns their ids. */
   remove(id) {
-    const removed = [id];
-    for (const each of removed) removed.push(...(this.#children.get(each) ?? []));
+    const removed = this.below(id);
     const siblings = this.#children.get(this.node(id).parent);
     siblings.splice(siblings.indexOf(id), 1);
     for (const each of removed) {
@@ -60,11 +66,6 @@ export class Tree {
       this.#children.delete(each);
     }
     return removed;
-  }
-
-  /** Whether the model wrote a node, or anything that came of it. */
-  holdsWriting(id) {
-    return this.node(id).kind === "written" || this.children(id).some((child) => this.holdsWriting(child.id));
   }
 
   #put(node) {
