@@ -31,12 +31,13 @@ export class Chat {
     byId("send").addEventListener("click", () => this.continue());
     byId("chat-undo").addEventListener("click", () => this.#undo());
     byId("chat-clear").addEventListener("click", () => this.#clear());
-    window.addEventListener("pagehide", () => this.conversation.save());
+    window.addEventListener("pagehide", () => this.conversation.close());
   }
 
   /** While an answer comes, only its words are drawn anew. */
   #show({ anew = false } = {}) {
-    const { turns } = this.conversation;
+    const { turns, system } = this.conversation;
+    byId("system").value = system;
     const last = this.place.lastElementChild;
     const isComing =
       last?.classList.contains("coming") && turns.at(-1)?.coming && this.place.children.length === turns.length;
