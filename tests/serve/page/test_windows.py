@@ -101,3 +101,131 @@ def test_a_first_answer_is_kept_while_another_is_awaited(desk: Desk) -> None:
         {"role": "user", "versions": ["Who?"], "shown": 0},
         {"role": "assistant", "versions": ["I"], "shown": 0},
     ]
+
+
+_MANUSCRIPT = """
+    const [{ Manuscript }] = await Promise.all([load("write/manuscript.js")]);
+    window.own ??= new Manuscript(() => {}, (old) => (window.old = old));
+    const { own } = window;
+"""
+
+
+def _in_a_manuscript(desk: Desk, script: str) -> object:
+    """What a script says of `own`, a manuscript as a window has it, the same each time."""
+    found: object = desk.computes(_MANUSCRIPT + script)
+    return found
+
+
+def test_a_window_sees_what_is_written_in_another_and_goes_on_from_it(desk: Desk, windows: Windows) -> None:
+    windows.open_second()
+    windows.look_at(windows.first)
+    desk.write(BEGINNING)
+    desk.go_on(8)
+    written = desk.text
+    windows.look_at(windows.second)
+    desk.until(lambda: len(desk.branches) == 2)
+    desk.click("#branches .written")
+    desk.until(lambda: desk.text == written)
+
+
+def test_a_window_that_saw_half_of_a_continuation_keeps_none_of_it_back(desk: Desk, windows: Windows) -> None:
+    _in_a_manuscript(
+        desk,
+        """
+        own.type("Once", 4);
+        window.node = own.add(own.current.id, { at: 4, kind: "written", tokens: [] });
+        own.go(node.id);
+        own.grow(node, { text: " upon", tokens: [[0, -1, []]] });
+        own.save(node);
+        """,
+    )
+    windows.open_second()
+    assert desk.text == "Once upon"
+    windows.look_at(windows.first)
+    _in_a_manuscript(desk, 'own.grow(node, { text: " upon a time", tokens: [[0, -1, []]] }); own.settle(node)')
+    windows.look_at(windows.second)
+    desk.until(lambda: desk.text == "Once upon a time")
+    desk.write("!")
+    windows.close_second()
+    desk.reload()
+    assert sorted(desk.branches) == ["!", "Once", "upon a time"]
+
+
+def test_what_is_typed_below_a_continuation_that_still_comes_stays_as_it_is(desk: Desk, windows: Windows) -> None:
+    _in_a_manuscript(
+        desk,
+        """
+        own.type("Once", 4);
+        window.node = own.add(own.current.id, { at: 4, kind: "written", tokens: [] });
+        own.go(node.id);
+        own.grow(node, { text: " upon", tokens: [[0, -1, []]] });
+        own.save(node);
+        """,
+    )
+    windows.open_second()
+    desk.put_cursor(9)
+    desk.write(" it was")
+    windows.look_at(windows.first)
+    desk.until(lambda: _in_a_manuscript(desk, "return own.tree.nodes.length === 5"))
+    _in_a_manuscript(desk, 'own.grow(node, { text: " upon a time", tokens: [[0, -1, []]] }); own.settle(node)')
+    texts = "return own.tree.nodes.map(({ id }) => own.textAt(id)).sort()"
+    expected = ["", "Once", "Once upon", "Once upon a time", "Once upon it was"]
+    assert _in_a_manuscript(desk, texts) == expected
+    windows.look_at(windows.second)
+    assert desk.text == "Once upon it was"
+    desk.write("!")
+    windows.close_second()
+    desk.reload()
+    assert _in_a_manuscript(desk, texts) == [*expected[:-1], "Once upon it was!"]
+
+
+def test_a_new_text_is_a_new_text_in_both_windows(desk: Desk, windows: Windows) -> None:
+    desk.write("One")
+    windows.open_second()
+    assert desk.text == "One"
+    windows.look_at(windows.first)
+    desk.click("#new-text")
+    windows.look_at(windows.second)
+    desk.until(lambda: not desk.text)
+    desk.find("#text").click()
+    desk.write("Two")
+    windows.look_at(windows.first)
+    desk.until(lambda: desk.branches == ["Two"])
+    windows.look_at(windows.second)
+    desk.click("#notice button")  # "Bring the old one back"
+    desk.until(lambda: desk.text == "One")
+    windows.look_at(windows.first)
+    desk.until(lambda: desk.branches == ["One"])
+    windows.close_second()
+    desk.reload()
+    assert desk.text == "One"
+
+
+def test_undone_typing_that_another_window_went_on_from_is_kept(desk: Desk, windows: Windows) -> None:
+    desk.write(BEGINNING)
+    windows.open_second()
+    desk.put_cursor(len(BEGINNING))
+    desk.go_on(8)
+    written = desk.text.removeprefix(BEGINNING).strip()[:90]
+    windows.look_at(windows.first)
+    desk.until(lambda: len(desk.branches) == 2)
+    desk.click("#undo")
+    desk.until(lambda: not desk.text)
+    desk.write("Else")
+    desk.until(lambda: desk.branches == [BEGINNING, written, "Else"])
+    windows.close_second()
+    desk.reload()
+    assert desk.branches == [BEGINNING, written, "Else"]
+
+
+def test_what_one_window_forgets_and_another_needs_comes_back(desk: Desk, windows: Windows) -> None:
+    """As where neither had heard of the other yet."""
+    desk.write(BEGINNING)
+    windows.open_second()
+    windows.look_at(windows.first)
+    script = "const at = Object.keys(localStorage).find((name) => name.startsWith('grok-local:write/'));"
+    desk.browser.execute_script(f"{script} localStorage.removeItem(at)")
+    desk.until(lambda: desk.browser.execute_script(f"{script} return at"))
+    windows.close_second()
+    desk.reload()
+    assert desk.text == BEGINNING

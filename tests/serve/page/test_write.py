@@ -140,7 +140,9 @@ def test_stop_ends_it_at_once_and_what_came_stays(desk: Desk) -> None:
     assert took < 1000  # milliseconds
     desk.until(desk.is_idle)
     assert "Stopped" in desk.find("#write-dock .status").text
-    assert desk.find(".card .continuation").text
+    came = desk.texts(".card .continuation")
+    assert came
+    assert all(came)  # also where only a new line came yet
 
 
 def test_the_stop_button_takes_the_place_of_continue(desk: Desk) -> None:

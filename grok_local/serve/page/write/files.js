@@ -35,15 +35,20 @@ export class Files {
   }
 
   #begin() {
-    const old = this.manuscript.replace();
-    this.onReplaced();
+    this.#put({}, "This is a new text.");
     byId("text").focus();
-    notify("This is a new text.", { label: "Bring the old one back", onclick: () => this.#back(old) });
   }
 
-  #back(old) {
-    this.manuscript.replace(old);
+  #put(text, sentence) {
+    const old = this.manuscript.replace(text);
     this.onReplaced();
+    this.offer(sentence, old);
+  }
+
+  /** Says that another text is there, and brings the old one back, if that is wished. */
+  offer(sentence, old) {
+    const back = { label: "Bring the old one back", onclick: () => this.#put(old, "The old text is back.") };
+    notify(sentence, old.tree.nodes.length > 1 ? back : null);
   }
 }
 

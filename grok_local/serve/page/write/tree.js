@@ -16,7 +16,7 @@ export class Tree {
 
   /** `nodes` come in any order; those whose parents are missing are left out. */
   constructor(nodes = []) {
-    for (const node of [ROOT, ...nodes].sort((one, other) => one.id - other.id)) this.#put({ ...node });
+    for (const node of [ROOT, ...nodes].sort((one, other) => one.id - other.id)) this.put({ ...node });
   }
 
   get nodes() {
@@ -41,7 +41,15 @@ export class Tree {
 
   /** `given` is how much of the text the model did not write: a rival that was chosen, and what was before it. */
   add(parent, { at, cut = 0, text = "", kind, tokens = null, given = 0 }) {
-    return this.#put({ id: this.#newId(), parent, at, cut, text, kind, tokens, given, cursor: at + text.length });
+    return this.put({ id: this.#newId(), parent, at, cut, text, kind, tokens, given, cursor: at + text.length });
+  }
+
+  /** Lets a node go on under another id; its old one, and what came of that, is `known`'s, the node as it was. */
+  part(node, known) {
+    const { id } = node;
+    node.id = this.#newId();
+    this.#nodes.set(id, known);
+    this.put(node);
   }
 
   /** By the time, so that another window's nodes have other ids, and children's are larger than their parents'. */
@@ -68,7 +76,8 @@ export class Tree {
     return removed;
   }
 
-  #put(node) {
+  /** Puts a node where its parent is; returns null where that is missing. */
+  put(node) {
     if (node.parent !== null && !this.node(node.parent)) return null;
     this.#nodes.set(node.id, node);
     if (node.parent !== null) this.#children.set(node.parent, [...(this.#children.get(node.parent) ?? []), node.id]);

@@ -16,7 +16,10 @@ import { Writing } from "./writing.js";
 
 export class Write {
   constructor() {
-    this.manuscript = new Manuscript((what) => this.#changed(what));
+    this.manuscript = new Manuscript(
+      (what) => this.#changed(what),
+      (old) => this.#replaced(old),
+    );
     this.editor = new Editor(byId("text"), byId("mirror"));
     this.dock = byId("write-dock");
     this.work = new Work(this.dock);
@@ -58,7 +61,14 @@ export class Write {
 
   /** The page may be closed while the model writes. */
   #saveNow() {
-    for (const node of [this.manuscript.current, ...this.writing.nodes]) this.manuscript.save(node);
+    for (const node of this.writing.nodes) this.manuscript.save(node);
+    this.manuscript.keepCursor();
+  }
+
+  /** In another window a new text was begun, or an old one brought back. */
+  async #replaced(old) {
+    await this.#move(() => {});
+    this.files.offer("Another window has put another text here.", old);
   }
 
   // -- what is shown -----------------------------------------------------------------------------------------------
