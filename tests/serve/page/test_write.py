@@ -275,3 +275,17 @@ def test_no_other_window_loses_what_this_one_wrote(desk: Desk) -> None:
     desk.write(" three")
     desk.reload()
     desk.until(lambda: {"two", "three"} <= set(desk.branches))
+
+
+def test_a_part_without_text_before_any_progress_is_no_failure(desk: Desk) -> None:
+    found = desk.computes(
+        """
+        const [{ Work }, { ServerError }] = await Promise.all([load("shared/work.js"), load("shared/server.js")]);
+        const work = new Work(document.getElementById("write-dock"));
+        const ended = await work.run(async (signal, told) => told.count(0), { wanted: 8, again: null });
+        let kept;
+        const failing = (signal) => { kept = signal; throw new ServerError("no", { status: 500 }); };
+        return [ended, await work.run(failing, { wanted: 8, again: null }), kept.aborted];
+        """
+    )
+    assert found == ["done", "failed", True]

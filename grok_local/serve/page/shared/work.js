@@ -34,6 +34,7 @@ export class Work {
       return this.#end("done", "");
     } catch (error) {
       if (control.signal.aborted) return this.#end("stopped", "Stopped. What came stays.");
+      control.abort(); // what failed here asks for no more
       if (!("status" in error)) console.error(error);
       this.say(failureWords(error), { label: "Try again", onclick: again });
       return this.#end("failed", "");
