@@ -289,3 +289,16 @@ def test_a_part_without_text_before_any_progress_is_no_failure(desk: Desk) -> No
         """
     )
     assert found == ["done", "failed", True]
+
+
+def test_a_new_text_ends_what_is_written_in_the_old_one(desk: Desk) -> None:
+    desk.write(BEGINNING)
+    desk.set_long(alternatives=2)
+    desk.click("#continue")
+    desk.until(lambda: any(desk.texts(".card .continuation")))
+    desk.click("#new-text")
+    desk.until(lambda: "new text" in desk.find("#notice").text)
+    desk.until(desk.is_idle)
+    assert (desk.text, desk.texts(".card"), desk.branches) == ("", [], [])
+    desk.reload()
+    assert (desk.text, desk.branches) == ("", [])

@@ -40,7 +40,7 @@ export class Write {
     });
     this.files = new Files(this.manuscript, this.work, {
       body: () => this.choices.body,
-      onReplaced: () => this.#stand(),
+      move: (act) => this.#move(act),
     });
     this.show = everyPicture(() => this.#show());
     this.#listen();
@@ -154,8 +154,9 @@ export class Write {
   async #move(act) {
     await this.writing.stop();
     this.alternatives.close();
-    act();
+    const done = act();
     this.#stand();
+    return done;
   }
 
   // -- the model writes --------------------------------------------------------------------------------------------
