@@ -9,7 +9,7 @@ export function turnElement(turn, acts, isLast) {
   const text = make("p", { class: "said" }, textOf(turn));
   const buttons = turn.role === "user" ? userButtons(turn, acts) : modelButtons(turn, acts, isLast);
   const foot = make("footer", {}, ...(turn.coming ? [] : buttons));
-  const how = { class: `turn ${turn.role} ${turn.coming ? "coming" : ""}`, "aria-label": who };
+  const how = { class: `turn ${turn.role} ${turn.coming ? "coming" : ""}`, "aria-label": who, tabIndex: -1 };
   return make("article", how, make("h3", {}, who), text, foot);
 }
 
@@ -45,9 +45,9 @@ async function copied(turn, target) {
 function edit(turn, { sayInstead, redraw }, element) {
   const area = make("textarea", { class: "field-text", value: textOf(turn), "aria-label": "Your message" });
   const send = button("Send again", () => sayInstead(turn, area.value), { class: "" });
-  const cancel = button("Cancel", () => redraw());
+  const cancel = button("Cancel", () => redraw(turn));
   area.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") redraw();
+    if (event.key === "Escape") redraw(turn);
     else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) sayInstead(turn, area.value);
     else return;
     event.preventDefault();
