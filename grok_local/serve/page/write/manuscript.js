@@ -60,9 +60,9 @@ export class Manuscript {
 
   #takeOver(own, { cursor, ...node }) {
     const isMade = this.#made.has(own.id);
-    const { gone, name, names } = node;
+    const { gone, names } = node;
     const isStale = isMade && node.text.length < own.text.length;
-    Object.assign(own, isMade ? { gone, name, names } : node, own === this.current ? {} : { cursor });
+    Object.assign(own, isMade ? { gone, names } : node, own === this.current ? {} : { cursor });
     if (isStale) this.save(own);
   }
 
@@ -251,10 +251,12 @@ export class Manuscript {
     this.onChange("tree");
   }
 
-  /** What lines of a batch call a node. */
+  /** What lines of a batch call a node: the first name is what it is exported as. */
   name(node, name) {
-    node.name = name;
-    this.shelf.amend(node.id, { name });
+    const { names = [] } = node;
+    if (names.includes(name)) return;
+    node.names = [...names, name];
+    this.shelf.amend(node.id, { names: node.names });
   }
 
   /** Where the cursor stands, so that it stands there again. */

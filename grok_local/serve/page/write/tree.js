@@ -32,6 +32,11 @@ export class Tree {
     return (this.#children.get(id) ?? []).map((child) => this.node(child)).filter((node) => !node.gone);
   }
 
+  /** Whether neither a node nor one that it came of was thrown away. */
+  isShown(id) {
+    return this.path(id).every(({ gone }) => !gone);
+  }
+
   /** From the root to a node. */
   path(id) {
     const found = [];
