@@ -55,3 +55,18 @@ def test_a_text_answers_to_every_name_that_lines_gave_it(desk: Desk) -> None:
         _lines({"id": 0, "text": " a"}, {"id": "b", "text": " b"}),
     )
     assert found == [0, 2]
+
+
+def test_lines_with_carriage_returns_go_on_at_their_ends(desk: Desk) -> None:
+    logprobs = [{"token": "one\r\n", "logprob": -1}, {"token": "two", "logprob": -2}]
+    found = desk.computes(
+        _MODULES
+        + """
+        takeIn(manuscript, given[0]);
+        takeIn(manuscript, given[1]);
+        return [texts(), manuscript.tree.nodes.at(-1).tokens.map(([start]) => start)];
+        """,
+        _lines({"prompt": "A\r\nB\r\n", "id": 0}),
+        _lines({"id": 0, "text": "one\r\ntwo", "logprobs": logprobs}),
+    )
+    assert found == [["A\nB\n", "A\nB\none\ntwo"], [0, 4]]

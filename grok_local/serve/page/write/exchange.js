@@ -1,6 +1,6 @@
 /** The tree as lines for `grok-local batch`, and lines back into the tree: prompts, and what a batch answered. */
 
-import { Choice } from "./completion.js";
+import { asInArea, Choice } from "./completion.js";
 
 /** A line for the end of every branch; its `id` is the node's name from then on. */
 export function linesOf(manuscript, body) {
@@ -22,7 +22,9 @@ export function takeIn(manuscript, text) {
     .split("\n")
     .filter((line) => line.trim())
     .map(parsed);
-  const prompts = lines.filter((line) => typeof line?.prompt === "string" && line.prompt);
+  const prompts = lines
+    .filter((line) => typeof line?.prompt === "string" && line.prompt)
+    .map((line) => ({ ...line, prompt: asInArea(line.prompt) }));
   const answers = lines.filter((line) => typeof line?.text === "string" && "id" in line);
   addPrompts(manuscript, prompts);
   const found = answers.map((line) => addAnswer(manuscript, line)).filter(Boolean).length;
@@ -76,11 +78,10 @@ function commonStart(one, other) {
 function addAnswer(manuscript, { id, text, logprobs }) {
   const parent = shown(manuscript.tree).find(({ names }) => names?.includes(id));
   if (!parent || !text) return null;
-  const tokens = logprobs ? laid(text, logprobs) : [];
-  return manuscript.add(parent.id, { at: parent.cursor, text, kind: "written", tokens });
+  return manuscript.add(parent.id, { at: parent.cursor, kind: "written", ...laid(text, logprobs ?? []) });
 }
 
-function laid(text, logprobs) {
+function laid(whole, logprobs) {
   const choice = new Choice();
   for (const { top = [], ...chosen } of logprobs) {
     choice.expect(
@@ -89,7 +90,8 @@ function laid(text, logprobs) {
       top.map((rival) => [named(rival), rival.logprob]),
     );
   }
-  return choice.take({ text }).tokens;
+  const { text, tokens } = choice.take({ text: whole });
+  return { text, tokens };
 }
 
 /** A token as the server names it: part of a character by its bytes. */
