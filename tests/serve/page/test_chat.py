@@ -132,3 +132,25 @@ def test_the_focus_stays_with_the_answers_it_was_at(desk: Desk) -> None:
         desk.press(_ENTER)
         desk.wait_for_picture()
         assert desk.focused.get_attribute("aria-label") == name
+
+
+def test_an_answer_is_copied_over_plain_http_too(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.browser.execute_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    _ask(desk, "Who made Grok-1?")
+    desk.browser.execute_script("document.querySelector('.turn:last-child footer button').focus()")
+    desk.press(_ENTER)
+    desk.until(lambda: desk.focused.text == "Copied")
+    desk.click("#message")
+    desk.press(_CONTROL, "v")
+    said = _said(desk)[1]
+    desk.until(lambda: desk.find("#message").get_property("value") == said)
+
+
+def test_a_full_context_is_said_with_what_helps_in_a_conversation(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.fill("#message", "word " * 9000)
+    desk.click("#send")
+    desk.until(lambda: "Begin a new conversation" in desk.find("#chat-dock .problem").text)
+    desk.read_logs()
+    desk.complaints = [line for line in desk.complaints if "status of 400" not in line]  # the browser's own note

@@ -10,7 +10,7 @@ import { Talk } from "./talk.js";
 export class Chat {
   constructor() {
     this.conversation = new Conversation(() => this.show());
-    this.work = new Work(byId("chat-dock"));
+    this.work = new Work(byId("chat-dock"), "Begin a new conversation, edit an earlier message, or ask for fewer tokens.");
     this.sampling = new Sampling(byId("chat-sampling"), "chat-sampling");
     this.place = byId("turns");
     this.show = everyPicture(() => this.#show());

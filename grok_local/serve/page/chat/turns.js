@@ -1,6 +1,6 @@
 /** How turns look: who, what, and what can be done with it. */
 
-import { make } from "../shared/dom.js";
+import { copy, make } from "../shared/dom.js";
 import { textOf } from "./conversation.js";
 
 /** The element of a turn. `acts` has edit, again and show; `isLast` says whether another answer can be asked for. */
@@ -20,9 +20,9 @@ function userButtons(turn, acts) {
 }
 
 function modelButtons(turn, acts, isLast) {
-  const copy = button("Copy", (event) => copied(turn, event.target));
+  const copying = button("Copy", (event) => copied(turn, event.target));
   const again = button("Another answer", () => acts.again());
-  return [...versionButtons(turn, acts), copy, ...(isLast ? [again] : [])];
+  return [...versionButtons(turn, acts), copying, ...(isLast ? [again] : [])];
 }
 
 function versionButtons(turn, { show }) {
@@ -37,8 +37,7 @@ function versionButtons(turn, { show }) {
 }
 
 async function copied(turn, target) {
-  await navigator.clipboard.writeText(textOf(turn));
-  target.textContent = "Copied";
+  target.textContent = (await copy(textOf(turn))) ? "Copied" : "The browser does not let it be copied";
 }
 
 /** A turn becomes a field, and then another turn or itself again. */

@@ -22,7 +22,7 @@ export class Write {
     );
     this.editor = new Editor(byId("text"), byId("mirror"));
     this.dock = byId("write-dock");
-    this.work = new Work(this.dock);
+    this.work = new Work(this.dock, "Shorten what stands before the cursor, or ask for fewer tokens.");
     this.choices = new Choices();
     this.writing = new Writing(this.manuscript, this.work, {
       onGrow: (node) => this.alternatives.update(node),
