@@ -35,6 +35,7 @@ function listen() {
   arrowsMove(byId("tabs"), () => NAMES.map((name) => byId(`tab-${name}`)), ["ArrowLeft", "ArrowRight"]);
   addEventListener("hashchange", fromAddress);
   addEventListener("keydown", pressed);
+  addEventListener("pageshow", ({ persisted }) => persisted && location.reload()); // it heard nothing of other windows
 }
 
 /** What keys do, by the tab that is shown. */

@@ -96,3 +96,61 @@ def test_escape_stops_an_answer_and_what_came_stays(desk: Desk) -> None:
     assert time.monotonic() - began < 3  # of which the driver takes its part on a busy machine
     desk.reload()
     assert len(_said(desk)) == 2
+
+
+def test_a_message_is_edited_while_an_answer_comes_and_goes(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.choose("#chat-length", 32)
+    _ask(desk, "Who made Grok-1?")
+    desk.find("#message").send_keys("When?")
+    desk.press(_CONTROL, _ENTER)
+    desk.click(".turn:first-child footer button")
+    area = desk.focused
+    area.clear()
+    area.send_keys("What is it?")
+    desk.wait()
+    assert desk.focused == area
+    assert area.get_property("value") == "What is it?"
+    desk.press("\ue00c")
+    assert _said(desk)[0] == "Who made Grok-1?"
+    assert desk.focused.text == "Edit"
+
+
+def test_the_focus_stays_with_the_answers_it_was_at(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.choose("#chat-length", 32)
+    desk.fill("#chat-sampling-temperature", 1.5)
+    desk.fill("#chat-sampling-seed", "")
+    _ask(desk, "Who made Grok-1?")
+    for _ in range(2):
+        desk.browser.execute_script("document.querySelector('.turn:last-child footer button:last-child').focus()")
+        desk.press(_ENTER)
+        desk.wait()
+        assert desk.focused.text == "Another answer"
+    desk.browser.execute_script("document.querySelector('[aria-label=\"The answer before\"]').focus()")
+    for name in ("The answer before", "The next answer"):  # at the first there is none before
+        desk.press(_ENTER)
+        desk.wait_for_picture()
+        assert desk.focused.get_attribute("aria-label") == name
+
+
+def test_an_answer_is_copied_over_plain_http_too(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.browser.execute_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    _ask(desk, "Who made Grok-1?")
+    desk.browser.execute_script("document.querySelector('.turn:last-child footer button').focus()")
+    desk.press(_ENTER)
+    desk.until(lambda: desk.focused.text == "Copied")
+    desk.click("#message")
+    desk.press(_CONTROL, "v")
+    said = _said(desk)[1]
+    desk.until(lambda: desk.find("#message").get_property("value") == said)
+
+
+def test_a_full_context_is_said_with_what_helps_in_a_conversation(desk: Desk) -> None:
+    desk.visit("chat")
+    desk.fill("#message", "word " * 9000)
+    desk.click("#send")
+    desk.until(lambda: "Begin a new conversation" in desk.find("#chat-dock .problem").text)
+    desk.read_logs()
+    desk.complaints = [line for line in desk.complaints if "status of 400" not in line]  # the browser's own note

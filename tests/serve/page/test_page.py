@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +188,27 @@ def test_a_key_is_asked_for_once(browser: Chrome, models: Path, tmp_path: Path) 
         assert not desk.find("#key-dialog").is_displayed()
         desk.click("#tab-machine")
         desk.until(lambda: "--routing-map" in desk.find("#heat-under").text)
+
+
+def test_a_key_that_was_not_given_is_asked_for_only_when_it_is_wanted(
+    browser: Chrome, models: Path, tmp_path: Path
+) -> None:
+    with serving(models, "--api-key", "sesame") as address:
+        desk = Desk(browser, address, tmp_path)
+        browser.get(f"{address}/#machine")
+        dialog = desk.find("#key-dialog")
+        desk.until(dialog.is_displayed)
+        desk.click("#key-dialog .quiet")
+        desk.until(lambda: desk.find("#machine-problem").text)
+        time.sleep(3)  # in which the machine is looked at twice
+        assert not dialog.is_displayed()
+        desk.click("#tab-machine")
+        desk.until(dialog.is_displayed)
+        desk.find("#key").send_keys("sesame")
+        desk.press(_ENTER)
+        desk.until(lambda: desk.texts("#plan .verdict"))
+        browser.get("about:blank")
+        desk.read_logs()
 
 
 def test_a_server_that_went_away_is_said_with_what_helps(browser: Chrome, models: Path, tmp_path: Path) -> None:

@@ -87,6 +87,25 @@ def test_tokens_lie_along_the_text_that_comes(desk: Desk) -> None:
     assert found["end"] == "stop"
 
 
+def test_tokens_lie_along_the_lines_of_a_text_area(desk: Desk) -> None:
+    """That has no carriage returns, however they come: whole, in halves, alone."""
+    found: Any = desk.computes(
+        r"""
+        const { Choice } = await load("write/completion.js");
+        const choice = new Choice();
+        const area = document.createElement("textarea");
+        let all = "";
+        for (const token of ["a", "\r\n", "b", "\r", "\n", "é\r", "c", "\r"]) {
+            all += token;
+            choice.take({ text: token, logprobs: { tokens: [token], token_logprobs: [-1], top_logprobs: [{}] } });
+        }
+        area.value = all;
+        return { same: choice.text === area.value, text: choice.text, starts: choice.tokens.map(([start]) => start) };
+        """
+    )
+    assert found == {"same": True, "text": "a\nb\né\nc\n", "starts": [0, 1, 2, 3, 4, 4, 6, 7]}
+
+
 @pytest.mark.parametrize(
     ("edits", "expected"),
     [

@@ -140,7 +140,9 @@ def test_stop_ends_it_at_once_and_what_came_stays(desk: Desk) -> None:
     assert took < 1000  # milliseconds
     desk.until(desk.is_idle)
     assert "Stopped" in desk.find("#write-dock .status").text
-    assert desk.find(".card .continuation").text
+    came = desk.texts(".card .continuation")
+    assert came
+    assert all(came)  # also where only a new line came yet
 
 
 def test_the_stop_button_takes_the_place_of_continue(desk: Desk) -> None:
@@ -273,3 +275,30 @@ def test_no_other_window_loses_what_this_one_wrote(desk: Desk) -> None:
     desk.write(" three")
     desk.reload()
     desk.until(lambda: {"two", "three"} <= set(desk.branches))
+
+
+def test_a_part_without_text_before_any_progress_is_no_failure(desk: Desk) -> None:
+    found = desk.computes(
+        """
+        const [{ Work }, { ServerError }] = await Promise.all([load("shared/work.js"), load("shared/server.js")]);
+        const work = new Work(document.getElementById("write-dock"));
+        const ended = await work.run(async (signal, told) => told.count(0), { wanted: 8, again: null });
+        let kept;
+        const failing = (signal) => { kept = signal; throw new ServerError("no", { status: 500 }); };
+        return [ended, await work.run(failing, { wanted: 8, again: null }), kept.aborted];
+        """
+    )
+    assert found == ["done", "failed", True]
+
+
+def test_a_new_text_ends_what_is_written_in_the_old_one(desk: Desk) -> None:
+    desk.write(BEGINNING)
+    desk.set_long(alternatives=2)
+    desk.click("#continue")
+    desk.until(lambda: any(desk.texts(".card .continuation")))
+    desk.click("#new-text")
+    desk.until(lambda: "new text" in desk.find("#notice").text)
+    desk.until(desk.is_idle)
+    assert (desk.text, desk.texts(".card"), desk.branches) == ("", [], [])
+    desk.reload()
+    assert (desk.text, desk.branches) == ("", [])

@@ -4,22 +4,22 @@ import { byId, everyPicture } from "../shared/dom.js";
 import { Sampling } from "../shared/sampling.js";
 import { streamed } from "../shared/server.js";
 import { Work } from "../shared/work.js";
-import { Conversation, textOf } from "./conversation.js";
-import { turnElement } from "./turns.js";
+import { Conversation } from "./conversation.js";
+import { Talk } from "./talk.js";
 
 export class Chat {
   constructor() {
     this.conversation = new Conversation(() => this.show());
-    this.work = new Work(byId("chat-dock"));
+    this.work = new Work(byId("chat-dock"), "Begin a new conversation, edit an earlier message, or ask for fewer tokens.");
     this.sampling = new Sampling(byId("chat-sampling"), "chat-sampling");
     this.place = byId("turns");
     this.show = everyPicture(() => this.#show());
-    this.acts = {
+    this.talk = new Talk(this.place, {
       again: () => this.#answer(),
       show: (turn, version) => this.conversation.show(turn, version),
       sayInstead: (turn, text) => this.#sayInstead(turn, text),
-      redraw: () => this.#show({ anew: true }),
-    };
+      redraw: (turn) => this.#show(turn),
+    });
     this.#listen();
     this.#show();
   }
@@ -31,17 +31,13 @@ export class Chat {
     byId("send").addEventListener("click", () => this.continue());
     byId("chat-undo").addEventListener("click", () => this.#undo());
     byId("chat-clear").addEventListener("click", () => this.#clear());
-    window.addEventListener("pagehide", () => this.conversation.save());
+    window.addEventListener("pagehide", () => this.conversation.close());
   }
 
-  /** While an answer comes, only its words are drawn anew. */
-  #show({ anew = false } = {}) {
-    const { turns } = this.conversation;
-    const last = this.place.lastElementChild;
-    const isComing =
-      last?.classList.contains("coming") && turns.at(-1)?.coming && this.place.children.length === turns.length;
-    if (isComing && !anew) last.querySelector(".said").textContent = textOf(turns.at(-1));
-    else this.place.replaceChildren(...turns.map((turn) => turnElement(turn, this.acts, turn === turns.at(-1))));
+  #show(anew = null) {
+    const { turns, system } = this.conversation;
+    byId("system").value = system;
+    this.talk.show(turns, anew);
     byId("chat-empty").hidden = turns.length > 0;
     byId("chat-undo").disabled = !this.conversation.canUndo;
     byId("chat-clear").disabled = !turns.length;

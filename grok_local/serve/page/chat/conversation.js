@@ -1,16 +1,36 @@
 /** What was said, with every version of an answer; kept with every change, and undone step by step. */
 
-import { keep, recall } from "../shared/store.js";
+import { hear, keep, recall } from "../shared/store.js";
+import { joined, withOwn } from "./meeting.js";
 
 const STEPS = 50;
 
 export class Conversation {
   #past = [];
+  #heard = null; // what another window kept while an answer came here
 
   /** A turn is {role, versions, shown}. */
   constructor(onChange) {
     this.onChange = onChange;
     Object.assign(this, { system: "", turns: [], ...recall("chat", {}) });
+    hear("chat", (name, kept) => name === "chat" && kept && this.#follow(kept));
+  }
+
+  get #isComing() {
+    return this.turns.some(({ coming }) => coming);
+  }
+
+  /** Another window changed the conversation, which is this one's too; an answer that comes here is put to it. */
+  #follow({ system, turns }) {
+    this.system = system;
+    if (this.#isComing) this.#heard = turns;
+    else this.#become(withOwn(turns, this.turns));
+    this.onChange();
+  }
+
+  #become(turns) {
+    this.#past = [...this.#past.slice(-STEPS), this.turns];
+    this.turns = turns;
   }
 
   /** What the server is sent to answer; an answer that is coming is no part of it. */
@@ -59,6 +79,7 @@ export class Conversation {
   settle(turn) {
     delete turn.coming;
     if (!textOf(turn)) this.#withdraw(turn);
+    this.#meet();
     this.save();
     this.onChange();
   }
@@ -68,6 +89,18 @@ export class Conversation {
     turn.shown = Math.max(turn.versions.length - 1, 0);
     if (!turn.versions.length) this.turns = this.turns.filter((each) => each !== turn);
     this.#past.pop();
+  }
+
+  #meet() {
+    if (this.#heard) this.turns = joined(this.turns, this.#heard);
+    this.#heard = null;
+  }
+
+  /** The page is closed: what came so far of an answer is kept; all else is. */
+  close() {
+    if (!this.#isComing) return;
+    this.#meet();
+    this.save();
   }
 
   show(turn, version) {
@@ -87,16 +120,21 @@ export class Conversation {
   }
 
   #change(turns) {
-    this.#past = [...this.#past.slice(-STEPS), this.turns];
-    this.turns = turns;
+    this.#become(turns);
     this.save();
     this.onChange();
   }
 
   save() {
-    const turns = this.turns.map(({ role, versions, shown }) => ({ role, versions, shown }));
-    keep("chat", { system: this.system, turns: turns.filter((turn) => textOf(turn)) });
+    const turns = this.turns.map(keptOf).filter(({ versions }) => versions.length);
+    keep("chat", { system: this.system, turns });
   }
 }
 
 export const textOf = ({ versions, shown }) => versions[shown];
+
+/** A turn without the answer of which nothing has come yet. */
+function keptOf({ role, versions, shown }) {
+  const said = versions.filter(Boolean);
+  return { role, versions: said, shown: Math.min(shown, said.length - 1) };
+}

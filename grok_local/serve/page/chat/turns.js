@@ -1,6 +1,6 @@
 /** How turns look: who, what, and what can be done with it. */
 
-import { make } from "../shared/dom.js";
+import { copy, make } from "../shared/dom.js";
 import { textOf } from "./conversation.js";
 
 /** The element of a turn. `acts` has edit, again and show; `isLast` says whether another answer can be asked for. */
@@ -9,7 +9,7 @@ export function turnElement(turn, acts, isLast) {
   const text = make("p", { class: "said" }, textOf(turn));
   const buttons = turn.role === "user" ? userButtons(turn, acts) : modelButtons(turn, acts, isLast);
   const foot = make("footer", {}, ...(turn.coming ? [] : buttons));
-  const how = { class: `turn ${turn.role} ${turn.coming ? "coming" : ""}`, "aria-label": who };
+  const how = { class: `turn ${turn.role} ${turn.coming ? "coming" : ""}`, "aria-label": who, tabIndex: -1 };
   return make("article", how, make("h3", {}, who), text, foot);
 }
 
@@ -20,9 +20,9 @@ function userButtons(turn, acts) {
 }
 
 function modelButtons(turn, acts, isLast) {
-  const copy = button("Copy", (event) => copied(turn, event.target));
+  const copying = button("Copy", (event) => copied(turn, event.target));
   const again = button("Another answer", () => acts.again());
-  return [...versionButtons(turn, acts), copy, ...(isLast ? [again] : [])];
+  return [...versionButtons(turn, acts), copying, ...(isLast ? [again] : [])];
 }
 
 function versionButtons(turn, { show }) {
@@ -37,17 +37,16 @@ function versionButtons(turn, { show }) {
 }
 
 async function copied(turn, target) {
-  await navigator.clipboard.writeText(textOf(turn));
-  target.textContent = "Copied";
+  target.textContent = (await copy(textOf(turn))) ? "Copied" : "The browser does not let it be copied";
 }
 
 /** A turn becomes a field, and then another turn or itself again. */
 function edit(turn, { sayInstead, redraw }, element) {
   const area = make("textarea", { class: "field-text", value: textOf(turn), "aria-label": "Your message" });
   const send = button("Send again", () => sayInstead(turn, area.value), { class: "" });
-  const cancel = button("Cancel", () => redraw());
+  const cancel = button("Cancel", () => redraw(turn));
   area.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") redraw();
+    if (event.key === "Escape") redraw(turn);
     else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) sayInstead(turn, area.value);
     else return;
     event.preventDefault();

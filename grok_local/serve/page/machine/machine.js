@@ -23,17 +23,17 @@ export class Machine {
 
   /** Looks at the server again and again while it is seen. */
   show() {
-    this.#wake();
+    this.#wake({ isAsked: true });
   }
 
-  #wake() {
+  #wake(how) {
     clearTimeout(this.#timer);
-    if (!document.hidden && !byId("machine").hidden) this.#look();
+    if (!document.hidden && !byId("machine").hidden) this.#look(how);
   }
 
-  async #look() {
+  async #look(how) {
     try {
-      await Promise.all([this.#machine(), this.#routing()]);
+      await Promise.all([this.#machine(how), this.#routing(how)]);
       byId("machine-problem").replaceChildren();
     } catch (error) {
       byId("machine-problem").replaceChildren(make("p", {}, failureWords(error)));
@@ -42,8 +42,8 @@ export class Machine {
     this.#timer = setTimeout(() => this.#wake(), EVERY);
   }
 
-  async #machine() {
-    const { model, context, parallel, plan, now, experts } = await getJson("/local/machine");
+  async #machine(how) {
+    const { model, context, parallel, plan, now, experts } = await getJson("/local/machine", how);
     this.#plan(plan);
     this.speeds.add(now.tokens_per_second);
     const facts = {
@@ -65,10 +65,10 @@ export class Machine {
   }
 
   /** What is not recorded is not asked for again. */
-  async #routing() {
+  async #routing(how) {
     if (!this.#isRecorded) return;
     try {
-      this.heat.show(await getJson("/local/routing"));
+      this.heat.show(await getJson("/local/routing", how));
     } catch (error) {
       if (error.status !== 404) throw error;
       this.#isRecorded = false;

@@ -60,6 +60,27 @@ function target(key, [back, on], from, count) {
   return key === "End" ? count - 1 : null;
 }
 
+/** Puts a text into the clipboard; returns whether the browser let it. */
+export async function copy(text) {
+  if (!navigator.clipboard) return copySelected(text);
+  return navigator.clipboard.writeText(text).then(
+    () => true,
+    () => false,
+  );
+}
+
+/** The old way: a page that came without TLS is given no other. */
+function copySelected(text) {
+  const had = document.activeElement;
+  const area = make("textarea", { value: text, class: "unseen" });
+  document.body.append(area);
+  area.select();
+  const isDone = document.execCommand("copy");
+  area.remove();
+  had?.focus();
+  return isDone;
+}
+
 /** Offers a text as a file. */
 export function download(name, text) {
   const url = URL.createObjectURL(new Blob([text], { type: "application/jsonl" }));

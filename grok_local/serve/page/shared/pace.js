@@ -1,7 +1,7 @@
 /** How far an answer is: what the server said of it last, and what came since, which is news sooner. */
 
 export class Pace {
-  #said = {};
+  #said = { state: "answer", tokens: 0 }; // where the server said nothing yet, the first that comes is no token
   #first = null; // when the first token came
   #tokens = 0;
 
@@ -17,7 +17,7 @@ export class Pace {
 
   /** So many tokens have come in all. */
   count(tokens) {
-    this.#first ??= Date.now();
+    if (tokens) this.#first ??= Date.now();
     this.#tokens = tokens;
     return this.#told();
   }

@@ -13,8 +13,9 @@ export class ServerError extends Error {
   }
 }
 
-export async function getJson(path) {
-  return (await ask(path, {})).json();
+/** `isAsked` says whether a user asks: only then somebody who gave no key is asked for it once more. */
+export async function getJson(path, { isAsked = false } = {}) {
+  return (await ask(path, {}, isAsked)).json();
 }
 
 /** Yields {event, data} with data read as JSON, until [DONE]; an error in the stream is thrown. */
@@ -42,11 +43,12 @@ async function* read(response) {
   }
 }
 
-async function ask(path, options) {
+async function ask(path, options, isAsked = true) {
   for (;;) {
     const response = await reached(path, { ...options, headers: { ...options.headers, ...credentials() } });
     if (response.ok) return response;
     if (response.status !== 401) throw await refusal(response);
+    if (isDeclined && !isAsked) throw keyMissing();
     const { message } = await refusal(response);
     sessionStorage.setItem(KEY, await askedForKey(credentials().Authorization ? message : ""));
   }
@@ -78,7 +80,10 @@ async function refusal(response) {
   return new ServerError(message, { status: response.status, code: error?.code, wait });
 }
 
+const keyMissing = () => new ServerError("The server wants its API key.", { status: 401 });
+
 let asking = null;
+let isDeclined = false;
 
 /** One dialog, however many requests wait for its answer; `trouble` is what was wrong with the last one. */
 function askedForKey(trouble) {
@@ -87,8 +92,9 @@ function askedForKey(trouble) {
     dialog.onclose = () => {
       asking = null;
       const key = byId("key").value.trim();
-      if (dialog.returnValue === "use" && key) resolve(key);
-      else reject(new ServerError("The server wants its API key.", { status: 401 }));
+      isDeclined = dialog.returnValue !== "use" || !key;
+      if (isDeclined) reject(keyMissing());
+      else resolve(key);
     };
     byId("key-trouble").textContent = trouble;
     dialog.returnValue = "";

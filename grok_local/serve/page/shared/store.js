@@ -6,11 +6,19 @@ const PREFIX = "grok-local:";
 
 export function recall(name, otherwise = null) {
   try {
-    const text = localStorage.getItem(PREFIX + name);
-    return text === null ? otherwise : JSON.parse(text);
+    return read(localStorage.getItem(PREFIX + name)) ?? otherwise;
   } catch {
     return otherwise;
   }
+}
+
+const read = (text) => (text === null ? null : JSON.parse(text));
+
+/** Tells `told(name, value)` what another window keeps under names that begin with `start`; null is what it forgot. */
+export function hear(start, told) {
+  addEventListener("storage", ({ key, newValue, storageArea }) => {
+    if (storageArea === localStorage && key?.startsWith(PREFIX + start)) told(key.slice(PREFIX.length), read(newValue));
+  });
 }
 
 export function keep(name, value) {

@@ -49,13 +49,13 @@ const PHASES = {
   }),
 };
 
-/** What went wrong, and what helps. */
-export function failureWords(error) {
+/** What went wrong, and what helps; `shorter` is how less is asked for. */
+export function failureWords(error, shorter = "") {
   if (error.status === 0) return `${error.message} Is “grok-local serve” still running?`;
   if (error.status === 429)
     return `Too many requests are waiting${error.wait ? `; there is room in about ${duration(error.wait)}` : ""}.`;
   if (error.code === "context_length_exceeded")
-    return `${sentence(error.message)} Shorten what stands before the cursor, or ask for fewer tokens.`;
+    return `${sentence(error.message)} ${shorter}`.trim();
   return sentence(error.message);
 }
 

@@ -7,10 +7,10 @@ import { failureWords, progressWords } from "./words.js";
 export class Work {
   #control = null;
 
-  /** `dock` has places of the classes status, done, problem, start and stop. */
-  constructor(dock) {
+  /** `dock` has places of the classes status, done, problem, start and stop; `shorter` says how to ask for less. */
+  constructor(dock, shorter) {
     const place = (name) => dock.querySelector(`.${name}`);
-    Object.assign(this, { dock, status: place("status"), done: place("done"), problem: place("problem") });
+    Object.assign(this, { dock, shorter, status: place("status"), done: place("done"), problem: place("problem") });
     Object.assign(this, { startButton: place("start"), stopButton: place("stop") });
     this.stopButton.addEventListener("click", () => this.stop());
   }
@@ -34,8 +34,9 @@ export class Work {
       return this.#end("done", "");
     } catch (error) {
       if (control.signal.aborted) return this.#end("stopped", "Stopped. What came stays.");
+      control.abort(); // what failed here asks for no more
       if (!("status" in error)) console.error(error);
-      this.say(failureWords(error), { label: "Try again", onclick: again });
+      this.say(failureWords(error, this.shorter), { label: "Try again", onclick: again });
       return this.#end("failed", "");
     }
   }

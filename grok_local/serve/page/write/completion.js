@@ -12,11 +12,15 @@ export async function complete(body, { signal, onChoice, told }) {
   }
 }
 
+/** A text as a text area has it, where every line ends with one character. */
+export const asInArea = (text) => text.replace(/\r\n?/g, "\n");
+
 export class Choice {
   text = "";
   tokens = []; // [start in the text, log-probability, [[rival, its log-probability]]]
   end = null; // why it ended
 
+  #raw = ""; // the text as it came: tokens are laid along its bytes
   #coming = []; // tokens whose text is not there yet, each with the byte it starts at
   #bytes = 0; // of all tokens so far
   #passed = 0; // bytes of the text before #place
@@ -27,7 +31,8 @@ export class Choice {
   }
 
   take({ text, logprobs, finish_reason: end }) {
-    this.text += text ?? "";
+    this.#raw += text ?? "";
+    this.text = asInArea(this.#raw);
     this.end = end ?? this.end;
     const { tokens = [], token_logprobs: values, top_logprobs: tops } = logprobs ?? {};
     for (const [index, token] of tokens.entries())
@@ -38,21 +43,21 @@ export class Choice {
 
   /** A token comes next, with what else was likely: [[text, log-probability]]. */
   expect(token, logprob, likely) {
-    const rivals = likely.filter(([text]) => text !== token).map(([text, value]) => [text, thousandth(value)]);
+    const rivals = likely.filter(([text]) => text !== token).map(([text, value]) => [asInArea(text), thousandth(value)]);
     this.#coming.push({ at: this.#bytes, rest: [thousandth(logprob), rivals] });
     this.#bytes += bytesOf(token);
   }
 
   #lay() {
     while (this.#coming.length && this.#reach(this.#coming[0].at)) {
-      this.tokens.push([this.#place, ...this.#coming.shift().rest]);
+      this.tokens.push([asInArea(this.#raw.slice(0, this.#place)).length, ...this.#coming.shift().rest]);
     }
   }
 
   /** Goes to the character that a byte belongs to, if it is there yet. */
   #reach(at) {
-    while (this.#place < this.text.length) {
-      const code = this.text.codePointAt(this.#place);
+    while (this.#place < this.#raw.length) {
+      const code = this.#raw.codePointAt(this.#place);
       const passed = this.#passed + lengthOf(code);
       if (passed > at) return true;
       this.#passed = passed;

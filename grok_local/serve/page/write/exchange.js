@@ -1,16 +1,19 @@
 /** The tree as lines for `grok-local batch`, and lines back into the tree: prompts, and what a batch answered. */
 
-import { Choice } from "./completion.js";
+import { asInArea, Choice } from "./completion.js";
 
 /** A line for the end of every branch; its `id` is the node's name from then on. */
 export function linesOf(manuscript, body) {
-  const ends = manuscript.tree.nodes.filter((node) => !node.gone && !manuscript.tree.children(node.id).length);
+  const ends = shown(manuscript.tree).filter(({ id }) => !manuscript.tree.children(id).length);
   return ends.map((node) => lineOf(manuscript, node, body)).filter(({ prompt }) => prompt);
 }
 
+/** Nothing goes out of what was thrown away, and nothing comes in where nobody sees it. */
+const shown = (tree) => tree.nodes.filter(({ id }) => tree.isShown(id));
+
 function lineOf(manuscript, node, body) {
-  manuscript.name(node, node.name ?? `branch-${node.id.toString(36)}`);
-  return { id: node.name, prompt: manuscript.textAt(node.id).slice(0, node.cursor), ...body };
+  if (!node.names) manuscript.name(node, `branch-${node.id.toString(36)}`);
+  return { id: node.names[0], prompt: manuscript.textAt(node.id).slice(0, node.cursor), ...body };
 }
 
 /** Takes lines in; returns how many were {prompts, answers, left} out. */
@@ -19,7 +22,9 @@ export function takeIn(manuscript, text) {
     .split("\n")
     .filter((line) => line.trim())
     .map(parsed);
-  const prompts = lines.filter((line) => typeof line?.prompt === "string" && line.prompt);
+  const prompts = lines
+    .filter((line) => typeof line?.prompt === "string" && line.prompt)
+    .map((line) => ({ ...line, prompt: asInArea(line.prompt) }));
   const answers = lines.filter((line) => typeof line?.text === "string" && "id" in line);
   addPrompts(manuscript, prompts);
   const found = answers.map((line) => addAnswer(manuscript, line)).filter(Boolean).length;
@@ -36,13 +41,12 @@ function parsed(line) {
 
 /** Prompts become branches, which part where their texts do. */
 function addPrompts(manuscript, lines) {
-  const states = manuscript.tree.nodes.map(({ id }) => ({ id, text: manuscript.textAt(id) }));
-  const names = new Map(lines.map(({ prompt, id }) => [prompt, id]));
-  const texts = new Set([...names.keys(), ...forksOf([...names.keys()])]);
-  for (const text of [...texts].sort((one, other) => one.length - other.length)) {
-    const node = addText(manuscript, states, text);
-    if (node && names.has(text)) manuscript.name(node, names.get(text));
-  }
+  const states = shown(manuscript.tree).map(({ id }) => ({ id, text: manuscript.textAt(id) }));
+  const prompts = lines.map(({ prompt }) => prompt);
+  const texts = new Set([...prompts, ...forksOf(prompts)]);
+  const sorted = [...texts].sort((one, other) => one.length - other.length);
+  const nodes = new Map(sorted.map((text) => [text, addText(manuscript, states, text)]));
+  for (const { prompt, id } of lines) if (id !== undefined) manuscript.name(nodes.get(prompt), id);
 }
 
 function addText(manuscript, states, text) {
@@ -72,13 +76,12 @@ function commonStart(one, other) {
 }
 
 function addAnswer(manuscript, { id, text, logprobs }) {
-  const parent = manuscript.tree.nodes.find((node) => node.name === id && !node.gone);
+  const parent = shown(manuscript.tree).find(({ names }) => names?.includes(id));
   if (!parent || !text) return null;
-  const tokens = logprobs ? laid(text, logprobs) : [];
-  return manuscript.add(parent.id, { at: parent.cursor, text, kind: "written", tokens });
+  return manuscript.add(parent.id, { at: parent.cursor, kind: "written", ...laid(text, logprobs ?? []) });
 }
 
-function laid(text, logprobs) {
+function laid(whole, logprobs) {
   const choice = new Choice();
   for (const { top = [], ...chosen } of logprobs) {
     choice.expect(
@@ -87,7 +90,8 @@ function laid(text, logprobs) {
       top.map((rival) => [named(rival), rival.logprob]),
     );
   }
-  return choice.take({ text }).tokens;
+  const { text, tokens } = choice.take({ text: whole });
+  return { text, tokens };
 }
 
 /** A token as the server names it: part of a character by its bytes. */

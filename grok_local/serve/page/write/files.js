@@ -6,9 +6,9 @@ import { counted } from "../shared/words.js";
 import { linesOf, takeIn } from "./exchange.js";
 
 export class Files {
-  /** `body()` has the fields that every line gets, `onReplaced()` is told when another text is there. */
-  constructor(manuscript, work, { body, onReplaced }) {
-    Object.assign(this, { manuscript, work, body, onReplaced });
+  /** `body()` has the fields that every line gets, `move(act)` does what puts another text here. */
+  constructor(manuscript, work, { body, move }) {
+    Object.assign(this, { manuscript, work, body, move });
     byId("export").addEventListener("click", () => this.export());
     byId("import").addEventListener("click", () => byId("import-file").click());
     byId("import-file").addEventListener("change", (event) => this.#import(event.target));
@@ -25,25 +25,27 @@ export class Files {
   async #import(input) {
     const text = await input.files[0].text();
     input.value = "";
-    const { prompts, answers, left } = takeIn(this.manuscript, text);
+    const { prompts, answers, left } = await this.move(() => takeIn(this.manuscript, text));
     const found = [prompts && counted(prompts, "branch", "branches"), answers && counted(answers, "answer")].filter(
       Boolean,
     );
     const without = left ? ` ${counted(left, "line")} had no text for this tree and stayed out.` : "";
     this.work.say(`Taken in: ${found.join(" and ") || "nothing"}.${without}`);
-    this.onReplaced();
   }
 
-  #begin() {
-    const old = this.manuscript.replace();
-    this.onReplaced();
+  async #begin() {
+    await this.#put({}, "This is a new text.");
     byId("text").focus();
-    notify("This is a new text.", { label: "Bring the old one back", onclick: () => this.#back(old) });
   }
 
-  #back(old) {
-    this.manuscript.replace(old);
-    this.onReplaced();
+  async #put(text, sentence) {
+    this.offer(sentence, await this.move(() => this.manuscript.replace(text)));
+  }
+
+  /** Says that another text is there, and brings the old one back, if that is wished. */
+  offer(sentence, old) {
+    const back = { label: "Bring the old one back", onclick: () => this.#put(old, "The old text is back.") };
+    notify(sentence, old.tree.nodes.length > 1 ? back : null);
   }
 }
 

@@ -16,7 +16,7 @@ export class Tree {
 
   /** `nodes` come in any order; those whose parents are missing are left out. */
   constructor(nodes = []) {
-    for (const node of [ROOT, ...nodes].sort((one, other) => one.id - other.id)) this.#put({ ...node });
+    for (const node of [ROOT, ...nodes].sort((one, other) => one.id - other.id)) this.put({ ...node });
   }
 
   get nodes() {
@@ -32,6 +32,11 @@ export class Tree {
     return (this.#children.get(id) ?? []).map((child) => this.node(child)).filter((node) => !node.gone);
   }
 
+  /** Whether neither a node nor one that it came of was thrown away. */
+  isShown(id) {
+    return this.path(id).every(({ gone }) => !gone);
+  }
+
   /** From the root to a node. */
   path(id) {
     const found = [];
@@ -41,7 +46,15 @@ export class Tree {
 
   /** `given` is how much of the text the model did not write: a rival that was chosen, and what was before it. */
   add(parent, { at, cut = 0, text = "", kind, tokens = null, given = 0 }) {
-    return this.#put({ id: this.#newId(), parent, at, cut, text, kind, tokens, given, cursor: at + text.length });
+    return this.put({ id: this.#newId(), parent, at, cut, text, kind, tokens, given, cursor: at + text.length });
+  }
+
+  /** Lets a node go on under another id; its old one, and what came of that, is `known`'s, the node as it was. */
+  part(node, known) {
+    const { id } = node;
+    node.id = this.#newId();
+    this.#nodes.set(id, known);
+    this.put(node);
   }
 
   /** By the time, so that another window's nodes have other ids, and children's are larger than their parents'. */
@@ -49,10 +62,16 @@ export class Tree {
     return Math.max(this.#last + 1, Date.now() * 1000 + Math.floor(Math.random() * 1000));
   }
 
+  /** The ids of a node and of all that came of it, thrown away or not. */
+  below(id) {
+    const found = [id];
+    for (const each of found) found.push(...(this.#children.get(each) ?? []));
+    return found;
+  }
+
   /** Takes a node and all that came of it out, for good; returns their ids. */
   remove(id) {
-    const removed = [id];
-    for (const each of removed) removed.push(...(this.#children.get(each) ?? []));
+    const removed = this.below(id);
     const siblings = this.#children.get(this.node(id).parent);
     siblings.splice(siblings.indexOf(id), 1);
     for (const each of removed) {
@@ -62,12 +81,8 @@ export class Tree {
     return removed;
   }
 
-  /** Whether the model wrote a node, or anything that came of it. */
-  holdsWriting(id) {
-    return this.node(id).kind === "written" || this.children(id).some((child) => this.holdsWriting(child.id));
-  }
-
-  #put(node) {
+  /** Puts a node where its parent is; returns null where that is missing. */
+  put(node) {
     if (node.parent !== null && !this.node(node.parent)) return null;
     this.#nodes.set(node.id, node);
     if (node.parent !== null) this.#children.set(node.parent, [...(this.#children.get(node.parent) ?? []), node.id]);

@@ -16,10 +16,13 @@ import { Writing } from "./writing.js";
 
 export class Write {
   constructor() {
-    this.manuscript = new Manuscript((what) => this.#changed(what));
+    this.manuscript = new Manuscript(
+      (what) => this.#changed(what),
+      (old) => this.#replaced(old),
+    );
     this.editor = new Editor(byId("text"), byId("mirror"));
     this.dock = byId("write-dock");
-    this.work = new Work(this.dock);
+    this.work = new Work(this.dock, "Shorten what stands before the cursor, or ask for fewer tokens.");
     this.choices = new Choices();
     this.writing = new Writing(this.manuscript, this.work, {
       onGrow: (node) => this.alternatives.update(node),
@@ -37,7 +40,7 @@ export class Write {
     });
     this.files = new Files(this.manuscript, this.work, {
       body: () => this.choices.body,
-      onReplaced: () => this.#stand(),
+      move: (act) => this.#move(act),
     });
     this.show = everyPicture(() => this.#show());
     this.#listen();
@@ -58,7 +61,14 @@ export class Write {
 
   /** The page may be closed while the model writes. */
   #saveNow() {
-    for (const node of [this.manuscript.current, ...this.writing.nodes]) this.manuscript.save(node);
+    for (const node of this.writing.nodes) this.manuscript.save(node);
+    this.manuscript.keepCursor();
+  }
+
+  /** In another window a new text was begun, or an old one brought back. */
+  async #replaced(old) {
+    await this.#move(() => {});
+    this.files.offer("Another window has put another text here.", old);
   }
 
   // -- what is shown -----------------------------------------------------------------------------------------------
@@ -144,8 +154,9 @@ export class Write {
   async #move(act) {
     await this.writing.stop();
     this.alternatives.close();
-    act();
+    const done = act();
     this.#stand();
+    return done;
   }
 
   // -- the model writes --------------------------------------------------------------------------------------------

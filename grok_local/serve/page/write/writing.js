@@ -20,6 +20,7 @@ export class Writing {
     this.nodes = nodes;
     const prompt = manuscript.textAt(nodes[0].id).slice(0, nodes[0].cursor);
     const starts = nodes.map(({ text, tokens }) => ({ text, tokens }));
+    for (const node of nodes) manuscript.grow(node, node);
     const onChoice = (choice) => this.#grow(starts, choice);
     const job = (signal, told) => complete({ ...body, prompt, n: nodes.length }, { signal, told, onChoice });
     const run = this.work.run(job, { wanted: body.max_tokens * nodes.length, again: this.onRetry });
@@ -47,8 +48,7 @@ export class Writing {
   #settle(nodes) {
     this.nodes = [];
     for (const node of nodes) {
-      if (!this.manuscript.tree.node(node.id)) continue;
-      if (node.text) this.manuscript.settle(node);
+      if (node.text || !this.manuscript.tree.node(node.id)) this.manuscript.settle(node);
       else this.manuscript.discard(node);
     }
   }
