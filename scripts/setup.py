@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -28,6 +29,7 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 LLAMA = "llama-cpp-python"
 CUDA = "-DGGML_CUDA=ON"
 WITHOUT_COMMON = ROOT / "scripts" / "without_common.cmake"
+_BUILD_FLAGS = ("CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX")  # what compilers are told by the environment
 _BUILD_TOOLS = ("scikit-build-core>=0.10", "cmake>=3.21", "ninja")
 
 
@@ -62,6 +64,19 @@ def find_compilers() -> dict[str, str]:
     return fail(f"no C++ compiler, which llama.cpp needs: {_install('g++', mac='xcode-select --install')}")
 
 
+def compiler_version(name: str, compilers: dict[str, str]) -> tuple[str, str]:
+    """What is called as CC or CXX, and what it says it is: a name can mean another compiler tomorrow."""
+    usual = {"CC": sysconfig.get_config_var("CC") or "cc", "CXX": "c++"}[name]
+    command = compilers.get(name) or os.environ.get(name) or usual
+    return command, _output(*shlex.split(command), "--version")
+
+
+def cpu_flags(root: Path = Path("/")) -> str:
+    """What this kind of processor can do: llama.cpp is compiled for it, and a clone may be on several machines."""
+    found = re.search(r"^(flags|Features).*", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    return found[0] if found else _output("sysctl", "-n", "machdep.cpu.brand_string")
+
+
 def cmake_options(*, cuda: bool) -> str:
     """The project's, CUDA's if wanted, and what the user's CMAKE_ARGS say, which have the last word."""
     base = re.search(r'CMAKE_ARGS = "([^"]*)"', PROJECT)
@@ -91,6 +106,14 @@ def pinned_llama() -> str:
 def installed_llama() -> str:
     found = [path.name.split("-")[1] for path in VENV.glob("lib/python*/site-packages/llama_cpp_python-*.dist-info")]
     return found[0].removesuffix(".dist") if found else ""
+
+
+def _output(*command: str) -> str:
+    """What it prints; nothing where it is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
 
 
 def _in_path(pattern: str) -> Iterator[Path]:
@@ -145,8 +168,7 @@ def best_llama(uv: str | None) -> Path:
 def build_llama(compilers: dict[str, str], uv: str | None, *, options: str) -> Path:
     """A wheel of llama.cpp, compiled with these options of CMake. Raises CompileError."""
     version = pinned_llama()
-    key = hashlib.sha256(repr((version, options, compilers, sys.version_info[:2])).encode()).hexdigest()[:8]
-    folder = BUILD / key
+    folder = BUILD / build_key(compilers, options=options)
     done = sorted(folder.glob("wheels/*.whl"))
     if done:
         return done[0]
@@ -165,6 +187,14 @@ def build_llama(compilers: dict[str, str], uv: str | None, *, options: str) -> P
     compile_watched([*wheel, str(_source(folder, version))], env, folder)
     (folder / "unfinished").replace(folder / "wheels")
     return next((folder / "wheels").glob("*.whl"))
+
+
+def build_key(compilers: dict[str, str], *, options: str, root: Path = Path("/")) -> str:
+    """Of all that a wheel depends on: with anything else it is another one. `root` has proc."""
+    called = [compiler_version(name, compilers) for name in ("CC", "CXX")]
+    flags = [os.environ.get(name, "") for name in _BUILD_FLAGS]
+    parts = (pinned_llama(), options, called, flags, platform.machine(), cpu_flags(root), sys.version_info[:2])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def _source(folder: Path, version: str) -> Path:

@@ -106,6 +106,29 @@ def test_which_compiler_is_taken(
     assert setup.find_compilers() == chosen
 
 
+def test_a_wheel_is_one_compilers_and_one_processors(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another compiler, also one with the same name, or another kind of processor: what is there is of no use."""
+
+    def key(machine: str, compilers: dict[str, str]) -> str:
+        return str(setup.build_key(compilers, options="-DA=ON", root=tmp_path / machine))
+
+    for machine, line in {"old": "flags\t\t: avx2", "new": "flags\t\t: avx2 avx512f", "arm": "Features\t: sve"}.items():
+        (tmp_path / machine / "proc").mkdir(parents=True)
+        (tmp_path / machine / "proc" / "cpuinfo").write_text(f"{line}\n")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    usual = key("old", {})
+    assert usual == key("old", {})
+    assert len({key(machine, {}) for machine in ("old", "new", "arm")}) == 3
+    monkeypatch.setenv("CXX", str(tmp_path / "mine"))
+    named = key("old", {})
+    (tmp_path / "mine").write_text("#!/bin/sh\necho version 19\n")
+    (tmp_path / "mine").chmod(0o755)
+    assert len({usual, named, key("old", {})}) == 3
+
+
 def test_what_it_reads_off_the_project(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import version
 
