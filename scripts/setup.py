@@ -143,9 +143,11 @@ def install(uv: str | None, *arguments: str | Path) -> None:
 
 
 def needed(kind: str) -> list[str]:
-    """What the tests need beside the project and what it needs."""
-    group = re.search(r"^dev = \[(.*?)^\]", PROJECT, re.MULTILINE | re.DOTALL)
-    return re.findall(r'^\s*"([^"]+)"', group[1] if group and kind == "test" else "", re.MULTILINE)
+    """What is wanted beside the project and what it needs: serve's packages, and for the tests theirs."""
+    names = ["server", "dev"] if kind == "test" else ["server"]
+    groups = [re.search(rf"^{name} = \[(.*?)\]$", PROJECT, re.MULTILINE | re.DOTALL) for name in names]
+    lines = [line for group in groups if group for line in group[1].splitlines() if not line.lstrip().startswith("#")]
+    return list(dict.fromkeys(re.findall(r'"([^"]+)"', "\n".join(lines))))
 
 
 # -- llama.cpp ---------------------------------------------------------------------------------------------------------
