@@ -58,6 +58,7 @@ def _described_machine(
 
 @bundled(machine=_described_machine, loading=load_options)
 def plan(
+    ctx: typer.Context,
     model: Annotated[
         Optional[str],
         typer.Option(
@@ -96,6 +97,8 @@ def plan(
     from grok_local.placement.whatif import Width, widest
     from grok_local.views.plans import describe_plan, print_plan
 
+    if like is not None and _from_environment(ctx, "model"):
+        model = None
     shape, request = _asked(model, like, type, loading or {})
     supposed = whatif.described(**(machine or {}))  # mistakes are told before it takes long
     request = request.reshaped(parallel=parallel or 1, reproducible=False)
@@ -199,6 +202,12 @@ def worker(
     from grok_local.runtime.remote.server import serve_worker
 
     serve_worker(listen, threads=threads)
+
+
+def _from_environment(ctx: typer.Context, name: str) -> bool:
+    """Whether an option is only what a variable says it usually is: what is given here has precedence."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "ENVIRONMENT"
 
 
 def _asked(model: str | None, like: str | None, type: str, loading: dict[str, Any]) -> tuple[ModelShape, LoadRequest]:

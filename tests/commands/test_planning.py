@@ -47,6 +47,13 @@ def test_the_plan_in_the_documents_is_what_is_shown(run: Run) -> None:
     assert [line.rstrip() for line in shown.splitlines()] == example[2].splitlines()
 
 
+def test_a_usual_model_does_not_stand_against_like(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROK_LOCAL_MODEL", "tiny")
+    assert run("plan", "--like", "grok-1", *DESCRIBED).stdout.startswith("Grok-1: 181 GB")
+    both = run("plan", "--like", "grok-1", "--model", "tiny", *DESCRIBED)
+    assert (both.returncode, both.stderr) == (2, "error: --model and --like: give one of them\n")
+
+
 def test_plan_for_scripts(run: Run) -> None:
     found = json.loads(run("plan", "--like", "Grok-2", *DESCRIBED, "--type", "q4_0", "--json").stdout)
     assert found["model"] == "Grok-2"
