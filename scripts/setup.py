@@ -24,7 +24,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV, BUILD = ROOT / ".venv", ROOT / "build" / "llama.cpp"
-PYTHON = VENV / "bin" / "python"
+PYTHON, STAMP = VENV / "bin" / "python", VENV / "grok-local.stamp"
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 LLAMA = "llama-cpp-python"
 CUDA = "-DGGML_CUDA=ON"
@@ -39,12 +39,12 @@ class CompileError(Exception):
 
 def main(kind: str, stamp: str) -> None:
     uv = shutil.which("uv")
-    make_environment(uv)
+    make_environment(uv, stamp)
     if installed_llama() != pinned_llama():
         install(uv, best_llama(uv))
     say("installing the other packages")
     install(uv, "-e", ROOT, *needed(kind))
-    (VENV / "grok-local.stamp").write_text(f"{stamp}\n", encoding="utf-8")
+    STAMP.write_text(f"{stamp}\n", encoding="utf-8")
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------
@@ -124,9 +124,31 @@ def _in_path(pattern: str) -> Iterator[Path]:
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 
-def make_environment(uv: str | None) -> None:
-    if PYTHON.exists():
+def make_environment(uv: str | None, stamp: str) -> None:
+    """One that works and was made here stays, as far as it is; another is replaced: it would run another's code."""
+    if environment_works() and made_here():
         return
+    if VENV.is_symlink():
+        VENV.unlink()
+    elif VENV.exists():
+        say("making .venv anew: the clone was moved or copied, or the Python that it was made with is gone")
+        shutil.rmtree(VENV)
+    _new_environment(uv)
+    STAMP.write_text(f"unfinished {stamp.partition(' ')[2]}\n", encoding="utf-8")
+
+
+def environment_works() -> bool:
+    """Whether its Python is there, and of the version that its packages were installed for."""
+    version = _output(str(PYTHON), "-ISc", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+    return bool(version) and (VENV / f"lib/python{version}/site-packages").is_dir()
+
+
+def made_here() -> bool:
+    """Whether no stamp says otherwise: it is a kind, a checksum of two numbers, and the clone's path."""
+    return not STAMP.exists() or _text(STAMP).rstrip("\n").split(" ", 3)[3:] == [str(ROOT)]
+
+
+def _new_environment(uv: str | None) -> None:
     if uv:
         run(uv, "venv", "--quiet", "--seed", "--python", sys.executable, VENV)
         return
