@@ -116,6 +116,7 @@ def test_what_is_planned_is_what_is_loaded(run: Run, packed: Path, name: str, op
         (["--like", "grok-1", *DESCRIBED, "--experts-on", "9"], 1, "say --experts-on 4"),
         (["--like", "grok-1", *DESCRIBED, "--experts-on", "some"], 2, "cpu, gpu, or a number of layers"),
         (["--like", "grok-1", *DESCRIBED, "--override", "x=GPU9"], 2, "there are RAM, GPU0"),
+        (["-m", "tiny", "--type", "q8_0"], 2, "--type belongs to --like"),
         (["-m", "nowhere.gguf"], 1, "no such file"),
         (["--override", "a"], 2, r"for example 'blk\.0\.ffn_.*_exps=RAM'"),
     ],
