@@ -1,10 +1,11 @@
 # prepare run|test: the environment .venv, made or completed by setup.py where it is not what the clone asks for now.
 
 prepare() {
-    stamp="$1 $(cat "$root/pyproject.toml" "$root/scripts/setup.py" | cksum)"
+    # An environment has its own path in it: that of a clone that was moved or copied is another's.
+    stamp="$1 $(cat "$root/pyproject.toml" "$root/scripts/setup.py" | cksum) $root"
     # What the tests need is more than running needs.
     for made in "$stamp" "test ${stamp#* }"; do
-        if grep -qxF "$made" "$root/.venv/grok-local.stamp" 2>/dev/null; then
+        if grep -qxF "$made" "$root/.venv/grok-local.stamp" 2>/dev/null && works; then
             return 0
         fi
     done
@@ -13,6 +14,12 @@ prepare() {
         exit 1
     }
     "$python" "$root/scripts/setup.py" "$1" "$stamp"
+}
+
+# Whether the environment's Python is there, and of the version that its packages were installed for.
+works() {
+    version=$("$root/.venv/bin/python" -ISc 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) &&
+        [ -d "$root/.venv/lib/python$version/site-packages" ]
 }
 
 find_python() {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -23,11 +24,12 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV, BUILD = ROOT / ".venv", ROOT / "build" / "llama.cpp"
-PYTHON = VENV / "bin" / "python"
+PYTHON, STAMP = VENV / "bin" / "python", VENV / "grok-local.stamp"
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 LLAMA = "llama-cpp-python"
 CUDA = "-DGGML_CUDA=ON"
 WITHOUT_COMMON = ROOT / "scripts" / "without_common.cmake"
+_BUILD_FLAGS = ("CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX")  # what compilers are told by the environment
 _BUILD_TOOLS = ("scikit-build-core>=0.10", "cmake>=3.21", "ninja")
 
 
@@ -37,12 +39,12 @@ class CompileError(Exception):
 
 def main(kind: str, stamp: str) -> None:
     uv = shutil.which("uv")
-    make_environment(uv)
+    make_environment(uv, stamp)
     if installed_llama() != pinned_llama():
         install(uv, best_llama(uv))
     say("installing the other packages")
     install(uv, "-e", ROOT, *needed(kind))
-    (VENV / "grok-local.stamp").write_text(f"{stamp}\n", encoding="utf-8")
+    STAMP.write_text(f"{stamp}\n", encoding="utf-8")
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------
@@ -60,6 +62,19 @@ def find_compilers() -> dict[str, str]:
         if shutil.which(cc) and shutil.which(cxx):
             return {"CC": cc, "CXX": cxx}
     return fail(f"no C++ compiler, which llama.cpp needs: {_install('g++', mac='xcode-select --install')}")
+
+
+def compiler_version(name: str, compilers: dict[str, str]) -> tuple[str, str]:
+    """What is called as CC or CXX, and what it says it is: a name can mean another compiler tomorrow."""
+    usual = {"CC": sysconfig.get_config_var("CC") or "cc", "CXX": "c++"}[name]
+    command = compilers.get(name) or os.environ.get(name) or usual
+    return command, _output(*shlex.split(command), "--version")
+
+
+def cpu_flags(root: Path = Path("/")) -> str:
+    """What this kind of processor can do: llama.cpp is compiled for it, and a clone may be on several machines."""
+    found = re.search(r"^(flags|Features).*", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    return found[0] if found else _output("sysctl", "-n", "machdep.cpu.brand_string")
 
 
 def cmake_options(*, cuda: bool) -> str:
@@ -93,6 +108,14 @@ def installed_llama() -> str:
     return found[0].removesuffix(".dist") if found else ""
 
 
+def _output(*command: str) -> str:
+    """What it prints; nothing where it is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
 def _in_path(pattern: str) -> Iterator[Path]:
     for folder in os.environ.get("PATH", "").split(os.pathsep):
         yield from sorted(Path(folder).glob(pattern), reverse=True)
@@ -101,9 +124,31 @@ def _in_path(pattern: str) -> Iterator[Path]:
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 
-def make_environment(uv: str | None) -> None:
-    if PYTHON.exists():
+def make_environment(uv: str | None, stamp: str) -> None:
+    """One that works and was made here stays, as far as it is; another is replaced: it would run another's code."""
+    if environment_works() and made_here():
         return
+    if VENV.is_symlink():
+        VENV.unlink()
+    elif VENV.exists():
+        say("making .venv anew: the clone was moved or copied, or the Python that it was made with is gone")
+        shutil.rmtree(VENV)
+    _new_environment(uv)
+    STAMP.write_text(f"unfinished {stamp.partition(' ')[2]}\n", encoding="utf-8")
+
+
+def environment_works() -> bool:
+    """Whether its Python is there, and of the version that its packages were installed for."""
+    version = _output(str(PYTHON), "-ISc", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+    return bool(version) and (VENV / f"lib/python{version}/site-packages").is_dir()
+
+
+def made_here() -> bool:
+    """Whether no stamp says otherwise: it is a kind, a checksum of two numbers, and the clone's path."""
+    return not STAMP.exists() or _text(STAMP).rstrip("\n").split(" ", 3)[3:] == [str(ROOT)]
+
+
+def _new_environment(uv: str | None) -> None:
     if uv:
         run(uv, "venv", "--quiet", "--seed", "--python", sys.executable, VENV)
         return
@@ -120,9 +165,11 @@ def install(uv: str | None, *arguments: str | Path) -> None:
 
 
 def needed(kind: str) -> list[str]:
-    """What the tests need beside the project and what it needs."""
-    group = re.search(r"^dev = \[(.*?)^\]", PROJECT, re.MULTILINE | re.DOTALL)
-    return re.findall(r'^\s*"([^"]+)"', group[1] if group and kind == "test" else "", re.MULTILINE)
+    """What is wanted beside the project and what it needs: serve's packages, and for the tests theirs."""
+    names = ["server", "dev"] if kind == "test" else ["server"]
+    groups = [re.search(rf"^{name} = \[(.*?)\]$", PROJECT, re.MULTILINE | re.DOTALL) for name in names]
+    lines = [line for group in groups if group for line in group[1].splitlines() if not line.lstrip().startswith("#")]
+    return list(dict.fromkeys(re.findall(r'"([^"]+)"', "\n".join(lines))))
 
 
 # -- llama.cpp ---------------------------------------------------------------------------------------------------------
@@ -145,8 +192,7 @@ def best_llama(uv: str | None) -> Path:
 def build_llama(compilers: dict[str, str], uv: str | None, *, options: str) -> Path:
     """A wheel of llama.cpp, compiled with these options of CMake. Raises CompileError."""
     version = pinned_llama()
-    key = hashlib.sha256(repr((version, options, compilers, sys.version_info[:2])).encode()).hexdigest()[:8]
-    folder = BUILD / key
+    folder = BUILD / build_key(compilers, options=options)
     done = sorted(folder.glob("wheels/*.whl"))
     if done:
         return done[0]
@@ -165,6 +211,14 @@ def build_llama(compilers: dict[str, str], uv: str | None, *, options: str) -> P
     compile_watched([*wheel, str(_source(folder, version))], env, folder)
     (folder / "unfinished").replace(folder / "wheels")
     return next((folder / "wheels").glob("*.whl"))
+
+
+def build_key(compilers: dict[str, str], *, options: str, root: Path = Path("/")) -> str:
+    """Of all that a wheel depends on: with anything else it is another one. `root` has proc."""
+    called = [compiler_version(name, compilers) for name in ("CC", "CXX")]
+    flags = [os.environ.get(name, "") for name in _BUILD_FLAGS]
+    parts = (pinned_llama(), options, called, flags, platform.machine(), cpu_flags(root), sys.version_info[:2])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def _source(folder: Path, version: str) -> Path:

@@ -23,7 +23,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from setup import BUILD, LLAMA, ROOT, CompileError, compile_watched, fail, find_compilers, run, say
+from setup import (
+    BUILD,
+    LLAMA,
+    ROOT,
+    CompileError,
+    compile_watched,
+    compiler_version,
+    cpu_flags,
+    fail,
+    find_compilers,
+    run,
+    say,
+)
 
 LIBRARIES = ("libggml.so.0", "libggml-vulkan.so.0")
 PACKAGES = "mesa-vulkan-drivers libvulkan-dev glslc spirv-headers"
@@ -104,9 +116,8 @@ def _cache() -> Path:
 
 def _key(include: Path) -> str:
     """Of what the libraries depend on; they are compiled for this kind of processor."""
-    compilers = [_output(name, "--version") for name in (find_compilers().get("CXX", "c++"), "glslc")]
-    flags = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    parts = (_version(), _version_of(include), compilers, platform.machine(), flags and flags[0], _OPTIONS)
+    compilers = [compiler_version("CXX", find_compilers())[1], _output("glslc", "--version")]
+    parts = (_version(), _version_of(include), compilers, platform.machine(), cpu_flags(), _OPTIONS)
     return f"{_version()}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
 

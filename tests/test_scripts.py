@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -56,10 +56,13 @@ def set_up(clone: Path, kind: str) -> None:
     program.parent.mkdir(parents=True)
     program.write_text('#!/bin/sh\nfor word; do echo "[$word]"; done\n')
     program.chmod(0o755)
+    (clone / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    packages = clone / ".venv" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    packages.mkdir(parents=True)
     files = [clone / "pyproject.toml", clone / "scripts" / "setup.py"]
     data = b"".join(file.read_bytes() for file in files)
     mark = subprocess.run(["cksum"], input=data, capture_output=True, check=True).stdout.decode().strip()
-    (clone / ".venv" / "grok-local.stamp").write_text(f"{kind} {mark}\n")
+    (clone / ".venv" / "grok-local.stamp").write_text(f"{kind} {mark} {clone.resolve()}\n")
 
 
 @pytest.mark.parametrize("kind", ["run", "test"])
@@ -70,10 +73,56 @@ def test_a_clone_that_is_set_up_runs_at_once(clone: Path, tmp_path: Path, kind: 
     assert done.stdout == "[quantize]\n[a b]\n[--]\n[-x]\n"
 
 
+def moved(clone: Path) -> Path:
+    return clone.rename(clone.parent / "elsewhere")
+
+
+def copied(clone: Path) -> Path:
+    return Path(shutil.copytree(clone, clone.parent / "elsewhere", symlinks=True))
+
+
+def without_its_python(clone: Path) -> Path:
+    (clone / ".venv" / "bin" / "python").unlink()
+    (clone / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
+    return clone
+
+
+def with_a_newer_python(clone: Path) -> Path:
+    """The same name is another version now, which does not look where the old one's packages are."""
+    packages = next((clone / ".venv" / "lib").iterdir())
+    packages.rename(packages.parent / "python3.9")
+    return clone
+
+
+@pytest.mark.parametrize("happens", [moved, copied, without_its_python, with_a_newer_python])
+def test_an_environment_that_is_another_clones_or_lost_its_python_is_not_run(
+    clone: Path, tmp_path: Path, happens: Callable[[Path], Path]
+) -> None:
+    (clone / "scripts" / "setup.py").write_text("import sys\nsys.exit('called: ' + sys.argv[2])\n")
+    set_up(clone, "run")
+    clone = happens(clone)
+    done = run(clone, "run", "chat", path=path_with(tmp_path / "bin", TOOLS))
+    assert done.stdout == ""
+    assert done.stderr.startswith("called: run ")
+    assert done.stderr.endswith(f" {clone.resolve()}\n")
+
+
+def test_it_is_made_anew(clone: Path, tmp_path: Path) -> None:
+    set_up(clone, "run")
+    clone = copied(clone)
+    (clone / ".venv" / "lib" / "old").touch()
+    done = run(clone, "run", "chat", path=path_with(tmp_path / "bin", TOOLS))
+    assert done.returncode == 1  # for want of a compiler: there is none in this PATH
+    assert done.stderr.startswith("making .venv anew: ")
+    assert "error: no C++ compiler" in done.stderr
+    assert not (clone / ".venv" / "lib" / "old").exists()
+    again = run(clone, "run", "chat", path=path_with(tmp_path / "again", TOOLS))
+    assert again.stderr.startswith("error: no C++ compiler")  # what was begun here is gone on with
+
+
 def test_without_a_compiler_a_line_says_what_to_install(clone: Path, tmp_path: Path) -> None:
     set_up(clone, "run")
     (clone / "pyproject.toml").write_text((clone / "pyproject.toml").read_text() + "# changed\n")
-    (clone / ".venv" / "bin" / "python").symlink_to(sys.executable)
     done = run(clone, "run", "chat", path=path_with(tmp_path / "bin", TOOLS))
     assert done.returncode == 1
     assert done.stderr.startswith("error: no C++ compiler, which llama.cpp needs: ")
@@ -106,12 +155,35 @@ def test_which_compiler_is_taken(
     assert setup.find_compilers() == chosen
 
 
+def test_a_wheel_is_one_compilers_and_one_processors(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another compiler, also one with the same name, or another kind of processor: what is there is of no use."""
+
+    def key(machine: str, compilers: dict[str, str]) -> str:
+        return str(setup.build_key(compilers, options="-DA=ON", root=tmp_path / machine))
+
+    for machine, line in {"old": "flags\t\t: avx2", "new": "flags\t\t: avx2 avx512f", "arm": "Features\t: sve"}.items():
+        (tmp_path / machine / "proc").mkdir(parents=True)
+        (tmp_path / machine / "proc" / "cpuinfo").write_text(f"{line}\n")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    usual = key("old", {})
+    assert usual == key("old", {})
+    assert len({key(machine, {}) for machine in ("old", "new", "arm")}) == 3
+    monkeypatch.setenv("CXX", str(tmp_path / "mine"))
+    named = key("old", {})
+    (tmp_path / "mine").write_text("#!/bin/sh\necho version 19\n")
+    (tmp_path / "mine").chmod(0o755)
+    assert len({usual, named, key("old", {})}) == 3
+
+
 def test_what_it_reads_off_the_project(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import version
 
     assert setup.pinned_llama() == version("llama-cpp-python")
     assert {name.partition(">")[0] for name in setup.needed("test")} >= {"pytest", "hypothesis", "ruff", "mypy"}
-    assert setup.needed("run") == []
+    assert [need.partition(">")[0] for need in setup.needed("run")] == ["fastapi", "python-multipart", "uvicorn"]
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_VULKAN=ON")
     assert setup.cmake_options(cuda=True) == "-DGGML_RPC=ON -DLLAVA_BUILD=OFF -DGGML_CUDA=ON -DGGML_VULKAN=ON"
     assert setup.cmake_options(cuda=False) == "-DGGML_RPC=ON -DLLAVA_BUILD=OFF -DGGML_VULKAN=ON"

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grok_local.errors import FetchError
 from grok_local.hub.fetcher import SPARE
@@ -50,6 +51,11 @@ class Room:
                 f"{self.folder}: {self.described}, {format_bytes(needed)} more than now, and only "
                 f"{format_bytes(self.free)} are free: make room, or choose another disk with --to and -o{advice}"
             )
+
+    def figures(self) -> dict[str, Any]:
+        """For scripts."""
+        told = {"folder": str(self.folder), "most": self.most, "there": self.there, "free": self.free}
+        return told | {"output": self.output, "release": self.release, "discard": self.discard}
 
     @property
     def described(self) -> str:

@@ -91,6 +91,8 @@ def batch(
     from grok_local.runtime.jobs.batch_lines import read_batch
 
     require_apart(file, output)
+    if retry_errors and output is None:
+        raise OptionError("--retry-errors belongs to --output, which has what failed before")
     asked = read_batch(decoded(input_bytes(file), str(file)), as_text=file.suffix == ".txt")
     if not asked:
         raise OptionError(f"{file}: has no line that is not blank")
@@ -99,7 +101,9 @@ def batch(
     work.check()
     with ExitStack() as stack:
         ledger = None
-        if output is not None and not dry_run:
+        if dry_run and output is not None and output.exists():
+            say(f"note: lines that have their results in {output} already are counted too")
+        elif output is not None and not dry_run:
             ledger = stack.enter_context(work.ledger(output, asked, retry=retry_errors))
             stack.enter_context(resumable())
         failed = _answered(work, asked, ledger, in_order=in_order, dry_run=dry_run)

@@ -69,7 +69,9 @@ def pull(
         typer.Option("-o", "--output", help="The GGUF.  [default: named after folder and type, in the models folder]"),
     ] = None,
     threads: Threads = None,
-    memory: Annotated[str, typer.Option(help="The process's peak memory while packing.")] = "4G",
+    memory: Annotated[
+        Optional[str], typer.Option(help="The process's peak memory while packing.  [default: 4G]", metavar="SIZE")
+    ] = None,
     split_size: Annotated[Optional[str], typer.Option(help="Write parts of at most this size.", metavar="SIZE")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how much of the disk it takes, and stop.")] = False,
@@ -87,8 +89,11 @@ def pull(
         raise OptionError("--to names no folder")
     folder = Path(to) if to else folders.checkpoints_folder() / release
     if quantize is None:
-        if discard or dry_run or output or force or split_size:
-            raise OptionError("--discard, --dry-run, --output, --force and --split-size belong to --quantize TYPE")
+        if discard or dry_run or force or any(given is not None for given in (output, threads, memory, split_size)):
+            raise OptionError(
+                "--discard, --dry-run, --output, --threads, --memory, --force and --split-size belong to "
+                "--quantize TYPE"
+            )
         _fetch(release, folder, tokenizer=tokenizer, as_json=as_json)
         return
     from grok_local.arrival.arriving import Wanted
@@ -96,7 +101,7 @@ def pull(
     from grok_local.quantize.convert import Limits
 
     target = named_output(output, quantize, folder)
-    limits = Limits.parsed(target, threads=threads, memory=memory, split_size=split_size)
+    limits = Limits.parsed(target, threads=threads, memory="4G" if memory is None else memory, split_size=split_size)
     order = Wanted(release, folder, target, limits, type=quantize, discard=discard, tokenizer=tokenizer)
     _fetch_and_pack(order, force=force, dry_run=dry_run, as_json=as_json)
 
@@ -124,6 +129,8 @@ def _fetch_and_pack(order: Wanted, *, force: bool, dry_run: bool, as_json: bool)
         for line in (*(f"note: {note}" for note in coming.notes), coming.room.described):
             say(line)
         if dry_run:
+            if as_json:
+                print_json({"event": "room", **coming.room.figures()})
             coming.room.check()
             return
         report = coming.pack(force=force)

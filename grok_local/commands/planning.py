@@ -58,6 +58,7 @@ def _described_machine(
 
 @bundled(machine=_described_machine, loading=load_options)
 def plan(
+    ctx: typer.Context,
     model: Annotated[
         Optional[str],
         typer.Option(
@@ -78,8 +79,11 @@ def plan(
         ),
     ] = None,
     type: Annotated[
-        str, typer.Option(help="With --like: the type it would be packed to.", autocompletion=TYPES)
-    ] = "q4_k",
+        Optional[str],
+        typer.Option(
+            help="With --like: the type it would be packed to.  [default: q4_k]", metavar="TYPE", autocompletion=TYPES
+        ),
+    ] = None,
     parallel: Parallel = None,
     machine: Bundle = None,
     loading: Bundle = None,
@@ -96,6 +100,8 @@ def plan(
     from grok_local.placement.whatif import Width, widest
     from grok_local.views.plans import describe_plan, print_plan
 
+    if like is not None and _from_environment(ctx, "model"):
+        model = None
     shape, request = _asked(model, like, type, loading or {})
     supposed = whatif.described(**(machine or {}))  # mistakes are told before it takes long
     request = request.reshaped(parallel=parallel or 1, reproducible=False)
@@ -201,7 +207,15 @@ def worker(
     serve_worker(listen, threads=threads)
 
 
-def _asked(model: str | None, like: str | None, type: str, loading: dict[str, Any]) -> tuple[ModelShape, LoadRequest]:
+def _from_environment(ctx: typer.Context, name: str) -> bool:
+    """Whether an option is only what a variable says it usually is: what is given here has precedence."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "ENVIRONMENT"
+
+
+def _asked(
+    model: str | None, like: str | None, type: str | None, loading: dict[str, Any]
+) -> tuple[ModelShape, LoadRequest]:
     """The shape of the model, or of a release that is not here yet, and what is asked for it."""
     from grok_local.formats.gguf_file import read_model
     from grok_local.library.names import model_request
@@ -214,8 +228,10 @@ def _asked(model: str | None, like: str | None, type: str, loading: dict[str, An
     if model is not None and like is not None:
         raise OptionError("--model and --like: give one of them")
     if like is not None:
-        header = outline(like.lower(), type=type)
+        header = outline(like.lower(), type="q4_k" if type is None else type)
         return ModelShape.from_headers([header]), load_request(header.path, options)
+    if type is not None:
+        raise OptionError("--type belongs to --like")
     request = model_request(model or BUILT_IN, options)
     headers = read_model(request.path)
     if reason := why_not(headers):

@@ -23,7 +23,7 @@ from grok_local.commands.options import (
     structure_options,
 )
 from grok_local.commands.prompts import decoded, input_bytes, lines_of, prompt_text, unescaped
-from grok_local.errors import ContextError
+from grok_local.errors import ContextError, OptionError
 from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
@@ -154,6 +154,8 @@ def routing(
     from grok_local.runtime.experts.routing import read_routing
     from grok_local.views import heat_map
 
+    if output is not None and as_json:
+        raise OptionError("--output and --json: give one of them")
     found = read_routing(record)
     if output:
         heat_map.draw_routing(found, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -160,7 +161,7 @@ def _require_server() -> None:
     except ImportError:
         raise OptionError(
             "serve needs FastAPI and uvicorn: "
-            f"{sys.executable} -m pip install 'fastapi>=0.115' 'python-multipart>=0.0.20' 'uvicorn>=0.30'"
+            f"{shlex.quote(sys.executable)} -m pip install 'fastapi>=0.115' 'python-multipart>=0.0.20' 'uvicorn>=0.30'"
         ) from None
 
 

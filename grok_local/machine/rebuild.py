@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,8 @@ def rebuild_command(options: str = "", *, backends: Iterable[str], installer: In
     if installer == "scripts":
         compilers = "CC=clang CXX=clang++ " if clang else ""
         asked = " ".join(option for option in wanted.split() if option not in _BASE_OPTIONS.split())
-        return f'rm -r {sys.prefix} && {compilers}CMAKE_ARGS="{asked}" scripts/run doctor'
+        made, maker = shlex.quote(sys.prefix), shlex.quote(str(Path(sys.prefix).parent / "scripts" / "run"))
+        return f'rm -r {made} && {compilers}CMAKE_ARGS="{asked}" {maker} doctor'
     if installer == "uv":
         # From the environment uv takes nothing that pyproject.toml sets, and what it did not build as set there it
         # builds again at the next `uv run`.

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -328,14 +329,21 @@ def test_ctrl_c(hub: Hub, expected: Expected, tmp_path: Path) -> None:
     assert_done(hub, tmp_path, expected)
 
 
+def _events(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def test_how_far_it_is(hub: Hub, run: Run, tmp_path: Path) -> None:
     order = ordered(hub, tmp_path)
     planned = run(*command(order, "--dry-run")[3:])
     assert planned.returncode == 0
     assert "takes at most" in planned.stderr
+    (told,) = [event for event in _events(run(*command(order, "--dry-run", "--json")[3:])) if event["event"] == "room"]
+    assert told["folder"] == str(order.folder)
+    assert 0 < told["output"] < told["most"] < told["free"]
     assert not order.output.exists()
     done = run(*command(order, "--json")[3:])
-    events = [json.loads(line) for line in done.stdout.splitlines()]
+    events = _events(done)
     assert {event.get("phase") for event in events} == {"headers", "arrive", None}
     assert events[-2]["done"] == events[-2]["total"]
     assert events[-1]["event"] == "done"
@@ -383,9 +391,10 @@ def test_a_server_without_ranges_where_they_are_needed(hub: Hub, tmp_path: Path)
 
 def test_options_that_do_not_fit(hub: Hub, run: Run, tmp_path: Path) -> None:
     order = ordered(hub, tmp_path)
-    refused = run("pull", "grok-2", "--to", tmp_path / "x", "--discard")
-    assert refused.returncode == 2
-    assert "belong to --quantize" in refused.stderr
+    for option in (["--discard"], ["--threads", "4"], ["--memory", "2G"], ["--split-size", ""]):
+        refused = run("pull", "grok-2", "--to", tmp_path / "x", *option)
+        assert refused.returncode == 2
+        assert "belong to --quantize" in refused.stderr
     for wrong in ({"type": "q3"}, {"tokenizer": tmp_path}):
         with pytest.raises(OptionError):
             pack(ordered(hub, tmp_path, **wrong))

@@ -159,6 +159,15 @@ def test_a_dry_run_loads_nothing(run: Run, packed: Path, tmp_path: Path) -> None
     assert "30 at most" in done.stdout
     assert "line 2: unknown field 'bad'" in done.stdout
     assert list(tmp_path.glob("out*")) == []
+    (tmp_path / "out.jsonl").touch()
+    again = run("batch", "-m", packed, source, "-o", tmp_path / "out.jsonl", "--dry-run")
+    assert "already are counted too" in " ".join(again.stderr.split())
+
+
+def test_what_failed_before_is_in_an_output(run: Run, packed: Path, tmp_path: Path) -> None:
+    done = run("batch", "-m", packed, written(tmp_path / "in.jsonl", ["a question"]), "--retry-errors")
+    assert done.returncode == 2
+    assert "--retry-errors belongs to --output" in done.stderr
 
 
 def test_equal_seeds_and_ids_are_equal_answers(run: Run, packed: Path, tmp_path: Path) -> None:

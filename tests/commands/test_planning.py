@@ -47,6 +47,13 @@ def test_the_plan_in_the_documents_is_what_is_shown(run: Run) -> None:
     assert [line.rstrip() for line in shown.splitlines()] == example[2].splitlines()
 
 
+def test_a_usual_model_does_not_stand_against_like(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROK_LOCAL_MODEL", "tiny")
+    assert run("plan", "--like", "grok-1", *DESCRIBED).stdout.startswith("Grok-1: 181 GB")
+    both = run("plan", "--like", "grok-1", "--model", "tiny", *DESCRIBED)
+    assert (both.returncode, both.stderr) == (2, "error: --model and --like: give one of them\n")
+
+
 def test_plan_for_scripts(run: Run) -> None:
     found = json.loads(run("plan", "--like", "Grok-2", *DESCRIBED, "--type", "q4_0", "--json").stdout)
     assert found["model"] == "Grok-2"
@@ -109,6 +116,7 @@ def test_what_is_planned_is_what_is_loaded(run: Run, packed: Path, name: str, op
         (["--like", "grok-1", *DESCRIBED, "--experts-on", "9"], 1, "say --experts-on 4"),
         (["--like", "grok-1", *DESCRIBED, "--experts-on", "some"], 2, "cpu, gpu, or a number of layers"),
         (["--like", "grok-1", *DESCRIBED, "--override", "x=GPU9"], 2, "there are RAM, GPU0"),
+        (["-m", "tiny", "--type", "q8_0"], 2, "--type belongs to --like"),
         (["-m", "nowhere.gguf"], 1, "no such file"),
         (["--override", "a"], 2, r"for example 'blk\.0\.ffn_.*_exps=RAM'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,7 +41,15 @@ def test_an_environment_of_scripts_run_is_rebuilt_by_it(tmp_path: Path, monkeypa
     (tmp_path / "grok-local.stamp").touch()
     assert installed_by() == "scripts"
     command = rebuild_command("-DGGML_CUDA=ON", backends=["CPU", "RPC"], installer="scripts")
-    assert command == f'rm -r {tmp_path} && CMAKE_ARGS="-DGGML_CUDA=ON" scripts/run doctor'
+    assert command == f'rm -r {tmp_path} && CMAKE_ARGS="-DGGML_CUDA=ON" {tmp_path.parent}/scripts/run doctor'
+
+
+def test_what_is_deleted_is_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the clone is, and wherever the command is pasted."""
+    monkeypatch.setattr(sys, "prefix", "/home/me/my projects/it's/.venv")
+    words = shlex.split(rebuild_command(backends=["CPU", "RPC"], installer="scripts", clang=True))
+    assert words[:4] == ["rm", "-r", "/home/me/my projects/it's/.venv", "&&"]
+    assert words[4:] == ["CC=clang", "CXX=clang++", "CMAKE_ARGS=", "/home/me/my projects/it's/scripts/run", "doctor"]
 
 
 @pytest.fixture

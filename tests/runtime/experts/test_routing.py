@@ -147,3 +147,4 @@ def test_the_command_shows_draws_and_describes(record: Path, tmp_path: Path, run
     assert "ends in .png" in run("routing", record, "-o", tmp_path / "x.txt").stderr
     assert "cannot be written" in run("routing", record, "-o", tmp_path / "none" / "x.png").stderr
     assert run("routing", tmp_path / "nothing").returncode == 2
+    assert "give one of them" in run("routing", record, "-o", tmp_path / "x.png", "--json").stderr
