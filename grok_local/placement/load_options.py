@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +106,10 @@ class LoadRequest:
         if reproducible:
             if self.workers:
                 raise OptionError("reproducible: not with workers, whose processors may compute otherwise")
+            if contrary := list(_against_reproducible(wishes)):
+                raise OptionError(
+                    f"reproducible: computes on the CPU, as weights lie in the file: not with {contrary[0]}"
+                )
             wishes = replace(wishes, repack="off", gpu_layers=0, experts_on="cpu")
         return replace(self, wishes=wishes)
 
@@ -134,6 +138,17 @@ def load_request(
         temperature=temperature,
     )
     return request.reshaped(parallel=options.get("parallel", 1), reproducible=bool(options.get("reproducible")))
+
+
+def _against_reproducible(wishes: Wishes) -> Iterator[str]:
+    """The wishes that cannot be had with it, by the names of their options."""
+    if wishes.gpu_layers:
+        yield "gpu_layers"
+    if wishes.experts_on not in (None, "cpu", 0):
+        yield "experts_on"
+    if wishes.repack == "on":
+        yield 'repack "on"'
+    yield from (f"override {pattern}={place}" for pattern, place in wishes.overrides if place != RAM)
 
 
 def _usual_threads(path: Path) -> int:

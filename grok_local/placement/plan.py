@@ -220,7 +220,7 @@ def _notes_on_devices(plan: Plan) -> Iterator[str]:
         if share.used and (refused := _refused_experts(plan, device)):
             yield f"{device.name} does not take {refused}: they stay in RAM"
     if plan.batch < usual_batch(plan.context, plan.wishes):
-        largest = min(device.largest for device in devices if device.largest)
+        largest = min(device.largest for device in plan.machine.devices if device.largest)
         yield f"prompts are taken {plan.batch} tokens at a time: no more fit tensors of {format_bytes(largest)}"
 
 

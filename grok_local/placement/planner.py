@@ -18,7 +18,7 @@ from grok_local.machine.facts import Machine, Speeds
 from grok_local.placement.forecast import forecast
 from grok_local.placement.plan import Override, Places, Plan, Share, are_pinned, is_slow, units_of
 from grok_local.placement.shape import EXPERTS, ModelShape, Role, Weight
-from grok_local.placement.shares import Setting, check_devices, ram_budget, room, shares_of, widest_batch
+from grok_local.placement.shares import Setting, check_devices, ram_budget, rooms, shares_of, widest_batch
 from grok_local.placement.sizes.balance import balanced
 from grok_local.placement.sizes.compute import compute_bytes
 from grok_local.placement.sizes.refusals import check_taken, kept_in_ram, largest_refused, takes, why_refused
@@ -39,6 +39,7 @@ __all__ = ["make_plan", "needs_speeds"]
 _BATCHES = (1024, 2048, 4096)
 _ANSWER = 64  # tokens
 _KEPT_LAYERS = 0.9  # of those on devices, however wide a batch is
+_PATIENCE = 3  # times that RAM is given back what devices took of it: where it is not enough then, there is none
 _SPARSE_CONTEXT = 256  # tokens: the smallest context anybody is advised
 _WORTH_MEASURING = 1_000_000_000  # bytes: smaller models are fast anyway, and should start at once
 
@@ -80,13 +81,15 @@ def _without_slow(model: ModelShape, machine: Machine, wishes: Wishes) -> Plan:
 @dataclass(frozen=True)
 class _Trial:
     """What placing is tried with. `copies` get room on the device that takes over from RAM: 1 for experts, 2 also for
-    the output and the KV cache. On devices that are `unused` nothing fits.
+    the output and the KV cache. On devices that are `unused` nothing fits. Of a memory shared with RAM the last
+    of `reserved` is RAM's.
     """
 
     batch: int  # tokens evaluated at once
     streamed: bool = False
     copies: int = 0
     unused: frozenset[str] = frozenset()
+    reserved: tuple[int, ...] = ()  # bytes
 
 
 @dataclass(frozen=True)
@@ -158,14 +161,16 @@ class _Planner:
         return 2 if not whole or self._kept or self.wishes.overrides else 1 if placed.ram.experts else 0
 
     def _placed(self, trial: _Trial) -> _Placed:
-        rooms = self._rooms(trial)
-        layers = self._place_layers(rooms)
+        room = rooms(self._setting(trial), copies=trial.copies, unused=trial.unused, reserved=(0, *trial.reserved)[-1])
+        layers = self._place_layers(room)
         fixed = (*self.wishes.overrides, *self._kept)
-        overrides = (*fixed, *self._place_experts(layers, rooms, trial, fixed))
+        overrides = (*fixed, *self._place_experts(layers, room, trial, fixed))
         shares = self._shares(layers, overrides, trial)
         empty = frozenset(share.place for share in shares[:-1] if not share.used)
-        if trial.copies and not empty <= trial.unused and len(empty) < len(rooms):
+        if trial.copies and not empty <= trial.unused and len(empty) < len(room):
             return self._placed(replace(trial, unused=empty | trial.unused))  # another one takes over from RAM
+        if self.machine.unified and shares[-1].capacity < self._floor(shares[-1]) and len(trial.reserved) < _PATIENCE:
+            return self._placed(replace(trial, reserved=(*trial.reserved, self._floor(shares[-1]))))
         return _Placed(trial, layers, overrides, shares)
 
     @cached_property
@@ -185,12 +190,9 @@ class _Planner:
     def _cells(self) -> int:
         return cells_of(self.context, self.wishes)
 
-    def _rooms(self, trial: _Trial) -> list[int]:
-        """Bytes of each device for weights and KV cache. The first that can takes over from RAM, and gets copies."""
-        devices = self.machine.devices
-        over = next((d.name for d in devices if d.offloads and d.name not in trial.unused), "")
-        setting = self._setting(trial)
-        return [0 if d.name in trial.unused else room(setting, d, trial.copies * (d.name == over)) for d in devices]
+    def _floor(self, ram: Share) -> int:
+        """Bytes that RAM cannot do without: of its experts, those that one token needs of a layer."""
+        return ram.used - ram.experts + min(ram.experts, self.model.least_experts)
 
     # -- streaming -----------------------------------------------------------------------------------------------------
 
@@ -210,10 +212,12 @@ class _Planner:
         for width in (trial.batch, *wider):
             with suppress(PlacementError):
                 placed = self._best(replace(trial, batch=width))
+                check_devices(placed.shares)
                 nbytes = self._bytes_streamed(placed)
                 if sum(placed.layers) >= _KEPT_LAYERS * sum(usual.layers) and nbytes < fewest:
                     best, fewest = placed, nbytes
         best = best or self._best(trial)
+        check_devices(best.shares)
         self._require_floor(best.ram)
         return best
 
@@ -278,7 +282,7 @@ class _Planner:
     ) -> list[Override]:
         """Exceptions for the layers whose experts are not where the layer is."""
         units = units_of(self.model, self.machine.devices, layers)
-        shares = {share.place: share for share in self._shares(layers, fixed, trial, experts=False)}
+        shares = {share.place: share for share in self._shares(layers, (*fixed, (EXPERTS, RAM)), trial)}
         named = zip((device.name for device in self.machine.devices), rooms, strict=True)
         left = {name: room - shares[name].weights - shares[name].kv for name, room in named}
         places = self._expert_places(units, left)
@@ -335,11 +339,8 @@ class _Planner:
 
     # -- what it takes -------------------------------------------------------------------------------------------------
 
-    def _shares(
-        self, layers: Sequence[int], overrides: Sequence[Override], trial: _Trial, *, experts: bool = True
-    ) -> list[Share]:
-        places = Places(self.model, self.machine.devices, layers, overrides)
-        return shares_of(self._setting(trial), places, experts=experts)
+    def _shares(self, layers: Sequence[int], overrides: Sequence[Override], trial: _Trial) -> list[Share]:
+        return shares_of(self._setting(trial), Places(self.model, self.machine.devices, layers, overrides))
 
     def _setting(self, trial: _Trial) -> Setting:
         budget = ram_budget(self.machine, self.wishes)

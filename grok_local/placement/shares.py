@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from grok_local.placement.sizes.refusals import takes
 from grok_local.placement.wishes import RAM, Wishes, attended_by, cells_of, may_use_devices
 from grok_local.units import format_bytes
 
-__all__ = ["Setting", "check_devices", "ram_budget", "ram_reserve", "room", "shares_of", "widest_batch"]
+__all__ = ["Setting", "check_devices", "ram_budget", "ram_reserve", "rooms", "shares_of", "widest_batch"]
 
 _ANY_BATCH = 1 << 30
 _SEVERAL = 8 << 20
@@ -46,7 +46,7 @@ def ram_budget(machine: Machine, wishes: Wishes) -> int:
 
 def widest_batch(model: ModelShape, machine: Machine, wishes: Wishes, context: int) -> int:
     """Tokens at once, at most: a power of two, with which a device computes no tensor that is larger than it takes."""
-    sizes = [device.largest for device in machine.devices if device.largest]
+    sizes = [device.largest for device in machine.devices if device.largest and device.most != 0]
     if not sizes or not may_use_devices(wishes):
         return _ANY_BATCH
     most = max(min(sizes) // largest_per_token(model, attended_by(context, wishes)), 1)
@@ -99,17 +99,40 @@ class Setting:
         return [] if self.streamed else [device for device in self.machine.devices if device.offloads]
 
 
-def room(setting: Setting, device: Device, copies: int) -> int:
-    """Bytes of a device for weights and KV cache, beside what it computes if everything is there.
+def rooms(setting: Setting, *, copies: int = 0, unused: Container[str] = (), reserved: int = 0) -> list[int]:
+    """Bytes of each device for weights and KV cache, beside what it computes if everything is there.
 
-    `copies` from RAM: 0 none, 1 of experts, 2 also of the output and the KV cache.
+    The first that can take over from RAM gets `copies`: 0 none, 1 of experts, 2 also of the output and the KV cache.
+    What is `unused` has no room. Devices whose memory is the RAM share what is left there beside `reserved` bytes.
     """
+    devices = [device for device in setting.machine.devices if device.name not in unused]
+    over = next((device.name for device in devices if device.offloads), "")
+    capacities = _shared_capacities(setting, devices, reserved)
+    return [
+        _room(setting, device, capacities[device.name], copies * (device.name == over)) if device in devices else 0
+        for device in setting.machine.devices
+    ]
+
+
+def _shared_capacities(setting: Setting, devices: Sequence[Device], reserved: int) -> dict[str, int]:
+    capacities = {device.name: max(_capacity(device), 0) for device in devices}
+    sharing = [device.name for device in devices if is_shared(setting.machine, device)]
+    total, common = sum(capacities[name] for name in sharing), max(setting.budget - reserved, 0)
+    if total > common:
+        capacities |= {name: common * capacities[name] // total for name in sharing}
+    return capacities
+
+
+def is_shared(machine: Machine, device: Device) -> bool:
+    """Whether the device's memory is the machine's RAM; a worker's is another machine's."""
+    return machine.unified and device.kind == "integrated"
+
+
+def _room(setting: Setting, device: Device, capacity: int, copies: int) -> int:
     worst = _worst_copies(setting, device, copies)
     compute = compute_bytes(
         setting.model, context=setting.attended, batch=setting.tokens, copies=worst, piece=device.piece
     )
-    shared = setting.machine.unified and device.most is None
-    capacity = min(_capacity(device), setting.budget - _MARGIN) if shared else _capacity(device)
     return max(capacity - compute - setting.several, 0)
 
 
@@ -139,22 +162,21 @@ def check_devices(shares: Sequence[Share]) -> None:
         )
 
 
-def shares_of(setting: Setting, places: Places, *, experts: bool = True) -> list[Share]:
-    """The devices' shares, then RAM's; without `experts`, as if there were none."""
-    return _Shares(setting, places, experts).all()
+def shares_of(setting: Setting, places: Places) -> list[Share]:
+    """The devices' shares, then RAM's."""
+    return _Shares(setting, places).all()
 
 
 @dataclass(frozen=True)
 class _Shares:
     setting: Setting
     places: Places
-    experts: bool
 
     def all(self) -> list[Share]:
         machine = self.setting.machine
         rooms = {device.name: _capacity(device) for device in machine.devices} | {RAM: self.setting.budget}
         shares = [self._share(place, room) for place, room in rooms.items()]
-        taken = sum(share.used for share in shares[:-1]) if machine.unified else 0
+        taken = sum(s.used for s, device in zip(shares, machine.devices, strict=False) if is_shared(machine, device))
         return [*shares[:-1], replace(shares[-1], capacity=shares[-1].capacity - taken)]
 
     def _share(self, place: str, capacity: int) -> Share:
@@ -167,8 +189,7 @@ class _Shares:
 
     @cached_property
     def _placed(self) -> list[tuple[Weight, str]]:
-        weights = self.setting.model.weights
-        return [(w, self.places.of(w)) for w in weights if self.experts or w.role is not Role.EXPERTS]
+        return [(weight, self.places.of(weight)) for weight in self.setting.model.weights]
 
     @cached_property
     def _weights(self) -> dict[str, list[Weight]]:

@@ -27,6 +27,8 @@ Program = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="session", autouse=True)
 def device() -> BackendDevice:
     gpus = [found for found in backend_devices() if found.kind is DeviceKind.GPU]
+    if not gpus and "GROK_LOCAL_TEST_GPU" in os.environ:
+        pytest.exit("llama.cpp knows no GPU here, and GROK_LOCAL_TEST_GPU asks for one", returncode=1)
     if not gpus:
         pytest.skip("llama.cpp knows no GPU here: scripts/test-gpu builds it with Mesa's")
     return gpus[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from grok_local.errors import PlacementError
 from grok_local.machine.facts import Device, Machine
@@ -222,3 +225,65 @@ def test_workers_take_nothing_over() -> None:
     worker = Device("RPC0", "", "worker", 48 * G, 48 * G, offloads=False)
     plan = make_plan(release("grok-1"), replace(machine(256), devices=(worker,)))
     assert plan.shares[0].compute < G < plan.shares[0].experts
+
+
+@pytest.mark.parametrize(("name", "least"), [("grok-1", 30), ("grok-2", 78)])
+@pytest.mark.parametrize("offloads", [True, False])
+def test_where_gpus_share_the_ram_what_runs_without_them_runs_with_them(name: str, least: int, offloads: bool) -> None:
+    shape = release(name)
+    for free in range(least, 128, 3):
+        apple = replace(machine(128, 96, unified=True), available=free * G)
+        apple = replace(apple, devices=tuple(replace(device, offloads=offloads) for device in apple.devices))
+        try:
+            make_plan(shape, apple, Wishes(experts_on="cpu"))
+        except PlacementError:
+            continue
+        plan = make_plan(shape, apple, Wishes())
+        assert all(share.used <= share.capacity for share in plan.shares)
+        assert sum(share.used for share in plan.shares) <= free * G
+
+
+def test_several_devices_share_what_ram_there_is() -> None:
+    plan = make_plan(release("grok-1"), machine(128, 96, 96, unified=True), Wishes())
+    assert sum(share.used for share in plan.shares) <= 128 * G
+
+
+# -- what the user puts on a device ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("vram", "layers"), [(24, 1), (24, 4), (32, 5)])
+@pytest.mark.parametrize("ram", [60, 64])
+@pytest.mark.parametrize("experts_on", [None, "cpu"])
+def test_experts_that_an_override_puts_on_a_device_take_its_room(
+    vram: int, layers: int, ram: int, experts_on: Any
+) -> None:
+    pattern = rf"blk\.({'|'.join(map(str, range(layers)))})\.ffn_.*_exps"
+    wishes = Wishes(overrides=((pattern, "GPU0"),), experts_on=experts_on)
+    plan = make_plan(release("grok-1"), machine(ram, vram), wishes)
+    (share, _) = plan.shares
+    assert share.experts >= layers * plan.model.layer_bytes(0, Role.EXPERTS)
+    assert share.used <= share.capacity
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 63), st.sampled_from(("GPU0", "GPU1", RAM))), max_size=6),
+    st.sampled_from((24, 48, 90)),
+    st.sampled_from((60, 128, 300)),
+)
+@settings(max_examples=40)
+def test_no_override_makes_a_plan_promise_more_than_there_is(
+    placed: list[tuple[int, str]], vram: int, ram: int
+) -> None:
+    overrides = tuple((rf"blk\.{layer}\.ffn_.*_exps", place) for layer, place in placed)
+    with suppress(PlacementError):
+        plan = make_plan(release("grok-1"), machine(ram, vram, 24), Wishes(overrides=overrides))
+        assert all(share.used <= share.capacity for share in plan.shares)
+
+
+def test_a_slow_device_that_gets_nothing_narrows_no_batch() -> None:
+    """And what is noted of it is no error."""
+    slow = changed(machine(256, 24), largest=RANGE, most=0, speed=1e9)
+    for context in (8192, 65536):
+        plan = make_plan(release("grok-1"), slow, Wishes(context=context))
+        assert plan.batch == make_plan(release("grok-1"), machine(256), Wishes(context=context)).batch
+        assert any("slower than RAM" in note for note in plan.notes)
