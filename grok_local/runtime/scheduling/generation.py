@@ -69,7 +69,7 @@ class Stats:
     @property
     def generation_speed(self) -> float:
         """Tokens generated per second, without the first: that one comes with the prompt."""
-        return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
+        return max(self.generated_tokens - 1, 0) / self.generation_seconds if self.generation_seconds else 0.0
 
     def count(self, *, prompt_rows: int, seconds: float, experts: ExpertStats | None) -> None:
         """A step took so long, in which so many rows were the prompt's: none where it was a generated token's."""
