@@ -206,19 +206,19 @@ def _glance(path: Path, size: int, _: int) -> int:
 def check_unchanged(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError listing the tensors whose files are no longer those that were opened."""
     problems = [
-        f"{tensor.file_name}: changed while it was packed: run the same command again"
+        f"{tensor.file_name}: {change}: run the same command again"
         for tensor in checkpoint.tensors
-        if _is_changed(tensor)
+        if (change := _change_of(tensor))
     ]
     if problems:
         raise CheckpointError(problems)
 
 
-def _is_changed(tensor: SourceTensor) -> bool:
+def _change_of(tensor: SourceTensor) -> str:
     try:
-        return stamp_of(tensor.paths) != tensor.stamp
-    except OSError:
-        return True
+        return "changed while it was packed" if stamp_of(tensor.paths) != tensor.stamp else ""
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
 
 
 def names_in(folder: Path) -> list[str]:

@@ -124,18 +124,18 @@ def test_force_starts_anew_with_other_options_and_goes_on_with_the_same(small: P
 def test_a_file_that_is_replaced_while_it_is_packed(small: Path, tmp_path: Path) -> None:
     path, output = shutil.copytree(small, tmp_path / "copy"), tmp_path / "x.gguf"
     source = path / "ckpt-0" / "tensor00002_000"
+    replaced: list[Path] = []
 
     def replace(progress: object) -> None:
-        if not source.with_name("old").exists():
-            source.rename(source.with_name("old"))
-            data = bytearray(source.with_name("old").read_bytes())
+        if not replaced:
+            data = bytearray(source.read_bytes())
             data[len(data) // 2] ^= 1
-            source.write_bytes(data)
+            (tmp_path / "new").write_bytes(data)
+            replaced.append((tmp_path / "new").replace(source))
 
     with pytest.raises(CheckpointError, match="tensor00002_000: changed while it was packed: run the same command"):
         grok_local.quantize_checkpoint(path, output, progress=replace)
     assert not output.exists()
-    source.with_name("old").unlink()
     assert grok_local.quantize_checkpoint(path, output).resumed_pieces > 0
     assert _sha256(output) == _sha256(grok_local.quantize_checkpoint(path, tmp_path / "straight" / "x.gguf").path)
 
