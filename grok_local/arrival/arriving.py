@@ -89,7 +89,7 @@ def arrival(order: Wanted, progress: Shown | None = None) -> Iterator[Arrival]:
         outlined = open_checkpoint(skeleton.folder)
         coming = outlined.moved(skeleton.places())
         plan = _plan(order, recipe, coming, vocabulary_of=outlined.folder)
-        destination = Destination(order.output, plan, partial(skeleton.fingerprint, outlined))
+        destination = Destination(order.output, plan, partial(skeleton.fingerprint, outlined, coming))
         lots = _lots(order, plan, skeleton)
         room = _room(order, destination, lots, beside=skeleton.full_size(looked_at(coming)))
         fetcher = partial(_fetcher, listing, order.folder, passage)

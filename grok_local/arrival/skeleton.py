@@ -179,13 +179,18 @@ class Skeleton:
 
     # -- at the end ----------------------------------------------------------------------------------------------------
 
-    def fingerprint(self, checkpoint: Checkpoint) -> str:
-        """Of the checkpoint as the skeleton has it; nobody's while some of it has not been there."""
+    def fingerprint(self, outlined: Checkpoint, coming: Checkpoint) -> str:
+        """Of the checkpoint as the skeleton has it, or as its files have, which an earlier pull may have left; empty
+        where neither has all of it.
+        """
         if self._known.exists():
             return self._known.read_text("ascii")
-        if len(self._kept) < len(self.tensors):
+        if len(self._kept) == len(self.tensors):
+            found = fingerprint(outlined)
+        elif all(map(self._fetcher.has, self.tensors.values())):
+            found = fingerprint(coming)
+        else:
             return ""
-        found = fingerprint(checkpoint)
         write_whole(self._known, found.encode())
         return found
 

@@ -92,6 +92,31 @@ def test_the_files_stay_where_nothing_else_is_said(hub: Hub, expected: Expected,
     assert_done(hub, tmp_path, expected)
 
 
+@both
+def test_what_was_pulled_and_packed_by_two_commands_is_known(hub: Hub, run: Run, tmp_path: Path) -> None:
+    order = ordered(hub, tmp_path)
+    fetch_release(order.release, order.folder, tokenizer=order.tokenizer)
+    grok_local.quantize_checkpoint(order.folder, order.output)
+    hub.requests.clear()
+    assert pack(order).unchanged
+    assert not asked_for(hub) & tensors_of(hub)
+
+
+def test_what_cannot_be_told_is_not_said(hub: Hub, small_grok2: Path, tmp_path: Path) -> None:
+    """Of an output that may be this release's, while nothing of that is there."""
+    order = ordered(hub, tmp_path)
+    grok_local.quantize_checkpoint(small_grok2, order.output)
+    with pytest.raises(OutputError, match=r"whether it was packed from this release cannot be told .* --force"):
+        pack(order)
+    with pytest.raises(OutputError, match=r"is not what this command would write"):
+        pack(replace(order, type="q4_0"))
+    other = write_release(tmp_path / "other", replace(SMALL_2, seed=2))
+    grok_local.quantize_checkpoint(other, order.output, force=True)
+    fetch_release(order.release, order.folder)
+    with pytest.raises(OutputError, match=r"is not what this command would write"):
+        pack(order)
+
+
 def test_in_parts(hub: Hub, small_grok2: Path, tmp_path: Path) -> None:
     whole = grok_local.quantize_checkpoint(small_grok2, tmp_path / "whole" / "x.gguf", split_size=600_000)
     report = pack(ordered(hub, tmp_path, split_size=600_000))

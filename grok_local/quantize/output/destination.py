@@ -24,7 +24,7 @@ class Destination:
     """The files of an output planned for the name `target`.
 
     Until they are complete they have other names. `fingerprint` tells the checkpoint's, which is asked for only when it
-    is needed: where a complete output seems to be there, and at the end.
+    is needed: where a complete output seems to be there, and at the end. It is empty while nobody can tell.
     """
 
     target: Path
@@ -49,18 +49,28 @@ class Destination:
         held = [self._holds(final, part) for final, part in zip(self.finals, self.plan.parts, strict=True)]
         if sum(held) < len(present):
             raise OutputError(
-                f"{self.finals[0]}: exists, and is not what this command would write: choose another name with -o, "
-                "or replace it with --force"
+                f"{self.finals[0]}: exists, and {self._strangeness(present)}: choose another name with -o, or replace "
+                "it with --force"
             )
         return all(held)
 
-    def _holds(self, path: Path, part: Part) -> bool:
-        """Whether `path` is that part of the finished plan."""
+    def _strangeness(self, present: list[Path]) -> str:
+        """What to say of files that are not known to be the finished plan's."""
+        parts = [part for final, part in zip(self.finals, self.plan.parts, strict=True) if final in present]
+        alike = all(self._holds(*pair, of_any=True) for pair in zip(present, parts, strict=True))
+        if alike and not self.fingerprint():
+            return "whether it was packed from this release cannot be told while not all of that is there"
+        return "is not what this command would write"
+
+    def _holds(self, path: Path, part: Part, *, of_any: bool = False) -> bool:
+        """Whether `path` is that part of the finished plan, with the numbers of this checkpoint or of any."""
         try:
             header = read_header(path)
         except GGUFError:
             return False
-        return header.size == part.size and header.metadata.get(KEYS.PLAN) == self.plan.digest(self.fingerprint())
+        fingerprint = str(header.metadata.get(KEYS.CHECKPOINT, "")) if of_any else self.fingerprint()
+        right = bool(fingerprint) and header.metadata.get(KEYS.PLAN) == self.plan.digest(fingerprint)
+        return right and header.size == part.size
 
     @contextmanager
     def unfinished(self, *, force: bool) -> Iterator[tuple[list[PartFile], Journal]]:
