@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from grok_local.arrival.room import Room, disk_used, on_same_disk
 from grok_local.arrival.skeleton import Skeleton
 from grok_local.errors import FetchError, OptionError
 from grok_local.files import PULL, gone_mark, journal_of
+from grok_local.folders import checkpoints_folder
 from grok_local.hub.elsewhere import check_tokenizer
 from grok_local.hub.fetch import fetch_tokenizer, pulling
 from grok_local.hub.fetcher import Fetcher
@@ -26,6 +28,7 @@ from grok_local.quantize.output.destination import Destination
 from grok_local.quantize.recipe import Recipe, recipe_named
 from grok_local.quantize.sources.checkpoint import Checkpoint, looked_at
 from grok_local.quantize.sources.recognise import header_reader, open_checkpoint, open_vocabulary
+from grok_local.units import format_bytes
 
 __all__ = ["Wanted", "arrival"]
 
@@ -68,9 +71,24 @@ class Arrival:
             supply, progress = landing.ready, self.passage.packed
             report = pack_into(self.destination, self.limits, force=force, progress=progress, supply=supply)
         self.skeleton.remove()
-        if self.room.discard and not report.unchanged:
+        if self.room.discard and report.unchanged:
+            return replace(report, notes=tuple(self._not_discarded()))
+        if self.room.discard:
             gone_mark(self.skeleton.source).touch()
         return report
+
+    def _not_discarded(self) -> Iterator[str]:
+        """Files go as they are packed: where nothing had to be, those that are there stay, and that is said."""
+        folder = self.skeleton.source
+        there = [path for path in self.skeleton.tensors if path.exists()]
+        if there:
+            nbytes = format_bytes(sum(path.stat().st_size for path in there))
+            of_ours = folder.absolute().parent == checkpoints_folder().absolute()
+            delete = f"grok-local rm {shlex.quote(folder.name)}" if of_ours else f"delete {folder}"
+            yield (
+                f"the output was there already, so --discard deleted nothing: {len(there)} of the release's files "
+                f"stay, {nbytes}; grok-local verify checks the output, then {delete}"
+            )
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class QuantizeReport:
     unchanged: bool  # the output was there already, packed from this checkpoint with these options
     resumed_pieces: int  # taken over from a run that was killed
     fallbacks: tuple[str, ...]  # a line for each kind of tensor that could not have the type asked for
+    notes: tuple[str, ...] = ()  # what else the user should know
 
 
 def quantize_checkpoint(

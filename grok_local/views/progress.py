@@ -199,8 +199,8 @@ class _Pace:
 
 def quantize_summary(report: QuantizeReport) -> Iterator[str]:
     """What became of a checkpoint, in a few lines."""
-    for line in report.fallbacks:
-        yield f"note: {line}"
+    for line in (*report.fallbacks, *report.notes):
+        yield f"note: {printable(line)}"
     if report.resumed_pieces:
         yield f"continued: {report.resumed_pieces} pieces were packed already"
     size = f"{report.tensors} tensors, {format_bytes(report.bytes)}"

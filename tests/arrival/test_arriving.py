@@ -117,6 +117,21 @@ def test_what_cannot_be_told_is_not_said(hub: Hub, small_grok2: Path, tmp_path: 
         pack(order)
 
 
+def test_what_is_not_discarded_is_said(hub: Hub, run: Run, home: Path, tmp_path: Path) -> None:
+    ours = replace(ordered(hub, tmp_path), folder=home / "checkpoints" / "grok-2")
+    for order, words in ((ordered(hub, tmp_path), f"delete {tmp_path / 'release'}"), (ours, "grok-local rm grok-2")):
+        fetch_release(order.release, order.folder)
+        grok_local.quantize_checkpoint(order.folder, order.output)
+        done = run(*command(order)[3:])
+        assert done.returncode == 0
+        assert "note: the output was there already, so --discard deleted nothing: 39 of the" in done.stderr
+        assert f"grok-local verify checks the output, then {words}\n" in done.stderr
+        assert len(list(order.folder.glob("*.safetensors"))) == 39
+    for path in ours.folder.glob("*.safetensors"):
+        path.unlink()
+    assert not pack(ours).notes
+
+
 def test_in_parts(hub: Hub, small_grok2: Path, tmp_path: Path) -> None:
     whole = grok_local.quantize_checkpoint(small_grok2, tmp_path / "whole" / "x.gguf", split_size=600_000)
     report = pack(ordered(hub, tmp_path, split_size=600_000))
