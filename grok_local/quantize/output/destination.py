@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +15,7 @@ from grok_local.files import journal_of, partial_of, sync_folder
 from grok_local.formats.gguf_file import KEYS, read_header
 from grok_local.quantize.layout.output_plan import OutputPlan, Part
 from grok_local.quantize.output.journal import Journal
-from grok_local.quantize.output.part_file import PartFile
+from grok_local.quantize.output.part_file import PartFile, allow_open_files
 from grok_local.units import format_bytes
 
 __all__ = ["Destination", "cannot_write", "missing_room"]
@@ -84,6 +86,7 @@ class Destination:
             self._prepare(resumed=journal.resumed, force=force)
             try:
                 self._check_room()
+                allow_open_files(len(self.plan.parts))
                 with ExitStack() as stack:
                     paired = zip(self.partials, self.plan.parts, strict=True)
                     yield [stack.enter_context(PartFile(path, part.size)) for path, part in paired], journal
@@ -152,4 +155,8 @@ def missing_room(target: Path, needed: int) -> list[str]:
 
 def cannot_write(error: OSError, target: Path) -> str:
     """What to say of an error of the output's files."""
+    if error.errno == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        advice = "give a larger --split-size, or raise the limit with ulimit -n"
+        return f"{target}: too many open files: each part takes two, and the limit is {limit}: {advice}"
     return f"{error.filename or target}: cannot be written ({error.strerror or error})"

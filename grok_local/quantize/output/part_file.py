@@ -7,6 +7,8 @@ third of the time of packing to q4_0.
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,10 @@ import numpy.typing as npt
 
 from grok_local.files import BLOCK, DirectFile
 
-__all__ = ["PartFile", "aligned_empty"]
+__all__ = ["PartFile", "aligned_empty", "allow_open_files"]
+
+_PER_PART = 2  # descriptors: through the page cache, and past it
+_OTHER_FILES = 256
 
 
 def aligned_empty(size: int) -> npt.NDArray[np.uint8]:
@@ -22,6 +27,16 @@ def aligned_empty(size: int) -> npt.NDArray[np.uint8]:
     memory = np.empty(size + BLOCK, np.uint8)
     start = -memory.ctypes.data % BLOCK
     return memory[start : start + size]
+
+
+def allow_open_files(parts: int) -> None:
+    """Have the system allow as many open files as the parts take, up to what it lets this process ask for."""
+    wanted = _PER_PART * parts + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        with suppress(OSError, ValueError):  # what it does not grant is said when it is missing
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 class PartFile:
