@@ -189,7 +189,7 @@ class _Block:
         limit = _LIMITS.get(self.tensor.type, _F16_MAX)
         if not self.slab.bound <= limit and not (largest := _largest(floats)) <= limit:
             source = self.tensor.source
-            advice = "" if np.isnan(largest) else ": use --type f32"
+            advice = ": use --type f32" if np.isfinite(largest) else ""
             what = f"{source.where} has weights of {largest:.3g}"
             raise CheckpointError(f"{source.file_name}: {what}, more than {self.tensor.type.name} can hold{advice}")
         return floats
