@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from grok_local.errors import FetchError
 from grok_local.hub.fetcher import SPARE
+from grok_local.machine.disk import free_space, nearest_folder
 from grok_local.units import format_bytes
 
 __all__ = ["Room", "disk_used", "on_same_disk"]
@@ -40,7 +40,7 @@ class Room:
     @property
     def free(self) -> int:
         """As the system says now."""
-        return shutil.disk_usage(_existing(self.folder)).free
+        return free_space(self.folder)
 
     def check(self) -> None:
         """Raises FetchError where it does not fit."""
@@ -70,14 +70,7 @@ class Room:
 
 def on_same_disk(folder: Path, output: Path) -> bool:
     """Whether both take of one disk's room."""
-    return _existing(folder).stat().st_dev == _existing(output.absolute().parent).stat().st_dev
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    return nearest_folder(folder).stat().st_dev == nearest_folder(output.absolute().parent).stat().st_dev
 
 
 def disk_used(paths: Iterable[Path]) -> int:

@@ -14,7 +14,7 @@ from grok_local.files import DirectFile
 from grok_local.machine.kept import keep, kept, kept_path
 from grok_local.pages import Region
 
-__all__ = ["RELEASE_SPACE", "disk_speed", "free_space"]
+__all__ = ["RELEASE_SPACE", "disk_speed", "free_space", "nearest_folder"]
 
 RELEASE_SPACE = 318_000_000_000 + 181_000_000_000  # bytes of Grok-1 as released, and of its 4-bit file
 
@@ -47,8 +47,12 @@ def disk_speed(path: Path, *, measure: Callable[[Path], float] | None = None) ->
 
 def free_space(folder: Path) -> int:
     """Bytes free where the folder is, or would be. Raises OSError."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there: on the disk where it would be made."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
 def read_speed(path: Path) -> float:

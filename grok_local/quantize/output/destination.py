@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import errno
 import resource
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from grok_local.errors import GGUFError, OutputError
 from grok_local.files import journal_of, partial_of, sync_folder
 from grok_local.formats.gguf_file import KEYS, read_header
+from grok_local.machine.disk import free_space, nearest_folder
 from grok_local.quantize.layout.output_plan import OutputPlan, Part
 from grok_local.quantize.output.journal import Journal
 from grok_local.quantize.output.part_file import PartFile, allow_open_files
@@ -54,7 +54,16 @@ class Destination:
                 f"{self.finals[0]}: exists, and {self._strangeness(present)}: choose another name with -o, or replace "
                 "it with --force"
             )
+        if all(held):
+            self._forget_journal()
         return all(held)
+
+    def _forget_journal(self) -> None:
+        """A run that was killed when its files had their names left its journal, which nobody needs."""
+        path = journal_of(self.target)
+        if path.exists() and not any(partial.exists() for partial in self.partials):
+            with suppress(OutputError, OSError), Journal(path, self.plan) as journal:
+                journal.finish()
 
     def _strangeness(self, present: list[Path]) -> str:
         """What to say of files that are not known to be the finished plan's."""
@@ -141,10 +150,8 @@ class Destination:
 
 def missing_room(target: Path, needed: int) -> list[str]:
     """What to say where the disk of `target` has not `needed` bytes free."""
-    folder = target.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    folder = nearest_folder(target.absolute().parent)
+    free = free_space(folder)
     if needed <= free:
         return []
     return [

@@ -269,6 +269,19 @@ def test_a_live_journal_is_not_removed(small: Path, tmp_path: Path) -> None:
     assert seen == [True]
 
 
+def test_the_journal_of_a_run_that_was_killed_at_its_very_end_goes(small: Path, tmp_path: Path) -> None:
+    """But not that of an unfinished run with other options, which would replace this output."""
+    output, journal = tmp_path / "x.gguf", tmp_path / "x.gguf.journal"
+    kept: list[bytes] = []
+    grok_local.quantize_checkpoint(small, output, progress=lambda _: kept.append(journal.read_bytes()))
+    journal.write_bytes(kept[-1])
+    assert grok_local.quantize_checkpoint(small, output).unchanged
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+    stop_after_20_pieces(small, output, type="q4_0", force=True)
+    assert grok_local.quantize_checkpoint(small, output).unchanged
+    assert grok_local.quantize_checkpoint(small, output, type="q4_0", force=True).resumed_pieces == 20
+
+
 def test_a_run_refused_for_its_input_leaves_nothing(small: Path, tmp_path: Path) -> None:
     path = shutil.copytree(small, tmp_path / "copy")
     embedding = path / "ckpt-0" / "tensor00000_000"
