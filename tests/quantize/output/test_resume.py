@@ -64,9 +64,7 @@ def test_killed_at_ten_moments(golden: Path, tmp_path: Path, threads: str) -> No
     assert [path.name for path in output.parent.iterdir()] == ["x.gguf"]
 
 
-@pytest.fixture
-def stopped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The name of an output whose run ended after 20 pieces."""
+def stop_after_20_pieces(checkpoint: Path, output: Path, **options: Any) -> Path:
     real, count = PartFile.write, [0]
 
     def write(self: PartFile, data: Any, offset: int) -> None:
@@ -75,11 +73,17 @@ def stopped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
             raise OSError("stop")
         real(self, data, offset)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PartFile, "write", write)
         with pytest.raises(OutputError):
-            grok_local.quantize_checkpoint(small, tmp_path / "x.gguf")
-    return tmp_path / "x.gguf"
+            grok_local.quantize_checkpoint(checkpoint, output, **options)
+    return output
+
+
+@pytest.fixture
+def stopped(small: Path, tmp_path: Path) -> Path:
+    """The name of an output whose run ended after 20 pieces."""
+    return stop_after_20_pieces(small, tmp_path / "x.gguf")
 
 
 def test_only_what_is_missing_is_packed_again(small: Path, stopped: Path, packed: Path) -> None:
