@@ -93,21 +93,18 @@ class Scheduler:
         Ctrl-C interrupts the engine, and is raised when everything is where it belongs.
         """
         with ctrl_c_later(self._engine), self._doubted():
-            return self._tick(wanted, may_yield)
-
-    def _tick(self, wanted: Wanted, may_yield: Wanted) -> bool:
-        self._begin(wanted, may_yield)
-        active = [one for one in self._running if wanted(one.generation) or _may_go_along(one.generation)]
-        if not any(wanted(one.generation) for one in active):
-            return False
-        step = self._composed(active)
-        with self._watched(active):
-            step.drawn = self._engine.step(step.rows, step.draws)
-        if step.drawn is None:  # interrupted: those that are cancelled end with the next tick
-            self._is_doubtful = True  # some models cannot forget a part, and have forgotten all
-        else:
-            self._finish(step, step.drawn)
-        return True
+            self._begin(wanted, may_yield)
+            active = [one for one in self._running if wanted(one.generation) or _may_go_along(one.generation)]
+            if not any(wanted(one.generation) for one in active):
+                return False
+            step = self._composed(active)
+            with self._watched(active):
+                step.drawn = self._engine.step(step.rows, step.draws)
+            if step.drawn is None:  # interrupted: those that are cancelled end with the next tick
+                self._is_doubtful = True  # some models cannot forget a part, and have forgotten all
+            else:
+                self._finish(step, step.drawn)
+            return True
 
     def _begin(self, wanted: Wanted, may_yield: Wanted) -> None:
         self._engine.interrupted = False

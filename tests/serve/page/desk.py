@@ -142,6 +142,15 @@ class Desk:
     def focused(self) -> WebElement:
         return self.browser.switch_to.active_element
 
+    def focus(self, what: str) -> str | None:
+        """An attribute, or the "text", of what has the focus: at one moment, since it may be drawn anew at the next."""
+        script = """
+            const at = document.activeElement;
+            return arguments[0] === "text" ? at.innerText : at.getAttribute(arguments[0]);
+        """
+        found: str | None = self.browser.execute_script(script, what)
+        return found
+
     @property
     def coloured(self) -> str:
         """The text that has a colour."""

@@ -113,7 +113,7 @@ def test_a_message_is_edited_while_an_answer_comes_and_goes(desk: Desk) -> None:
     assert area.get_property("value") == "What is it?"
     desk.press("\ue00c")
     assert _said(desk)[0] == "Who made Grok-1?"
-    assert desk.focused.text == "Edit"
+    assert desk.focus("text") == "Edit"
 
 
 def test_the_focus_stays_with_the_answers_it_was_at(desk: Desk) -> None:
@@ -126,12 +126,12 @@ def test_the_focus_stays_with_the_answers_it_was_at(desk: Desk) -> None:
         desk.browser.execute_script("document.querySelector('.turn:last-child footer button:last-child').focus()")
         desk.press(_ENTER)
         desk.wait()
-        assert desk.focused.text == "Another answer"
+        assert desk.focus("text") == "Another answer"
     desk.browser.execute_script("document.querySelector('[aria-label=\"The answer before\"]').focus()")
     for name in ("The answer before", "The next answer"):  # at the first there is none before
         desk.press(_ENTER)
         desk.wait_for_picture()
-        assert desk.focused.get_attribute("aria-label") == name
+        assert desk.focus("aria-label") == name
 
 
 def test_an_answer_is_copied_over_plain_http_too(desk: Desk) -> None:
@@ -140,7 +140,7 @@ def test_an_answer_is_copied_over_plain_http_too(desk: Desk) -> None:
     _ask(desk, "Who made Grok-1?")
     desk.browser.execute_script("document.querySelector('.turn:last-child footer button').focus()")
     desk.press(_ENTER)
-    desk.until(lambda: desk.focused.text == "Copied")
+    desk.until(lambda: desk.focus("text") == "Copied")
     desk.click("#message")
     desk.press(_CONTROL, "v")
     said = _said(desk)[1]

@@ -32,7 +32,7 @@ def test_all_of_it_works_without_a_mouse(desk: Desk) -> None:
     desk.press(_ENTER)
     desk.wait()
     assert desk.text != written
-    assert desk.focused.get_attribute("id") == "text"
+    assert desk.focus("id") == "text"
     desk.press(_CONTROL, "z")
     desk.until(lambda: desk.text == written)
     _tab_to(desk, "count")
@@ -52,7 +52,7 @@ def test_all_of_it_works_without_a_mouse(desk: Desk) -> None:
 
 def _tab_to(desk: Desk, name: str, *, back: bool = False) -> None:
     for _ in range(40):
-        if desk.focused.get_attribute("id") == name:
+        if desk.focus("id") == name:
             return
         desk.press(*(["\ue008"] if back else []), _TAB)
     raise AssertionError(name)
