@@ -61,8 +61,13 @@ class Scores:
 
     def divergence_from(self, base: Scores) -> float:
         """KL(base || self) in nats, mean per token."""
+        return float(self.divergences_from(base).mean())
+
+    def divergences_from(self, base: Scores) -> Floats:
+        """KL(base || self) in nats, of each token."""
         pairs = zip(base.distributions, self.distributions, strict=True)
-        return float(np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in pairs]).mean())
+        found: Floats = np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in pairs])
+        return found
 
 
 def held_out_documents(step: int = 1) -> list[Pieces]:

@@ -129,7 +129,7 @@ def test_follow_ups_lead_from_fact_to_fact() -> None:
 
 
 def test_four_bits_keep_what_was_learnt(folder: Path) -> None:
-    """On all held-out wordings; the two 4-bit types differ by little more than chance."""
+    """On all held-out wordings. Of the 4-bit types q4_k is the nearer one, or as near as chance lets one tell."""
     documents = held_out_documents()
     measured = {}
     for name in ("q8_0", "q4_k", "q4_0"):
@@ -139,7 +139,11 @@ def test_four_bits_keep_what_was_learnt(folder: Path) -> None:
     base = measured["q8_0"].perplexity()
     assert measured["q4_k"].perplexity() / base <= 1.02
     assert measured["q4_0"].perplexity() / base <= 1.06
-    assert all(0 < measured[name].divergence_from(measured["q8_0"]) < 0.006 for name in ("q4_k", "q4_0"))
+    nearer, farther = (measured[name].divergences_from(measured["q8_0"]) for name in ("q4_k", "q4_0"))
+    assert 0 < nearer.mean() < 0.005
+    assert 0 < farther.mean() < 0.005
+    more = nearer - farther
+    assert more.mean() < 2 * more.std() / np.sqrt(len(more))
 
 
 def test_every_expert_is_used(q4_k: grok_local.Model) -> None:

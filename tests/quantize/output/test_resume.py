@@ -125,7 +125,8 @@ def test_force_starts_anew_with_other_options_and_goes_on_with_the_same(small: P
     assert grok_local.quantize_checkpoint(small, stopped, type="q4_0", force=True).resumed_pieces == 0
 
 
-def test_a_file_that_is_replaced_while_it_is_packed(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_a_file_that_is_replaced_while_it_is_packed(small: Path, tmp_path: Path, keeps_time: bool) -> None:
     path, output = shutil.copytree(small, tmp_path / "copy"), tmp_path / "x.gguf"
     source = path / "ckpt-0" / "tensor00002_000"
     replaced: list[Path] = []
@@ -135,6 +136,8 @@ def test_a_file_that_is_replaced_while_it_is_packed(small: Path, tmp_path: Path)
             data = bytearray(source.read_bytes())
             data[len(data) // 2] ^= 1
             (tmp_path / "new").write_bytes(data)
+            if keeps_time:
+                os.utime(tmp_path / "new", ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns))
             replaced.append((tmp_path / "new").replace(source))
 
     with pytest.raises(CheckpointError, match="tensor00002_000: changed while it was packed: run the same command"):
@@ -154,17 +157,27 @@ def test_another_checkpoint_whose_files_have_the_same_times(small: Path, stopped
     assert grok_local.quantize_checkpoint(other, stopped).resumed_pieces == 0
 
 
-def test_what_a_download_left_out_is_not_packed_as_zeros(small: Path, tmp_path: Path) -> None:
-    path = shutil.copytree(small, tmp_path / "copy")
-    source = path / "ckpt-0" / "tensor00000_000"
-    data = source.read_bytes()
-    source.unlink()
-    with source.open("wb") as file:
+def _leave_out_the_middle(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    with path.open("wb") as file:
         file.write(data[: len(data) // 4])
         file.seek(3 * len(data) // 4)
         file.write(data[3 * len(data) // 4 :])
-    with pytest.raises(CheckpointError, match="tensor00000_000: a part of it was never written"):
+
+
+def test_what_a_download_left_out_is_not_packed_as_zeros(small: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(small, tmp_path / "copy")
+    _leave_out_the_middle(path / "ckpt-0" / "tensor00002_000")
+    with pytest.raises(CheckpointError, match="tensor00002_000: a part of it was never written"):
         grok_local.quantize_checkpoint(path, tmp_path / "x.gguf")
+
+
+def test_zeros_of_an_embedding_may_be_holes(small: Path, tmp_path: Path) -> None:
+    """Of tokens that nobody uses, on a file system that keeps zeros so."""
+    path = shutil.copytree(small, tmp_path / "copy")
+    _leave_out_the_middle(path / "ckpt-0" / "tensor00000_000")
+    assert grok_local.quantize_checkpoint(path, tmp_path / "x.gguf").path.exists()
 
 
 def test_two_runs_at_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,12 @@ class Desk:
         self.click("#continue")
         self.wait()
 
+    def ask(self, text: str) -> None:
+        """Says something in Chat, and waits until it is answered."""
+        self.find("#message").send_keys(text)
+        self.press("\ue009", "\ue007")
+        self.wait()
+
     def set_long(self, *, alternatives: int = 1) -> None:
         """Sets what does not end soon: long wild texts."""
         self.fill("#write-sampling-temperature", 2)
@@ -159,6 +165,11 @@ class Desk:
     @property
     def branches(self) -> list[str]:
         return self.texts("#branches .snippet")
+
+    @property
+    def said(self) -> list[str]:
+        """The turns of Chat."""
+        return self.texts("#turns .said")
 
     def texts(self, selector: str) -> list[str]:
         """Of all elements of a kind, at one moment."""

@@ -9,59 +9,49 @@ from tests.serve.page.desk import Desk
 _CONTROL, _ENTER = "\ue009", "\ue007"
 
 
-def _said(desk: Desk) -> list[str]:
-    return desk.texts("#turns .said")
-
-
-def _ask(desk: Desk, text: str) -> None:
-    desk.find("#message").send_keys(text)
-    desk.press(_CONTROL, _ENTER)
-    desk.wait()
-
-
 def test_a_conversation_goes_on_and_stays(desk: Desk) -> None:
     desk.visit("chat")
     desk.fill("#chat-sampling-temperature", 0)
-    _ask(desk, "How many layers has Grok-1?")
-    _ask(desk, "And how many experts?")
-    said = _said(desk)
+    desk.ask("How many layers has Grok-1?")
+    desk.ask("And how many experts?")
+    said = desk.said
     messages = [{"role": "user", "content": "How many layers has Grok-1?"}]
     body = {"messages": messages, "temperature": 0, "max_tokens": 128}
     assert said[1] == desk.posts("/v1/chat/completions", body)["choices"][0]["message"]["content"]
     assert len(said) == 4
     desk.reload()
-    assert _said(desk) == said
+    assert desk.said == said
 
 
 def test_another_answer_stands_beside_the_first(desk: Desk) -> None:
     desk.visit("chat")
     desk.fill("#chat-sampling-temperature", 1.5)
     desk.fill("#chat-sampling-seed", "")
-    _ask(desk, "Who made Grok-1?")
-    first = _said(desk)[1]
+    desk.ask("Who made Grok-1?")
+    first = desk.said[1]
     desk.click(".turn:last-child footer button:last-child")
     desk.wait()
     assert "2 of 2" in desk.find(".turn:last-child footer").text
     desk.click("[aria-label='The answer before']")
-    desk.until(lambda: _said(desk)[1] == first)
+    desk.until(lambda: desk.said[1] == first)
 
 
 def test_a_message_is_edited_and_sent_again_and_that_undone(desk: Desk) -> None:
     desk.visit("chat")
-    _ask(desk, "Who made Grok-1?")
-    _ask(desk, "When?")
-    before = _said(desk)
+    desk.ask("Who made Grok-1?")
+    desk.ask("When?")
+    before = desk.said
     desk.click(".turn:first-child footer button")
     area = desk.focused
     area.clear()
     area.send_keys("What is Grok-1?")
     desk.press(_CONTROL, _ENTER)
-    desk.until(lambda: len(_said(desk)) == 2)
+    desk.until(lambda: len(desk.said) == 2)
     desk.wait()
-    assert _said(desk)[0] == "What is Grok-1?"
+    assert desk.said[0] == "What is Grok-1?"
     desk.click("#chat-undo")  # the answer
     desk.click("#chat-undo")  # the other message
-    desk.until(lambda: _said(desk) == before)
+    desk.until(lambda: desk.said == before)
 
 
 def test_the_system_text_goes_first(desk: Desk) -> None:
@@ -89,19 +79,19 @@ def test_escape_stops_an_answer_and_what_came_stays(desk: Desk) -> None:
     desk.choose("#chat-length", 256)
     desk.find("#message").send_keys("Tell me everything.")
     desk.press(_CONTROL, _ENTER)
-    desk.until(lambda: len(_said(desk)) == 2 and _said(desk)[1])
+    desk.until(lambda: len(desk.said) == 2 and desk.said[1])
     began = time.monotonic()
     desk.press("\ue00c")
     desk.until(lambda: not desk.find_all(".dock.working") and desk.is_idle())
     assert time.monotonic() - began < 3  # of which the driver takes its part on a busy machine
     desk.reload()
-    assert len(_said(desk)) == 2
+    assert len(desk.said) == 2
 
 
 def test_a_message_is_edited_while_an_answer_comes_and_goes(desk: Desk) -> None:
     desk.visit("chat")
     desk.choose("#chat-length", 32)
-    _ask(desk, "Who made Grok-1?")
+    desk.ask("Who made Grok-1?")
     desk.find("#message").send_keys("When?")
     desk.press(_CONTROL, _ENTER)
     desk.click(".turn:first-child footer button")
@@ -112,7 +102,7 @@ def test_a_message_is_edited_while_an_answer_comes_and_goes(desk: Desk) -> None:
     assert desk.focused == area
     assert area.get_property("value") == "What is it?"
     desk.press("\ue00c")
-    assert _said(desk)[0] == "Who made Grok-1?"
+    assert desk.said[0] == "Who made Grok-1?"
     assert desk.focus("text") == "Edit"
 
 
@@ -121,7 +111,7 @@ def test_the_focus_stays_with_the_answers_it_was_at(desk: Desk) -> None:
     desk.choose("#chat-length", 32)
     desk.fill("#chat-sampling-temperature", 1.5)
     desk.fill("#chat-sampling-seed", "")
-    _ask(desk, "Who made Grok-1?")
+    desk.ask("Who made Grok-1?")
     for _ in range(2):
         desk.browser.execute_script("document.querySelector('.turn:last-child footer button:last-child').focus()")
         desk.press(_ENTER)
@@ -137,13 +127,13 @@ def test_the_focus_stays_with_the_answers_it_was_at(desk: Desk) -> None:
 def test_an_answer_is_copied_over_plain_http_too(desk: Desk) -> None:
     desk.visit("chat")
     desk.browser.execute_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
-    _ask(desk, "Who made Grok-1?")
+    desk.ask("Who made Grok-1?")
     desk.browser.execute_script("document.querySelector('.turn:last-child footer button').focus()")
     desk.press(_ENTER)
     desk.until(lambda: desk.focus("text") == "Copied")
     desk.click("#message")
     desk.press(_CONTROL, "v")
-    said = _said(desk)[1]
+    said = desk.said[1]
     desk.until(lambda: desk.find("#message").get_property("value") == said)
 
 

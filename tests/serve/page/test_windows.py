@@ -9,7 +9,6 @@ import pytest
 from tests.serve.page.desk import Desk
 
 BEGINNING = "Grok-1 has"
-_CONTROL, _ENTER = "\ue009", "\ue007"
 
 
 class Windows:
@@ -46,28 +45,18 @@ def windows(desk: Desk) -> Iterator[Windows]:
     found.look_at(found.first)
 
 
-def _said(desk: Desk) -> list[str]:
-    return desk.texts("#turns .said")
-
-
-def _ask(desk: Desk, text: str) -> None:
-    desk.find("#message").send_keys(text)
-    desk.press(_CONTROL, _ENTER)
-    desk.wait()
-
-
 def test_a_window_that_closes_leaves_the_others_conversation(desk: Desk, windows: Windows) -> None:
     desk.visit("chat")
     windows.open_second("chat")
     windows.look_at(windows.first)
-    _ask(desk, "Who made Grok-1?")
-    said = _said(desk)
+    desk.ask("Who made Grok-1?")
+    said = desk.said
     assert len(said) == 2
     windows.look_at(windows.second)
-    desk.until(lambda: _said(desk) == said)  # it sees what was said there
+    desk.until(lambda: desk.said == said)  # it sees what was said there
     windows.close_second()
     desk.reload()
-    assert _said(desk) == said
+    assert desk.said == said
 
 
 def test_what_both_windows_say_at_once_comes_together(desk: Desk) -> None:
@@ -128,7 +117,8 @@ def test_a_window_sees_what_is_written_in_another_and_goes_on_from_it(desk: Desk
     desk.until(lambda: desk.text == written)
 
 
-def test_a_window_that_saw_half_of_a_continuation_keeps_none_of_it_back(desk: Desk, windows: Windows) -> None:
+def _begin_a_continuation(desk: Desk, windows: Windows) -> None:
+    """In the first window; the second sees what has come of it."""
     _in_a_manuscript(
         desk,
         """
@@ -140,6 +130,10 @@ def test_a_window_that_saw_half_of_a_continuation_keeps_none_of_it_back(desk: De
         """,
     )
     windows.open_second()
+
+
+def test_a_window_that_saw_half_of_a_continuation_keeps_none_of_it_back(desk: Desk, windows: Windows) -> None:
+    _begin_a_continuation(desk, windows)
     assert desk.text == "Once upon"
     windows.look_at(windows.first)
     _in_a_manuscript(desk, 'own.grow(node, { text: " upon a time", tokens: [[0, -1, []]] }); own.settle(node)')
@@ -152,17 +146,7 @@ def test_a_window_that_saw_half_of_a_continuation_keeps_none_of_it_back(desk: De
 
 
 def test_what_is_typed_below_a_continuation_that_still_comes_stays_as_it_is(desk: Desk, windows: Windows) -> None:
-    _in_a_manuscript(
-        desk,
-        """
-        own.type("Once", 4);
-        window.node = own.add(own.current.id, { at: 4, kind: "written", tokens: [] });
-        own.go(node.id);
-        own.grow(node, { text: " upon", tokens: [[0, -1, []]] });
-        own.save(node);
-        """,
-    )
-    windows.open_second()
+    _begin_a_continuation(desk, windows)
     desk.put_cursor(9)
     desk.write(" it was")
     windows.look_at(windows.first)
