@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grok_local.placement.whatif import enough_ram
-from grok_local.placement.wishes import USUAL_BATCH
+from grok_local.placement.wishes import USUAL_BATCH, Wishes
 from grok_local.units import format_bytes, format_figure, format_seconds, printable
 from grok_local.views.tables import new_table, output_width
 
@@ -85,14 +85,23 @@ def _described(plan: Plan, share: Share) -> dict[str, Any]:
 
 def llama_options(plan: Plan) -> list[str]:
     """The same placement in the options of llama.cpp's own programs."""
-    options = ["-c", str(plan.context), "-ngl", str(plan.gpu_layers)]
-    if len([count for count in plan.layers if count]) > 1:
+    options = ["-c", str(plan.cells), "-ngl", str(plan.gpu_layers), *_sequences(plan)]
+    if len(plan.layers) > 1 and plan.gpu_layers:
         options += ["-ts", ",".join(map(str, plan.layers))]
     for pattern, place in plan.overrides:
         options += ["-ot", f"{pattern}={'CPU' if place == 'RAM' else place}"]
+    if plan.wishes.kv_type != Wishes().kv_type:
+        options += ["-ctk", plan.wishes.kv_type, "-ctv", plan.wishes.kv_type]
     if plan.batch != USUAL_BATCH:
         options += ["-b", str(plan.batch), "-ub", str(plan.batch)]
     return options
+
+
+def _sequences(plan: Plan) -> list[str]:
+    """llama.cpp's programs give each a part of the KV cache unless they are told otherwise."""
+    if plan.wishes.sequences == 1:
+        return []
+    return ["-np", str(plan.wishes.sequences), *([] if plan.wishes.separate else ["-kvu"])]
 
 
 def verdict(plan: Plan, prediction: Forecast) -> str:
