@@ -22,7 +22,7 @@ from grok_local.placement.sizes.refusals import takes
 from grok_local.placement.wishes import RAM, Wishes, attended_by, cells_of, may_use_devices
 from grok_local.units import format_bytes
 
-__all__ = ["Setting", "check_devices", "ram_budget", "ram_reserve", "rooms", "shares_of", "widest_batch"]
+__all__ = ["Setting", "check_devices", "is_shared", "ram_budget", "ram_reserve", "rooms", "shares_of", "widest_batch"]
 
 _ANY_BATCH = 1 << 30
 _SEVERAL = 8 << 20

@@ -11,6 +11,7 @@ from grok_local.machine.facts import Device, Machine, Speeds
 from grok_local.placement.forecast import Forecast, forecast
 from grok_local.placement.plan import Plan
 from grok_local.placement.planner import make_plan
+from grok_local.placement.shares import is_shared
 from grok_local.units import parse_size
 
 __all__ = ["Width", "described", "enough_ram", "spare_of", "widest", "with_less", "with_smaller"]
@@ -36,8 +37,7 @@ class WhatIf:
     def applied_to(self, machine: Machine, *, types: Sequence[str]) -> Machine:
         """The machine with these instead; `types` are the GGML types whose speed `ram_speed` is."""
         if self.ram is not None:
-            unified = machine.unified and self.gpus is None
-            machine = replace(machine, memory=self.ram, available=self.ram, unified=unified)
+            machine = _with_ram(machine, self.ram)
         if self.gpus is not None:
             workers = tuple(device for device in machine.devices if device.kind == "worker")
             machine = replace(machine, devices=(*self._devices(self.gpus), *workers), unified=False)
@@ -121,12 +121,23 @@ def enough_ram(plan: Plan) -> tuple[int, Forecast] | None:
     """
     for size in _RAM_SIZES if plan.disk else ():
         if size > plan.machine.memory:
-            machine = replace(plan.machine, memory=size, available=size)
+            wishes = replace(plan.wishes, memory=None, stream="auto")
             with suppress(PlacementError):
-                larger = make_plan(plan.model, machine, replace(plan.wishes, memory=None, stream="auto"))
+                larger = make_plan(plan.model, _with_ram(plan.machine, size), wishes)
                 if not larger.disk:
                     return size, forecast(larger)
     return None
+
+
+def _with_ram(machine: Machine, size: int) -> Machine:
+    """The machine with so much RAM, all of it free; of it devices that share it have as large a part as they had."""
+    devices = tuple(_grown(d, size / machine.memory) if is_shared(machine, d) else d for d in machine.devices)
+    return replace(machine, memory=size, available=size, devices=devices)
+
+
+def _grown(device: Device, times: float) -> Device:
+    total, most = int(device.total * times), None if device.most is None else int(device.most * times)
+    return replace(device, total=total, free=total, most=most)
 
 
 def with_less(plan: Plan, place: str, most: int) -> Plan:

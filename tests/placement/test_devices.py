@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from grok_local.errors import PlacementError
 from grok_local.machine.facts import Device, Machine
-from grok_local.placement.forecast import limit
+from grok_local.placement.forecast import forecast, limit
 from grok_local.placement.load_options import load_request
 from grok_local.placement.plan import Plan
 from grok_local.placement.planner import make_plan
 from grok_local.placement.shape import Role
-from grok_local.placement.whatif import with_less, with_smaller
+from grok_local.placement.whatif import described, enough_ram, with_less, with_smaller
 from grok_local.placement.wishes import ALL_LAYERS, RAM, Wishes
 from tests.placement.test_planner import DENSE, EXPERTS, KV, OUTPUT, G, machine, release
 
@@ -246,6 +246,26 @@ def test_where_gpus_share_the_ram_what_runs_without_them_runs_with_them(name: st
 def test_several_devices_share_what_ram_there_is() -> None:
     plan = make_plan(release("grok-1"), machine(128, 96, 96, unified=True), Wishes())
     assert sum(share.used for share in plan.shares) <= 128 * G
+
+
+def test_with_more_ram_the_devices_that_share_it_have_more() -> None:
+    small = machine(16, 11, unified=True, speed=400e9)
+    worker = Device("RPC0", "", "worker", 24 * G, 24 * G, offloads=False)
+    larger = described(ram="192G").applied_to(replace(small, devices=(*small.devices, worker)), types=["Q4_K"])
+    assert [device.free for device in larger.devices] == [132 * G, 24 * G]
+    assert larger.unified
+    # And what is said of enough RAM is that machine's.
+    plan = make_plan(release("grok-1"), replace(machine(64, 48, unified=True, speed=400e9), disk_speed=2e9))
+    found = enough_ram(plan)
+    assert found
+    size, prediction = found
+    supposed = described(ram=str(size)).applied_to(plan.machine, types=["Q4_K"])
+    assert forecast(make_plan(release("grok-1"), supposed)).seconds == prediction.seconds
+
+
+def test_with_more_ram_other_devices_are_what_they_were() -> None:
+    gpu = machine(64, 24)
+    assert described(ram="256G").applied_to(gpu, types=["Q4_K"]).devices == gpu.devices
 
 
 # -- what the user puts on a device ------------------------------------------------------------------------------------
