@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -30,6 +30,7 @@ __all__ = [
     "cpu_device",
     "cpu_features",
     "extra_buffer_types",
+    "own_gpus",
 ]
 
 _P, _I64, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
@@ -63,6 +64,7 @@ class BackendDevice:
     free: int
     total: int
     handle: int
+    id: str | None = None  # of the card, whichever backend sees it: its PCI address; None: not known
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ class Abilities:
     piece: int | None = None
 
 
+class _Properties(ctypes.Structure):
+    """struct ggml_backend_dev_props, and room for what may be added to its end."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("free", _SIZE),
+        ("total", _SIZE),
+        ("kind", ctypes.c_int),
+        ("id", ctypes.c_char_p),
+        ("more", ctypes.c_char * 256),
+    ]
+
+
 class _Feature(ctypes.Structure):
     """struct ggml_backend_feature."""
 
@@ -91,11 +107,8 @@ _FEATURES = ctypes.CFUNCTYPE(ctypes.POINTER(_Feature), _P)
 
 @cache
 def _base() -> ctypes.CDLL:
-    lib, size = open_library("ggml-base"), ctypes.POINTER(ctypes.c_size_t)
-    prototype(lib, "ggml_backend_dev_name", ctypes.c_char_p, _P)
-    prototype(lib, "ggml_backend_dev_description", ctypes.c_char_p, _P)
-    prototype(lib, "ggml_backend_dev_memory", None, _P, size, size)
-    prototype(lib, "ggml_backend_dev_type", ctypes.c_int, _P)
+    lib = open_library("ggml-base")
+    prototype(lib, "ggml_backend_dev_get_props", None, _P, ctypes.POINTER(_Properties))
     prototype(lib, "ggml_backend_dev_backend_reg", _P, _P)
     prototype(lib, "ggml_backend_dev_buffer_type", _P, _P)
     prototype(lib, "ggml_backend_reg_name", ctypes.c_char_p, _P)
@@ -139,17 +152,35 @@ def backend_devices() -> list[BackendDevice]:
 
 
 def _described(handle: int) -> BackendDevice:
-    base, free, total = _base(), ctypes.c_size_t(), ctypes.c_size_t()
-    base.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    base, found = _base(), _Properties()
+    base.ggml_backend_dev_get_props(handle, ctypes.byref(found))
     return BackendDevice(
-        name=base.ggml_backend_dev_name(handle).decode(),
-        description=base.ggml_backend_dev_description(handle).decode("utf-8", "replace"),
+        name=found.name.decode(),
+        description=found.description.decode("utf-8", "replace"),
         backend=base.ggml_backend_reg_name(base.ggml_backend_dev_backend_reg(handle)).decode(),
-        kind=DeviceKind(base.ggml_backend_dev_type(handle)),
-        free=free.value,
-        total=total.value,
+        kind=DeviceKind(found.kind),
+        free=found.free,
+        total=found.total,
         handle=handle,
+        id=found.id.decode() if found.id else None,
     )
+
+
+def own_gpus(devices: Iterable[BackendDevice]) -> list[BackendDevice]:
+    """Of these the GPUs of this machine, each once though several backends may see it: those llama.cpp would choose.
+
+    An integrated one counts only where there is no other: it is no faster than the processor whose memory it shares.
+    Workers, which llama.cpp lists once they are registered, are other machines'.
+    """
+    discrete: list[BackendDevice] = []
+    integrated: list[BackendDevice] = []
+    for device in devices:
+        if device.kind is DeviceKind.GPU and device.backend != "RPC":
+            if not device.id or all(device.id != other.id for other in discrete):
+                discrete.append(device)
+        elif device.kind is DeviceKind.INTEGRATED and all(device.backend == other.backend for other in integrated):
+            integrated.append(device)  # not all backends say which card one is
+    return discrete or integrated
 
 
 def backend_names() -> list[str]:

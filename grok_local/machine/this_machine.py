@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from grok_local.ggml.devices import Abilities, BackendDevice, DeviceKind, abilities_of, backend_devices
+from grok_local.ggml.devices import Abilities, BackendDevice, DeviceKind, abilities_of, backend_devices, own_gpus
 from grok_local.machine.disk import disk_speed
 from grok_local.machine.facts import Device, DeviceClass, Machine, Say, Speeds
 from grok_local.machine.kernels import speeds, with_speeds
@@ -55,16 +55,8 @@ def this_machine(
 def local_devices(
     devices: Callable[[], Sequence[BackendDevice]] = backend_devices, *, ask: Ask = abilities_of
 ) -> list[Device]:
-    """The GPUs of this machine that llama.cpp knows, and what each says when we `ask` what it can do.
-
-    An integrated one counts only where there is no other, as llama.cpp has it: it is no faster than the processor whose
-    memory it shares. Workers, which llama.cpp lists once they are registered, are other machines'.
-    """
-    gpus = [
-        _described(device, ask(device))
-        for device in devices()
-        if device.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED) and device.backend != "RPC"
-    ]
+    """The GPUs of this machine that llama.cpp would use, and what each says when we `ask` what it can do."""
+    gpus = [_described(device, ask(device)) for device in own_gpus(devices())]
     discrete = any(device.kind == "gpu" for device in gpus)
     return [device for device in gpus if not (discrete and device.kind == "integrated")]
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from grok_local.errors import OptionError, WorkerError
-from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices
+from grok_local.ggml.devices import BackendDevice, DeviceKind, backend_devices, own_gpus
 from grok_local.ggml.libraries import on_abort
 from grok_local.ggml.log import tell_errors
 from grok_local.ggml.rpc import require_rpc, serve
@@ -78,8 +78,7 @@ def _free_address(listen: str) -> tuple[str, int]:
 
 def _devices() -> list[BackendDevice]:
     devices = backend_devices()
-    gpus = [device for device in devices if device.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED)]
-    return gpus or [device for device in devices if device.kind is DeviceKind.CPU]
+    return own_gpus(devices) or [device for device in devices if device.kind is DeviceKind.CPU]
 
 
 def _announce(endpoint: str, devices: list[BackendDevice]) -> None:
