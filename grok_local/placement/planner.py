@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from grok_local.errors import PlacementError
-from grok_local.machine.facts import Machine, Speeds
+from grok_local.machine.facts import Machine
 from grok_local.placement.forecast import forecast
 from grok_local.placement.plan import Override, Places, Plan, Share, are_pinned, is_slow, units_of
-from grok_local.placement.shape import EXPERTS, ModelShape, Role, Weight
-from grok_local.placement.shares import Setting, check_devices, ram_budget, rooms, shares_of, widest_batch
+from grok_local.placement.shape import EXPERTS, ModelShape, Role
+from grok_local.placement.shares import Setting, check_devices, is_shared, ram_budget, rooms, shares_of, widest_batch
 from grok_local.placement.sizes.balance import balanced
 from grok_local.placement.sizes.compute import compute_bytes
 from grok_local.placement.sizes.refusals import check_taken, kept_in_ram, largest_refused, takes, why_refused
+from grok_local.placement.sizes.repacking import check_repacking, needs_speeds, repackable
 from grok_local.placement.wishes import (
     ALL_LAYERS,
     RAM,
@@ -34,19 +35,12 @@ from grok_local.placement.wishes import (
 )
 from grok_local.units import format_bytes
 
-__all__ = ["make_plan", "needs_speeds"]
+__all__ = ["make_plan"]
 
 _BATCHES = (1024, 2048, 4096)
 _ANSWER = 64  # tokens
 _KEPT_LAYERS = 0.9  # of those on devices, however wide a batch is
-_PATIENCE = 3  # times that RAM is given back what devices took of it: where it is not enough then, there is none
 _SPARSE_CONTEXT = 256  # tokens: the smallest context anybody is advised
-_WORTH_MEASURING = 1_000_000_000  # bytes: smaller models are fast anyway, and should start at once
-
-
-def needs_speeds(model: ModelShape, wishes: Wishes) -> bool:
-    """Whether the plan depends on how fast the machine is: a small model's does not."""
-    return wishes.repack == "on" or model.nbytes >= _WORTH_MEASURING
 
 
 def make_plan(model: ModelShape, machine: Machine, wishes: Wishes | None = None) -> Plan:
@@ -81,15 +75,15 @@ def _without_slow(model: ModelShape, machine: Machine, wishes: Wishes) -> Plan:
 @dataclass(frozen=True)
 class _Trial:
     """What placing is tried with. `copies` get room on the device that takes over from RAM: 1 for experts, 2 also for
-    the output and the KV cache. On devices that are `unused` nothing fits. Of a memory shared with RAM the last
-    of `reserved` is RAM's.
+    the output and the KV cache. On devices that are `unused` nothing fits. Of a memory shared with RAM
+    `reserved` bytes are RAM's.
     """
 
     batch: int  # tokens evaluated at once
     streamed: bool = False
     copies: int = 0
     unused: frozenset[str] = frozenset()
-    reserved: tuple[int, ...] = ()  # bytes
+    reserved: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,7 +155,7 @@ class _Planner:
         return 2 if not whole or self._kept or self.wishes.overrides else 1 if placed.ram.experts else 0
 
     def _placed(self, trial: _Trial) -> _Placed:
-        room = rooms(self._setting(trial), copies=trial.copies, unused=trial.unused, reserved=(0, *trial.reserved)[-1])
+        room = rooms(self._setting(trial), copies=trial.copies, unused=trial.unused, reserved=trial.reserved)
         layers = self._place_layers(room)
         fixed = (*self.wishes.overrides, *self._kept)
         overrides = (*fixed, *self._place_experts(layers, room, trial, fixed))
@@ -169,8 +163,8 @@ class _Planner:
         empty = frozenset(share.place for share in shares[:-1] if not share.used)
         if trial.copies and not empty <= trial.unused and len(empty) < len(room):
             return self._placed(replace(trial, unused=empty | trial.unused))  # another one takes over from RAM
-        if self.machine.unified and shares[-1].capacity < self._floor(shares[-1]) and len(trial.reserved) < _PATIENCE:
-            return self._placed(replace(trial, reserved=(*trial.reserved, self._floor(shares[-1]))))
+        if trial != (smaller := self._giving_back(trial, shares)):
+            return self._placed(smaller)
         return _Placed(trial, layers, overrides, shares)
 
     @cached_property
@@ -190,9 +184,18 @@ class _Planner:
     def _cells(self) -> int:
         return cells_of(self.context, self.wishes)
 
-    def _floor(self, ram: Share) -> int:
-        """Bytes that RAM cannot do without: of its experts, those that one token needs of a layer."""
-        return ram.used - ram.experts + min(ram.experts, self.model.least_experts)
+    def _giving_back(self, trial: _Trial, shares: Sequence[Share]) -> _Trial:
+        """The same, or where devices took what RAM needs of a memory that they share, with that reserved. Of experts
+        RAM needs few, of layers as much as a device: where no experts are left, the devices get nothing.
+        """
+        sharing = frozenset(device.name for device in self.machine.devices if is_shared(self.machine, device))
+        taking, ram = [share for share in shares[:-1] if share.used and share.place in sharing], shares[-1]
+        floor = ram.used - ram.experts + min(ram.experts, self.model.least_experts)
+        if not taking or floor <= ram.capacity:
+            return trial
+        if floor > trial.reserved and any(share.experts for share in taking):
+            return replace(trial, reserved=floor)
+        return replace(trial, unused=trial.unused | sharing)
 
     # -- streaming -----------------------------------------------------------------------------------------------------
 
@@ -206,7 +209,7 @@ class _Planner:
         A wider batch of a prompt reads all experts fewer times, but its compute buffers take room from them, and on a
         device from layers, most of which stay there.
         """
-        trial, disk = replace(usual.trial, streamed=True, unused=frozenset()), self._disk(usual.ram)
+        trial, disk = replace(usual.trial, streamed=True, unused=frozenset(), reserved=0), self._disk(usual.ram)
         wider = [width for width in _BATCHES if trial.batch < width <= most and disk and not self.wishes.batch]
         best, fewest = None, math.inf
         for width in (trial.batch, *wider):
@@ -370,30 +373,11 @@ class _Planner:
             smaller //= 2
         return f"{text}, and no smaller context fits either"
 
-    # -- repacking -----------------------------------------------------------------------------------------------------
-
     def _repacked(self, placed: _Placed, *, disk: int) -> frozenset[str]:
-        """What RAM holds rearranged: copies of what llama.cpp has a faster layout for, if everything fits."""
-        if self.wishes.repack == "on" and placed.trial.streamed and not disk:
-            raise PlacementError("--repack on: streamed experts stay as they are in the file: leave out one of the two")
-        if self.wishes.repack == "on" and disk:
-            raise PlacementError(
-                f"--repack on: rearranged weights are copies in RAM, and {format_bytes(disk)} of the experts do not "
-                "fit there: leave it out"
-            )
+        """What RAM holds rearranged, if everything fits."""
+        check_repacking(self.wishes, streamed=placed.trial.streamed, disk=disk)
         if disk or placed.trial.streamed:
             return frozenset()
         places = Places(self.model, self.machine.devices, placed.layers, placed.overrides)
-        return frozenset(w.name for w in self.model.weights if places.of(w) == RAM and self._may_repack(w))
-
-    @cached_property
-    def _speeds(self) -> Speeds:
-        """The kernels' as far as the plan may depend on them: what is measured besides must not change it."""
-        known = self.wishes.repack != "off" and needs_speeds(self.model, self.wishes)
-        return self.machine.speeds if known else Speeds()
-
-    def _may_repack(self, weight: Weight) -> bool:
-        if weight.role is Role.INPUT or weight.tied or weight.rows <= 1:
-            return False
-        gains = self._speeds.gains(weight.type, experts=weight.role is Role.EXPERTS)
-        return self._speeds.can_repack(weight.type, weight.rows) and (gains or self.wishes.repack == "on")
+        in_ram = [weight for weight in self.model.weights if places.of(weight) == RAM]
+        return repackable(self.model, self.wishes, self.machine.speeds, in_ram=in_ram)

@@ -19,6 +19,7 @@ from grok_local.placement.load_options import load_request
 from grok_local.placement.plan import Plan
 from grok_local.placement.planner import make_plan
 from grok_local.placement.shape import Role
+from grok_local.placement.shares import ram_budget
 from grok_local.placement.whatif import described, enough_ram, with_less, with_smaller
 from grok_local.placement.wishes import ALL_LAYERS, RAM, Wishes
 from tests.placement.test_planner import DENSE, EXPERTS, KV, OUTPUT, G, machine, release
@@ -241,6 +242,21 @@ def test_where_gpus_share_the_ram_what_runs_without_them_runs_with_them(name: st
         plan = make_plan(shape, apple, Wishes())
         assert all(share.used <= share.capacity for share in plan.shares)
         assert sum(share.used for share in plan.shares) <= free * G
+
+
+@pytest.mark.parametrize(("name", "sizes", "free"), [("grok-2", (96, 96), 65), ("grok-2", (20,), 65)])
+def test_where_layers_fit_beside_no_gpu_ram_has_them_all(name: str, sizes: tuple[int, ...], free: int) -> None:
+    """They need as much in RAM as on a GPU, and the GPU's buffers are what is too much."""
+    shared = replace(machine(128, *sizes, unified=True), available=free * G)
+    assert set(make_plan(release(name), shared).layers) == {0}
+
+
+def test_a_workers_memory_is_no_share_of_this_machines() -> None:
+    apple = machine(64, 48, unified=True)
+    worker = Device("RPC0", "", "worker", 200 * G, 200 * G, offloads=False)
+    plan = make_plan(release("grok-1"), replace(apple, devices=(*apple.devices, worker)))
+    assert plan.expert_layers["RPC0"] > 50
+    assert plan.ram.capacity == ram_budget(apple, Wishes()) - plan.shares[0].used
 
 
 def test_several_devices_share_what_ram_there_is() -> None:

@@ -36,9 +36,10 @@ from grok_local.machine.limits import free_cores
 from grok_local.machine.this_machine import this_machine
 from grok_local.placement.load_options import LoadRequest
 from grok_local.placement.plan import Plan, Share, patterns_of
-from grok_local.placement.planner import make_plan, needs_speeds
+from grok_local.placement.planner import make_plan
 from grok_local.placement.runnable import remarks
 from grok_local.placement.shape import ModelShape
+from grok_local.placement.sizes.repacking import needs_speeds
 from grok_local.placement.whatif import spare_of, with_less, with_smaller
 from grok_local.placement.wishes import RAM
 from grok_local.runtime.engine.protocol import Held, Placement, differences, tolerance
