@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from grok_local.placement.shape import EXPERTS, ModelShape, Role
 from grok_local.placement.shares import Setting, check_devices, is_shared, ram_budget, rooms, shares_of, widest_batch
 from grok_local.placement.sizes.balance import balanced
 from grok_local.placement.sizes.compute import compute_bytes
+from grok_local.placement.sizes.fixed import bytes_by_place, fixed_places, free_bytes
 from grok_local.placement.sizes.refusals import check_taken, kept_in_ram, largest_refused, takes, why_refused
 from grok_local.placement.sizes.repacking import check_repacking, needs_speeds, repackable
 from grok_local.placement.wishes import (
@@ -155,10 +157,9 @@ class _Planner:
         return 2 if not whole or self._kept or self.wishes.overrides else 1 if placed.ram.experts else 0
 
     def _placed(self, trial: _Trial) -> _Placed:
-        room = rooms(self._setting(trial), copies=trial.copies, unused=trial.unused, reserved=trial.reserved)
+        room = self._rooms(trial)
         layers = self._place_layers(room)
-        fixed = (*self.wishes.overrides, *self._kept)
-        overrides = (*fixed, *self._place_experts(layers, room, trial, fixed))
+        overrides = (*self.wishes.overrides, *self._kept, *self._place_experts(layers, room))
         shares = self._shares(layers, overrides, trial)
         empty = frozenset(share.place for share in shares[:-1] if not share.used)
         if trial.copies and not empty <= trial.unused and len(empty) < len(room):
@@ -173,6 +174,11 @@ class _Planner:
         names = "|".join(map(re.escape, kept_in_ram(self.model, self.machine.devices)))
         return ((f"^({names})$", RAM),) if names else ()
 
+    @cached_property
+    def _fixed(self) -> dict[str, str]:
+        """The place of each tensor that is not for the plan to decide."""
+        return fixed_places(self.model, (*self.wishes.overrides, *self._kept))
+
     # -- room ----------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -183,6 +189,12 @@ class _Planner:
     @property
     def _cells(self) -> int:
         return cells_of(self.context, self.wishes)
+
+    def _rooms(self, trial: _Trial) -> list[int]:
+        """Bytes of each device for what the plan decides on."""
+        whole = rooms(self._setting(trial), copies=trial.copies, unused=trial.unused, reserved=trial.reserved)
+        taken = bytes_by_place(self.model, self._fixed)
+        return [max(room - taken[device.name], 0) for room, device in zip(whole, self.machine.devices, strict=True)]
 
     def _giving_back(self, trial: _Trial, shares: Sequence[Share]) -> _Trial:
         """The same, or where devices took what RAM needs of a memory that they share, with that reserved. Of experts
@@ -243,13 +255,8 @@ class _Planner:
     @cached_property
     def _costs(self) -> list[int]:
         """Bytes on a device for each layer without its experts, KV cache included, and for the output."""
-        model = self.model
-        kept = [re.compile(pattern) for pattern, _ in self._kept]
-        sizes = [0] * (model.layers + 1)
-        for weight in model.weights:
-            if weight.role in (Role.DENSE, Role.OUTPUT) and not any(p.search(weight.name) for p in kept):
-                sizes[-1 if weight.layer is None else weight.layer] += weight.nbytes
-        return [size + self._kv(layer) for layer, size in enumerate(sizes[:-1])] + sizes[-1:]
+        *layers, output = free_bytes(self.model, self._fixed, Role.DENSE, Role.OUTPUT)
+        return [size + self._kv(layer) for layer, size in enumerate(layers)] + [output]
 
     def _kv(self, layer: int) -> int:
         return self.model.kv_bytes(layer, context=self._cells, kv_type=self.wishes.kv_type)
@@ -280,14 +287,12 @@ class _Planner:
 
     # -- experts -------------------------------------------------------------------------------------------------------
 
-    def _place_experts(
-        self, layers: Sequence[int], rooms: Sequence[int], trial: _Trial, fixed: Sequence[Override]
-    ) -> list[Override]:
+    def _place_experts(self, layers: Sequence[int], rooms: Sequence[int]) -> list[Override]:
         """Exceptions for the layers whose experts are not where the layer is."""
-        units = units_of(self.model, self.machine.devices, layers)
-        shares = {share.place: share for share in self._shares(layers, (*fixed, (EXPERTS, RAM)), trial)}
-        named = zip((device.name for device in self.machine.devices), rooms, strict=True)
-        left = {name: room - shares[name].weights - shares[name].kv for name, room in named}
+        units, taken = units_of(self.model, self.machine.devices, layers), Counter[str]()
+        for unit, cost in zip(units, self._costs, strict=True):
+            taken[unit] += cost
+        left = {d.name: room - taken[d.name] for d, room in zip(self.machine.devices, rooms, strict=True)}
         places = self._expert_places(units, left)
         groups: dict[str, list[int]] = {}
         for layer, place in enumerate(places):
@@ -300,7 +305,7 @@ class _Planner:
         places, limit, placed = [RAM] * self.model.layers, self._expert_limit(), 0
         rooms = dict(rooms)
         for layer in reversed(range(self.model.layers)):
-            need = self._free_expert_bytes(layer)
+            need = self._expert_costs[layer]
             taking = {name: room for name, room in rooms.items() if self._takes_experts(name, layer)}
             own, widest = units[layer], max(taking, key=lambda name: taking[name], default=RAM)
             place = own if taking.get(own, -1) >= need else widest
@@ -316,11 +321,10 @@ class _Planner:
         experts = [w for w in self.model.weights if w.layer == layer and w.role is Role.EXPERTS]
         return all(takes(device, weight) for weight in experts)
 
-    def _free_expert_bytes(self, layer: int) -> int:
-        """Bytes of a layer's experts that no override of the user's has placed."""
-        patterns = [re.compile(pattern) for pattern, _ in self.wishes.overrides]
-        experts = (w for w in self.model.weights if w.layer == layer and w.role is Role.EXPERTS)
-        return sum(w.nbytes for w in experts if not any(p.search(w.name) for p in patterns))
+    @cached_property
+    def _expert_costs(self) -> list[int]:
+        """Bytes of each layer's experts that nothing has placed."""
+        return free_bytes(self.model, self._fixed, Role.EXPERTS)[:-1]
 
     def _expert_limit(self) -> int:
         wished = self.wishes.experts_on
@@ -328,7 +332,7 @@ class _Planner:
 
     def _require_experts(self, placed: int, limit: int) -> None:
         wished = self.wishes.experts_on
-        having = sum(self._free_expert_bytes(layer) > 0 for layer in range(self.model.layers))
+        having = sum(cost > 0 for cost in self._expert_costs)
         if wished in (None, "cpu") or placed >= min(limit, having):
             return
         refused = largest_refused(self.model, self.machine.devices, Role.EXPERTS)

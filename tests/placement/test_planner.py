@@ -334,6 +334,23 @@ def test_overrides_come_first() -> None:
     assert plan_with(Wishes(overrides=plan.wishes.overrides[:1]), 24).expert_layers["GPU0"] == 4
 
 
+@pytest.mark.parametrize("layers", ["0", "63", "0|1|2", "10|20|30|40|50|60", "0|1|2|3|4|5|6"])
+@pytest.mark.parametrize("ram", [64, 256])
+def test_what_an_override_puts_on_a_device_is_room_taken(layers: str, ram: int) -> None:
+    """Fewer experts that nobody named go there, then fewer layers."""
+    plan = plan_with(Wishes(overrides=((rf"blk\.({layers})\.ffn_.*_exps", "GPU0"),)), 24, ram=ram)
+    assert plan.expert_layers["GPU0"] >= len(layers.split("|"))
+    assert plan.shares[0].used <= plan.shares[0].capacity
+    room = room_by_hand("grok-1", 24, copied=2 * (not plan.streamed), batch=plan.batch)
+    free = room - plan.shares[0].weights - plan.shares[0].kv
+    assert free < (EXPERTS["grok-1"] if plan.layers == (65,) else OUTPUT["grok-1"])
+
+
+def test_what_an_override_puts_elsewhere_costs_a_layer_nothing() -> None:
+    without, given = (plan_with(Wishes(overrides=given), 8).layers for given in ((), ((r"attn_[qo]", RAM),)))
+    assert given > without
+
+
 @pytest.mark.parametrize(
     ("wishes", "vram", "words"),
     [
