@@ -220,7 +220,9 @@ def _notes_on_devices(plan: Plan) -> Iterator[str]:
         if share.used and (refused := _refused_experts(plan, device)):
             yield f"{device.name} does not take {refused}: they stay in RAM"
     if plan.batch < usual_batch(plan.context, plan.wishes):
-        largest = min(device.largest for device in plan.machine.devices if device.largest)
+        shares = list(zip(plan.machine.devices, plan.shares, strict=False))
+        used = [d.largest for d, share in shares if d.largest and share.used]
+        largest = min(used or [d.largest for d, _ in shares if d.largest])
         yield f"prompts are taken {plan.batch} tokens at a time: no more fit tensors of {format_bytes(largest)}"
 
 

@@ -63,14 +63,24 @@ def make_plan(model: ModelShape, machine: Machine, wishes: Wishes | None = None)
 
 def _without_slow(model: ModelShape, machine: Machine, wishes: Wishes) -> Plan:
     """The plan in which a device that is known to be slower than RAM gets nothing that it would slow down."""
-    plan = _Planner(model, machine, wishes).plan()
+    plan = _without_idle(model, machine, wishes)
     slow = [s.place for d, s in zip(machine.devices, plan.shares, strict=False) if s.used and is_slow(d, plan)]
     if not slow or names_devices(wishes) or not needs_speeds(model, wishes):
         return plan
     devices = tuple(replace(device, most=0) if device.name in slow else device for device in machine.devices)
     with suppress(PlacementError):
-        spared = _Planner(model, replace(machine, devices=devices), wishes).plan()
+        spared = _without_idle(model, replace(machine, devices=devices), wishes)
         return spared if forecast(spared).speed > forecast(plan).speed else plan
+    return plan
+
+
+def _without_idle(model: ModelShape, machine: Machine, wishes: Wishes) -> Plan:
+    """The plan in which a device that gets nothing has no say in how many tokens are evaluated at once."""
+    plan = _Planner(model, machine, wishes).plan()
+    shares = zip(machine.devices, plan.shares, strict=False)
+    idle = frozenset(device.name for device, share in shares if device.largest and not share.used)
+    with suppress(PlacementError):
+        return _Planner(model, machine, wishes, idle).plan() if idle else plan
     return plan
 
 
@@ -109,13 +119,15 @@ class _Planner:
     model: ModelShape
     machine: Machine
     wishes: Wishes
+    idle: frozenset[str] = frozenset()  # devices that get nothing
     advise: bool = True  # whether an error looks for a context that would fit
 
     def plan(self) -> Plan:
         check_wishes(self.wishes, [device.name for device in self.machine.devices])
         check_taken(self.model, self.machine.devices, self.wishes.overrides)
-        widest = widest_batch(self.model, self.machine, self.wishes, self.context)
-        placed = self._best(_Trial(min(usual_batch(self.context, self.wishes), widest)))
+        devices = [device for device in self.machine.devices if device.name not in self.idle]
+        widest = widest_batch(self.model, devices, self.wishes, self.context)
+        placed = self._best(_Trial(min(usual_batch(self.context, self.wishes), widest), unused=self.idle))
         check_devices(placed.shares)
         if self._is_streamed(placed):
             placed = self._widened(placed, min(widest, self._cells))
@@ -221,7 +233,7 @@ class _Planner:
         A wider batch of a prompt reads all experts fewer times, but its compute buffers take room from them, and on a
         device from layers, most of which stay there.
         """
-        trial, disk = replace(usual.trial, streamed=True, unused=frozenset(), reserved=0), self._disk(usual.ram)
+        trial, disk = replace(usual.trial, streamed=True, unused=self.idle, reserved=0), self._disk(usual.ram)
         wider = [width for width in _BATCHES if trial.batch < width <= most and disk and not self.wishes.batch]
         best, fewest = None, math.inf
         for width in (trial.batch, *wider):

@@ -44,9 +44,9 @@ def ram_budget(machine: Machine, wishes: Wishes) -> int:
     return wished
 
 
-def widest_batch(model: ModelShape, machine: Machine, wishes: Wishes, context: int) -> int:
+def widest_batch(model: ModelShape, devices: Sequence[Device], wishes: Wishes, context: int) -> int:
     """Tokens at once, at most: a power of two, with which a device computes no tensor that is larger than it takes."""
-    sizes = [device.largest for device in machine.devices if device.largest and device.most != 0]
+    sizes = [device.largest for device in devices if device.largest and device.most != 0]
     if not sizes or not may_use_devices(wishes):
         return _ANY_BATCH
     most = max(min(sizes) // largest_per_token(model, attended_by(context, wishes)), 1)

@@ -323,3 +323,19 @@ def test_a_slow_device_that_gets_nothing_narrows_no_batch() -> None:
         plan = make_plan(release("grok-1"), slow, Wishes(context=context))
         assert plan.batch == make_plan(release("grok-1"), machine(256), Wishes(context=context)).batch
         assert any("slower than RAM" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("context", [8192, 65536])
+def test_a_device_too_small_for_anything_narrows_no_batch(context: int) -> None:
+    first, second = machine(256, 24, 0.6).devices
+    both = replace(machine(256), devices=(first, replace(second, largest=1 << 28)))
+    plan, alone = (make_plan(release("grok-1"), m, Wishes(context=context)) for m in (both, machine(256, 24)))
+    assert (plan.batch, plan.shares[1].used) == (alone.batch, 0)
+    assert not any("at a time" in note for note in plan.notes)
+
+
+def test_notes_name_the_limit_of_a_device_that_is_used() -> None:
+    first, second = machine(192, 48, 24).devices
+    devices = (replace(first, largest=RANGE), replace(second, largest=1 << 20, most=0))
+    plan = make_plan(release("grok-2"), replace(machine(192), devices=devices), Wishes(context=32768))
+    assert any("4.29 GB" in note for note in plan.notes)
