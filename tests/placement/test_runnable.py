@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import grok_local
-from grok_local.errors import GGUFError, ModelError
+from grok_local.errors import GGUFError, ModelError, OptionError
 from grok_local.formats.gguf_file import read_model
 from grok_local.ggml.architectures import is_known
 from grok_local.placement.runnable import remarks, why_not
@@ -76,6 +76,21 @@ def test_a_model_that_only_encodes_never_aborts_the_process(packed: Path, tmp_pa
         for use in (lambda: model.logits([1, 2]), lambda: list(model.generate("x", max_tokens=1))):
             with pytest.raises(ModelError, match="an encoder"):
                 use()
+
+
+def test_a_file_without_a_tokenizer_takes_token_ids(run: Run, packed: Path, tmp_path: Path) -> None:
+    count = len(gguf.GGUFReader(packed).fields["tokenizer.ggml.tokens"].contents())
+    keys = {"tokenizer.ggml.model": "no_vocab", "grok.vocab_size": count}
+    path = rewritten(packed, tmp_path / "x.gguf", keys=keys, without=("tokenizer.",))
+    with grok_local.load(path, context=64) as model:
+        assert model.logits([1, 2]).shape == (2, count)
+        assert model.detokenize([1, 2]) == ""
+        assert [result.text for result in model.batch([{"prompt": [1, 2], "max_tokens": 2}])] == [""]
+        for use in (lambda: model.tokenize("x"), lambda: list(model.generate("x", max_tokens=1))):
+            with pytest.raises(OptionError, match="has no tokenizer: its prompts can be token ids only"):
+                use()
+    ended = run("generate", "-m", path, "x", "--context", 64)
+    assert (ended.returncode, ended.stderr.count("has no tokenizer")) == (2, 1)
 
 
 def test_llama_cpps_misgivings_become_notes(packed: Path, tmp_path: Path) -> None:

@@ -40,8 +40,10 @@ class Tokens:
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = False) -> list[int]:
         """Ids of `text`, after BOS where the model wants one and the text has none, and never with EOS at its end.
-        `special`: text may name control tokens.
+        `special`: text may name control tokens. Raises OptionError for a file without a tokenizer.
         """
+        if self._is_empty:  # llama.cpp would end the process
+            raise OptionError("the model's GGUF has no tokenizer: its prompts can be token ids only, not text")
         data = text.encode("utf-8", "surrogatepass")
         ids = self._ids(data, add_bos, special) if len(data) < _DEEP else self._on_large_stack(data, add_bos, special)
         # What the text names and what llama.cpp adds may both be there.
@@ -93,6 +95,8 @@ class Tokens:
 
     def control_names(self) -> list[str]:
         """The texts that `special` takes for control tokens, and nothing else does."""
+        if self._is_empty:
+            return []
         mask = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
         named = (t for t in range(self.count) if llama_cpp.llama_vocab_get_attr(self._vocab, t) & mask)
         return [llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace") for token in named]
@@ -125,6 +129,8 @@ class Tokens:
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of `ids`; the inverse of `tokenize`. Raises OptionError for ids the vocabulary does not have."""
         self.check(ids)
+        if self._is_empty:
+            return ""
         tokens = (llama_cpp.llama_token * len(ids))(*ids)
         size = 16 + 16 * len(ids)
         while True:
