@@ -1,6 +1,6 @@
 """Sixteen clients over HTTP against a batch of sixteen: the same prompts of the same model, in turns.
 
-python -m benchmarks.serving [--model tiny] [--prompts 128] [--tokens 96] [--rounds 5]
+python -m benchmarks.serving [--model tiny] [--prompts 128] [--tokens 96] [--rounds 5] [--ids]
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def main() -> None:
     options.add_argument("--prompts", type=int, default=128)
     options.add_argument("--tokens", type=int, default=96)
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--ids", action="store_true", help="prompts of token ids, for a file without a tokenizer")
     given = options.parse_args()
     bodies = [
-        {"prompt": f"{number}. What is an expert?", "max_tokens": given.tokens, "temperature": 0.9, "seed": number}
+        {"prompt": prompt(number, ids=given.ids), "max_tokens": given.tokens, "temperature": 0.9, "seed": number}
         for number in range(given.prompts)
     ]
     with grok_local.load(given.model, parallel=CLIENTS, threads=1) as model, served(given.model) as port:
@@ -42,6 +43,11 @@ def main() -> None:
     for batch, served_ in rounds:
         print(f"batch {batch:8.1f} tokens/s    HTTP {served_:8.1f} tokens/s    ratio {served_ / batch:.3f}")
     print(f"median ratio {statistics.median(http / batch for batch, http in rounds):.3f}")
+
+
+def prompt(number: int, *, ids: bool) -> str | list[int]:
+    """One of 7 tokens or so, other than the others."""
+    return [10 + number, *range(100, 106)] if ids else f"{number}. What is an expert?"
 
 
 def by_batch(model: grok_local.Model, bodies: Sequence[dict[str, Any]]) -> float:

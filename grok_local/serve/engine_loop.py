@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["BACKGROUND", "Answer", "EngineLoop", "Increment"]
 
 INTERACTIVE, BACKGROUND = 0, 1  # ranks: who asks now goes before batches
+_LINGER, _SHARE = 0.1, 0.05  # seconds, and of the last step: how long the next one waits for new questions at most
 _LOOK_EVERY = 1.0  # seconds after which an idle engine is looked at
 
 
@@ -293,8 +295,9 @@ class EngineLoop:
         try:
             while not self._has_ended():
                 self._news.clear()
+                began = time.monotonic()
                 worked = self._stepped()
-                self._tell()
+                self._linger(began, answered=self._tell())
                 self.failure = self._model.engine.failure
                 if not (worked or self._is_closing or self.failure):
                     self._news.wait(_LOOK_EVERY)
@@ -303,6 +306,15 @@ class EngineLoop:
             raise
         finally:
             self._end()
+
+    def _linger(self, began: float, *, answered: int) -> None:
+        """Wait a moment for what those who were answered ask next: a step without it would cost them more."""
+        until = time.monotonic() + min(_LINGER, _SHARE * (time.monotonic() - began))
+        expected = len(self._live) + answered * (not self.waiting)
+        while len(self._live) < expected and not self._is_closing:
+            if not self._news.wait(max(0.0, until - time.monotonic())):
+                break
+            self._news.clear()
 
     def _has_ended(self) -> bool:
         return self.failure is not None or (self._is_closing and not self._live)
@@ -330,8 +342,10 @@ class EngineLoop:
             one.fail(error)
             one.is_cancelled = True  # which has the scheduler forget it
 
-    def _tell(self) -> None:
+    def _tell(self) -> int:
+        """How many interactive ones have ended."""
         news: dict[Answer, None] = {}
+        answered = 0
         for generation, answer in list(self._live.items()):
             ended = generation.has_ended
             if answer.take(generation):
@@ -339,8 +353,10 @@ class EngineLoop:
             if ended:
                 self._live.pop(generation, None)
                 self.figures.count(generation)
+                answered += generation.rank == INTERACTIVE
         self.figures.look(list(self._live))
         self._announce(news)
+        return answered
 
     def _announce(self, news: Iterable[Answer]) -> None:
         for loop, answers in itertools.groupby(news, key=lambda answer: answer._loop):

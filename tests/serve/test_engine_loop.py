@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import grok_local
 from grok_local.errors import GrokLocalError, ModelError, RefusedError
 from grok_local.runtime.scheduling.generation import Generation
 from grok_local.runtime.text.batch import Prepared
@@ -19,12 +22,12 @@ from grok_local.serve.figures import Figures
 class Watched(Figures):
     """Has something done in the engine's thread, while the figures are being made."""
 
-    def __init__(self, act: Callable[[], Any]) -> None:
+    def __init__(self, act: Callable[[], Any], *, once: bool = False) -> None:
         super().__init__(per_token=1.0, per_prompt_token=0.1)
-        self._act = act
+        self._act, self._once = act, once
 
     def look(self, live: Iterable[Generation]) -> None:
-        for _ in live:
+        for _ in (self,) if self._once else live:
             self._act()
         super().look(live)
 
@@ -58,6 +61,27 @@ def test_what_comes_in_the_middle_of_a_step_disturbs_nobody(model: Model) -> Non
         results = asyncio.run(all_of_them())
     assert {len(result.tokens) for (result,) in results} == {5}
     assert loop.failure is None
+
+
+def test_whoever_asks_on_at_once_misses_no_step(packed: Path) -> None:
+    steps = list[float]()
+
+    async def asks_four_times(loop: EngineLoop) -> None:
+        for _ in range(4):
+            await asyncio.wait_for(loop.submit([task]).results(), 20)
+
+    async def two(loop: EngineLoop) -> None:
+        await asyncio.gather(asks_four_times(loop), asks_four_times(loop))
+
+    def slowly() -> None:
+        steps.append(time.monotonic())
+        time.sleep(0.3)
+
+    with grok_local.load(packed, context=64, parallel=2) as model:
+        task = prepared(model, max_tokens=2)
+        with EngineLoop(model, places=2, most_waiting=64, figures=Watched(slowly, once=True)) as loop:
+            asyncio.run(two(loop))
+    assert len(steps) <= 11  # 8, and one more for each answer without the moment's wait
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
