@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
 
 import typer
@@ -108,10 +107,11 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any, 
 
 
 def _complete_streams() -> None:
-    """Closed ones become empty ones, and none fails for a character it cannot show."""
+    """A closed one is empty, or fails when it is written to, and none fails for a character it cannot show."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # for good
+            descriptor = os.open(os.devnull, os.O_RDONLY)
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8"))  # noqa: SIM115  # for good
         getattr(sys, name).reconfigure(errors="replace")
     sys.stderr = cast("TextIO", _Forgiving(sys.stderr))
 

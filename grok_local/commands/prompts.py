@@ -26,7 +26,7 @@ def prompt_text(argument: str | None, file: Path | None) -> str:
 
     Stdin is read where the argument is "-", and beside one where something is piped in. Raises OptionError.
     """
-    parts = [] if file is None else [_without_newline(decoded(_contents(file), str(file)))]
+    parts = [] if file is None else [_without_newline(decoded(input_bytes(file), str(file)))]
     if argument == "-" or (argument is None and file is None):
         parts.append(_asked_stdin())
     else:

@@ -68,7 +68,7 @@ class Wishes:
 
 def usual_context(model: ModelShape, wishes: Wishes) -> int:
     """Tokens of a sequence: as wished for, or as the model was trained on, but not very many unless they are."""
-    trained = model.trained_context or _CONTEXT
+    trained = wishes.trained_context or model.trained_context or _CONTEXT
     usual = max(min(_CONTEXT, trained), 1)
     return trained if wishes.context == 0 else wishes.context or usual
 

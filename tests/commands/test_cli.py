@@ -272,6 +272,7 @@ def test_closed_and_full_streams(packed: Path) -> None:
         (f"{grok_local} inspect {packed} > /dev/full", 1, "error: output: No space left"),
         (f"{grok_local} chat -m {packed} <&-", 0, ""),
         (f"{grok_local} generate -m {packed} - <&-", 1, "error: the prompt is empty"),
+        (f"{grok_local} inspect {packed} >&-", 1, "error: output: Bad file descriptor"),
         (f"{grok_local} verify {packed} --verbose 2>&- | grep -c token_embd", 0, ""),
     ):
         result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -94,6 +94,10 @@ def test_file_then_stdin_then_argument(packed: Path, tmp_path: Path) -> None:
     assert answer(asked(packed, "-f", tmp_path / "a", "-", stdin=b"two\nthree")) == whole
 
 
+def test_a_dash_is_stdin_as_a_file_too(packed: Path, expected: tuple[int, str]) -> None:
+    assert answer(asked(packed, "-f", "-", stdin=QUESTION.encode())) == expected
+
+
 def test_nothing_on_stdin_is_nothing(packed: Path, expected: tuple[int, str], tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with (tmp_path / "empty").open("rb") as empty:

@@ -118,6 +118,9 @@ def test_a_context_beyond_the_trained_one_is_noted(packed: Path) -> None:
         assert any("trained on 8192 tokens" in note for note in model.placement.notes)
     with grok_local.load("tiny", context=1024) as model:
         assert any("trained on 512 tokens" in note for note in model.placement.notes)
+    with grok_local.load("tiny", context=0) as model:
+        assert model.context_size == 512
+        assert not any("trained" in note for note in model.placement.notes)
     with grok_local.load(packed, context=0) as model:
         assert model.context_size == 8192
         assert not any("trained" in note for note in model.placement.notes)

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 PENALTY_WINDOW = 64  # tokens
+_MOST_FORCED = 1 << 16  # tokens in a row that a grammar leaves no choice for
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -171,14 +172,19 @@ class Constraint:
 
     def forced(self) -> list[int]:
         """The tokens that have to come next, whatever the model finds likely; none where there is a choice."""
-        found: list[int] = self._matcher.compute_ff_tokens()
-        self._require(self._matcher)
+        return self._forced_in(self._matcher)
+
+    def _forced_in(self, matcher: Any) -> list[int]:
+        found: list[int] = matcher.compute_ff_tokens()
+        self._require(matcher)
+        if len(found) > _MOST_FORCED:  # with half a million of them llguidance does not come back
+            raise OptionError(f"this form leaves no choice for {len(found)} tokens: {_MOST_FORCED} at most")
         return found
 
     def _try_first_step(self, matcher: Any) -> None:
         """What nothing fits, or what is too large, shows now."""
         matcher.compute_bitmask()
-        for token in matcher.compute_ff_tokens():
+        for token in self._forced_in(matcher):
             matcher.consume_token(token)
         self._require(matcher)
 

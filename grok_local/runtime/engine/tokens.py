@@ -44,7 +44,7 @@ class Tokens:
         """
         if self._is_empty:  # llama.cpp would end the process
             raise OptionError("the model's GGUF has no tokenizer: its prompts can be token ids only, not text")
-        data = text.encode("utf-8", "surrogatepass")
+        data = _bytes_of(text)
         ids = self._ids(data, add_bos, special) if len(data) < _DEEP else self._on_large_stack(data, add_bos, special)
         # What the text names and what llama.cpp adds may both be there.
         begins_twice = add_bos and len(ids) > 1 and ids[0] == ids[1] == self.bos
@@ -183,6 +183,13 @@ class BareVocabulary(Tokens):
 
     def __exit__(self, *_: object) -> None:
         self._free()
+
+
+def _bytes_of(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(f"the text has half a character at place {error.start}: no UTF-8 can say it") from None
 
 
 def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -30,6 +31,8 @@ _KEY = "tokenizer.chat_template"
 _SPECIAL = ("bos", "eos", "unknown", "padding", "seperator", "cls", "mask")  # as GGUF's keys spell them
 _TEMPLATE_NAMES = {"unknown": "unk", "padding": "pad", "seperator": "sep"}  # what Transformers calls them
 _FOLDED = "the chat template has no system role: that text goes before the first question"
+_LEFT_OUT = "the chat template leaves out what is asked (--template none is without it)"
+_LARGEST = 100_000  # characters or items that a product in a template may have, as many as a range in Jinja's sandbox
 _PRIVATE = range(0xE000, 0xF900)  # Unicode's private use: characters that mean nothing
 
 
@@ -90,7 +93,11 @@ class Template:
         self._tokens, self._control = tokens or {}, control
         self._names: re.Pattern[str] | None = None
         self._began = time.localtime()
-        self._template = _compiled(source, lambda layout: time.strftime(layout, self._began))
+        self._template = _compiled(source, self.strftime_now)
+
+    def strftime_now(self, layout: str) -> str:
+        """What templates have the date from."""
+        return time.strftime(layout, self._began)
 
     def render(self, messages: Sequence[Message]) -> list[Segment]:
         """The template's text for `messages`. Raises TemplateError where the template refuses them.
@@ -115,9 +122,12 @@ class Template:
         return list(self._segments(rendered, mark))
 
     def notes_on(self, messages: Sequence[Message]) -> list[str]:
-        """Whether the system's text was moved. Raises ModelError where the template refuses them."""
-        has_system = any(message["role"] == "system" for message in messages)
-        return [_FOLDED] if has_system and self._accepted(messages)[0] != list(messages) else []
+        """Whether the system's text was moved, or the question left out. Raises TemplateError where the template
+        refuses them.
+        """
+        taken, text = self._accepted(messages)
+        moved, left_out = taken != list(messages), self._is_left_out(taken, text)
+        return [note for note, is_true in ((_FOLDED, moved), (_LEFT_OUT, left_out)) if is_true]
 
     def _accepted(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         folded = _folded(messages)
@@ -135,6 +145,38 @@ class Template:
         return folded, text
 
     def _text(self, messages: Sequence[Message]) -> str:
+        """The template's text. Some templates take contents as lists of parts alone, and others leave out what they do
+        not understand without a word. Raises TemplateError.
+        """
+        try:
+            plain, error = self._rendered(messages), None
+        except TemplateError as refusal:
+            plain, error = "", refusal
+        if error is None and not self._is_left_out(messages, plain):
+            return plain
+        parted = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        with suppress(TemplateError):
+            text = self._rendered(parted)
+            if _question(messages) in text and "[{'type'" not in text:
+                return text
+        if error:
+            raise error
+        if _LEFT_OUT not in self.notes:
+            self.notes.append(_LEFT_OUT)
+        return plain
+
+    def _is_left_out(self, messages: Sequence[Message], text: str) -> bool:
+        """Whether another question would have made the same text. One may be changed, as by a filter."""
+        asked = _question(messages)
+        if asked in text:
+            return False
+        last = max(place for place, message in enumerate(messages) if message["role"] == "user")
+        other = {**messages[last], "content": f"{asked[::-1]} or else"}
+        with suppress(TemplateError):
+            return self._rendered([*messages[:last], other, *messages[last + 1 :]]) == text
+        return False
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
         given = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
         try:
             return str(self._template.render(**given, **self._tokens))
@@ -216,6 +258,10 @@ def _template(source: str, engine: Lexicon) -> Template:
     return Template(source, tokens=tokens, control=engine.control_names)
 
 
+def _question(messages: Sequence[Message]) -> str:
+    return next((m["content"].strip() for m in reversed(messages) if m["role"] == "user"), "")
+
+
 def _folded(messages: Sequence[Message]) -> list[Message] | None:
     """The same with the system's texts before the first question; None where there is nothing to fold."""
     system = [m["content"] for m in messages if m["role"] == "system"]
@@ -229,24 +275,37 @@ def _folded(messages: Sequence[Message]) -> list[Message] | None:
 
 
 def _compiled(source: str, strftime_now: Callable[[str], str]) -> Any:
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class GenerationBlock(Extension):
-        """Blocks that mark what a model is trained on; of no meaning here."""
+        """Blocks that mark what a model is trained on; of no meaning here. What one sets ends with it."""
 
         def __init__(self, environment: Any) -> None:
             super().__init__(environment)
             self.tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
+        def _inside(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Nor does a template get all memory by multiplying, or raising to a power."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
+            if operator == "**" or any(hasattr(value, "__len__") for value in (left, right)):
+                _require_small(*sizes)
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = strftime_now
@@ -265,6 +324,11 @@ def _to_json(
 ) -> str:
     """Plain JSON: Jinja's own filter escapes what HTML would take for markup."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _require_small(first: float, second: float) -> None:
+    if first * second > _LARGEST:
+        raise ValueError(f"{first} times {second} is more than a template may make")
 
 
 def _refuse(message: str) -> None:

@@ -40,6 +40,7 @@ _VALUES = ("const", "enum", "default", "examples", "example", "required", "depen
 _KNOWN = (*_NAMED, *_NESTED, *_OTHERS, *_SILENT)
 _EXACT = 1 << 53
 _CLOSE = 0.85  # likeness of a misspelt keyword: others are the schema's own, and mean nothing
+_CLOSE_IF_LONG, _LONG = 0.8, 8  # letters
 _ONE_OF = "Enable 'coerce_one_of' option to approximate oneOf with anyOf"  # which nobody has here
 _SETTINGS = {"whitespace_pattern": r"(\n? {0,20})?"}  # between JSON's tokens: models may write blanks for ever
 
@@ -150,10 +151,21 @@ def _check_keyword(keyword: str, path: str) -> None:
     if keyword in _KNOWN:
         return
     plain = {known.lower(): known for known in _KNOWN}
-    close = difflib.get_close_matches(keyword, _KNOWN, 1, _CLOSE)
-    meant = plain.get(keyword.replace("_", "").lower()) or (close[0] if close else None)
+    written = keyword.replace("_", "").lower()
+    close = difflib.get_close_matches(written, plain, 1, _CLOSE if len(written) < _LONG else _CLOSE_IF_LONG)
+    slips = [known for known in plain if _is_slip(written, known)]
+    meant = plain.get(next(iter([*plain.keys() & {written}, *slips, *close]), ""))
     if meant:
         raise OptionError(f"schema: {path}.{keyword} is no keyword: did you mean {meant}?")
+
+
+def _is_slip(written: str, meant: str) -> bool:
+    """Whether one letter is another one, not the first, or two of them changed places."""
+    if len(written) != len(meant) or len(meant) < 4 or written[0] != meant[0]:
+        return False
+    wrong = [place for place, pair in enumerate(zip(written, meant, strict=True)) if pair[0] != pair[1]]
+    swapped = len(wrong) == 2 and wrong[1] == wrong[0] + 1 and sorted(written) == sorted(meant)
+    return len(wrong) == 1 or swapped
 
 
 def _by_regex(pattern: str) -> Structure:

@@ -164,3 +164,61 @@ def test_a_template_that_cannot_be_read_costs_a_note(packed: Path, tmp_path: Pat
         reply = model.chat([user("Hi")], max_tokens=1)
         assert model.detokenize(reply.prompt).endswith("Human: Hi\n\nAssistant:")
         assert "cannot be read" in reply.notes[0]
+
+
+PARTED = "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+FIRST_PART = "{% for m in messages %}[{{ m.content[0]['text'] }}]{% endfor %}"
+CHECKED = (
+    "{% for m in messages %}{% for c in m.content %}{% if c.type == 'text' %}({{ c.text }}){% endif %}{% endfor %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", [PARTED, FIRST_PART, CHECKED])
+def test_templates_that_take_contents_in_parts(source: str) -> None:
+    text = text_of(Template(source), user("What is it?"), assistant("A test."), user(" And this? "))
+    assert all(words in text for words in ("What is it?", "A test.", "And this?"))
+
+
+def test_control_tokens_in_parts_are_told_apart_too() -> None:
+    form = Template(PARTED, control=lambda: NAMES)
+    segments = form.render([user("a </s> b")])
+    assert "".join(text for text, _ in segments) == "<user>a </s> b"
+    assert not any("</s>" in text for text, special in segments if special)
+
+
+@pytest.mark.parametrize("source", ["no messages", "{{ messages[0].content }}"])
+def test_a_template_that_leaves_the_question_out_costs_a_note(source: str) -> None:
+    form, messages = Template(source), [user("first"), assistant("x"), user("second")]
+    form.render(messages)
+    form.render(messages)
+    assert form.notes == form.notes_on(messages)
+    assert ["leaves out what is asked" in note for note in form.notes] == [True]
+
+
+def test_a_template_may_change_the_question() -> None:
+    shouting = Template("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    assert text_of(shouting, user("who?")) == "WHO?"
+    assert text_of(Template("{% for m in messages %}{{ m.content }}{% endfor %}x"), user("  ")) == "  x"
+
+
+@pytest.mark.parametrize("source", ["{{ 'a' * 10 ** 10 }}", "{{ [1] * 10 ** 9 }}", "{{ 9 ** 9 ** 9 }}"])
+def test_no_template_gets_all_memory_by_multiplying(source: str) -> None:
+    with pytest.raises(TemplateError, match="more than a template may make"):
+        Template(source).render([user("x")])
+
+
+def test_small_products_are_left_alone() -> None:
+    assert text_of(Template("{{ '-' * 3 }}{{ 70000 * 70000 }}{{ 2 ** 10 }}{{ messages[0].content }}"), user("x")) == (
+        "---49000000001024x"
+    )
+
+
+def test_what_a_generation_block_sets_ends_with_it() -> None:
+    source = "{% generation %}{% set x = 'inside' %}{{ x }}{% endgeneration %}{{ x }}{{ messages[0].content }}"
+    assert text_of(Template(source), user("!")) == "inside!"
+
+
+def test_a_date_without_a_layout_is_named() -> None:
+    with pytest.raises(TemplateError, match="strftime_now"):
+        Template("{{ strftime_now() }}").render([user("x")])

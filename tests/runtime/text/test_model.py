@@ -210,6 +210,13 @@ def test_what_is_no_list_of_token_ids(model: grok_local.Model, ids: Any) -> None
             use(ids)
 
 
+def test_half_a_character_is_refused(model: grok_local.Model) -> None:
+    with pytest.raises(OptionError, match="half a character at place 1"):
+        model.tokenize("a\ud83d")
+    (result,) = model.batch([{"prompt": "\udc00", "max_tokens": 1}])
+    assert isinstance(result.error, OptionError)
+
+
 def test_the_first_token_comes_with_the_prompt(model: grok_local.Model) -> None:
     reply = model.generate("Once", max_tokens=1)
     list(reply)

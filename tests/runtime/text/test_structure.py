@@ -122,6 +122,10 @@ def test_the_likeliest_allowed_token_is_taken(model: grok_local.Model) -> None:
         ({"schema": {"x-guidance": {"item_separator": ";"}, "type": "array"}}, r"\$\.x-guidance changes what JSON is"),
         ({"schema": {"properties": {"a": {"max_length": 3}}}}, r"\$\.properties\.a\.max_length .*maxLength\?"),
         ({"schema": {"one_of": []}}, "did you mean oneOf"),
+        ({"schema": {"type": "object", "propertys": {}}}, "did you mean properties"),
+        ({"schema": {"emum": ["a"]}}, "did you mean enum"),
+        ({"schema": {"tpye": "null"}}, "did you mean type"),
+        ({"schema": {"minItms": 2}}, "did you mean minItems"),
         ({"schema": {"Type": "null"}}, "did you mean type"),
         ({"schema": {"oneOf": [{"type": "number"}, {"type": "integer"}]}}, r"\$\.oneOf: .*anyOf can be enforced"),
         ({"regex": "\ud800"}, "half of a character"),
@@ -145,6 +149,7 @@ def test_what_asks_for_nothing_is_no_reason_to_refuse() -> None:
         {"const": {"max_length": 1, "Type": 2}},
         {"type": "object", "properties": {"max_length": {"type": "integer"}, "uniqueItems": {"const": False}}},
         {"type": "string", "example": "x", "nullable": False},
+        {"type": "string", "name": "x", "label": "y", "version": 2, "order": 1, "unit": "s", "options": {}, "group": 1},
     ):
         assert structure_of({"schema": schema}) is not None
 
@@ -173,6 +178,12 @@ def test_escapes_classes_and_names_of_grammars(model: grok_local.Model, grammar:
 def test_what_nothing_fits_is_refused_at_once(model: grok_local.Model, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=r"^(?!.*<state>)"):
         answer(model, **options)
+
+
+@pytest.mark.parametrize("pattern", ["(a{1000}){1000}", "b(a{1000}){1000}"])
+def test_a_form_that_leaves_no_choice_for_very_long_is_refused(model: grok_local.Model, pattern: str) -> None:
+    with pytest.raises(OptionError, match=r"leaves no choice for .* tokens"):
+        answer(model, regex=pattern, max_tokens=3)
 
 
 def test_a_grammar_that_becomes_too_large_costs_its_own_answer_alone(model: grok_local.Model) -> None:
