@@ -38,6 +38,8 @@ _SILENT = (
 )
 _VALUES = ("const", "enum", "default", "examples", "example", "required", "dependentRequired", "xml", "discriminator")
 _KNOWN = (*_NAMED, *_NESTED, *_OTHERS, *_SILENT)
+_LITERAL = r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*'  # of a grammar: a text, a class, a remark
+_TWICE_REPEATED = _LITERAL + r"|([*+?}])(\s*\))(?=\s*[*+?{])"
 _EXACT = 1 << 53
 _CLOSE = 0.85  # likeness of a misspelt keyword: others are the schema's own, and mean nothing
 _CLOSE_IF_LONG, _LONG = 0.8, 8  # letters
@@ -201,6 +203,8 @@ def _plain_grammar(text: str) -> str:
     if re.search(r"\[[^\]]*--[^\]]*\]", text):
         raise OptionError("grammar: two dashes in a class of characters are not understood: write one, as the first")
     text = _renamed(text, names)
+    # It drops the parentheses between two repetitions: ("a"*)+
+    text = re.sub(_TWICE_REPEATED, lambda found: f'{found[1]} ""{found[2]}' if found[1] else found[0], text)
     text = re.sub(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})", _character, text)
     # A class is a set, in which nothing is there twice; doubled, these are operators to a regular expression.
     return re.sub(r"\[(?:\\.|[^\]\\])*\]", lambda found: re.sub(r"([&~])\1+", r"\1", found[0]), text)
@@ -217,8 +221,7 @@ def _renamed(text: str, names: Sequence[str]) -> str:
             new, number = f"{name}-{number}", number + 1
         taken.add(new.upper().replace("-", "_"))
         changed[name] = new
-    word = r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|[\w-]+'
-    return re.sub(word, lambda found: changed.get(found[0], found[0]), text)
+    return re.sub(_LITERAL + r"|[\w-]+", lambda found: changed.get(found[0], found[0]), text)
 
 
 def _character(found: re.Match[str]) -> str:

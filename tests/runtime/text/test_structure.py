@@ -165,6 +165,7 @@ def test_what_asks_for_nothing_is_no_reason_to_refuse() -> None:
         ('root ::= start "b"\nstart ::= "start "\n', "start b"),
         ('root ::= A a # A a\nA ::= [A]\na ::= "b"\n', "Ab"),
         ('root ::= a-b a_b "a-b"\na-b ::= "x"\na_b ::= "y"\n', "xya-b"),
+        ('root ::= ("a"?){2,3} (b+)? "*)?"\nb ::= "c"{2}\n', r"a{0,3}(cc)*\*\)\?"),
     ],
 )
 def test_escapes_classes_and_names_of_grammars(model: grok_local.Model, grammar: str, answers: str) -> None:
