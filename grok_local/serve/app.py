@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +21,8 @@ from grok_local.serve.routes import about, batches, completions, local, messages
 from grok_local.serve.service import Service
 
 __all__ = ["make_app"]
+
+_GONE = 499  # as nginx has it in its log: nobody is there to be told
 
 _ROUTERS = (
     completions.router,
@@ -43,6 +45,7 @@ def make_app(service: Service, *, host: str, key: str | None, names: Collection[
         app.include_router(router)
     for kind in (GrokLocalError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _failed)
+    app.add_exception_handler(ClientDisconnect, _left)
     return Guard(_Counting(app, service), host=host, key=key, names=names)
 
 
@@ -59,6 +62,11 @@ async def _failed(request: Request, error: Exception) -> Response:
     if not isinstance(error, GrokLocalError):
         request.app.state.service.say("".join(traceback.format_exception(error)))
     return answer_to(refusal_of(error), path=request.url.path)
+
+
+async def _left(_: Request, __: Exception) -> Response:
+    """Of a client that hung up amid its body, which is no error of anybody's."""
+    return Response(status_code=_GONE)
 
 
 def _of_http(request: Request, error: HTTPException) -> RefusedError:

@@ -1,0 +1,45 @@
+"""Bodies that do not come whole, or not as they should, and what of one may stand there and mean nothing."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.serve.conftest import Running, Start
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "begun"),
+    [
+        ("/v1/completions", "application/json", b'{"prompt"'),
+        ("/v1/messages", "application/json", b"{"),
+        (
+            "/v1/files",
+            "multipart/form-data; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n{',
+        ),
+    ],
+)
+def test_a_client_that_leaves_amid_its_body_is_no_error(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str, kind: str, begun: bytes
+) -> None:
+    with start(home=tmp_path) as server:
+        _send_and_leave(server, path, kind, begun)
+        end = time.monotonic() + 20
+        while (path, 499) not in server.service.requests:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    assert server.log == []
+    assert not caplog.records
+
+
+def _send_and_leave(server: Running, path: str, kind: str, begun: bytes) -> None:
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as sock:
+        head = f"POST {path} HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: {kind}\r\ncontent-length: 1000\r\n\r\n"
+        sock.sendall(head.encode() + begun)
+        time.sleep(0.1)
