@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "linked_part",
     "lock",
     "locked",
+    "named_once",
     "part_name",
     "part_names",
     "partial_of",
@@ -230,6 +232,15 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads`: of two values with one name one would be lost. Raises ValueError there."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{next(name for name, count in counts.items() if count > 1)!r:.80} stands twice")
+    return found
 
 
 # -- locks -------------------------------------------------------------------------------------------------------------

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from starlette.requests import Request
 
-from grok_local.errors import RefusedError
+from grok_local.errors import OptionError, RefusedError
+from grok_local.files import named_once
 from grok_local.runtime.jobs.lines import is_encodable
 
-__all__ = ["answered", "asked", "json_of"]
+__all__ = ["answered", "asked", "given_once", "json_of"]
 
 MOST_BYTES = 16 << 20
 _MOST_LEVELS = 64
@@ -57,10 +58,12 @@ async def json_of(request: Request) -> tuple[bytes, Any]:
 
 
 def parsed(data: bytes) -> Any:
-    """What JSON says. Raises RefusedError for what is none, for more than 64 levels, and for halves of characters."""
+    """What JSON says. Raises RefusedError for what is none, for more than 64 levels, for halves of characters, and for
+    objects with two fields of one name.
+    """
     try:
         text = data.decode(json.detect_encoding(data))  # strictly, which json.loads does not do
-        found = json.loads(text, parse_constant=_no_number)
+        found = json.loads(text, parse_constant=_no_number, object_pairs_hook=named_once)
         if "\\u" in text and not is_encodable(found):
             raise ValueError("a half of a character")
     except RecursionError:
@@ -69,6 +72,14 @@ def parsed(data: bytes) -> Any:
         raise RefusedError(400, f"the body is no JSON: {error!s:.200}", code="invalid_json") from None
     _check_levels(found)
     return found
+
+
+def given_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a form or a query. Raises OptionError where two have one name."""
+    try:
+        return named_once(list(pairs))
+    except ValueError as error:
+        raise OptionError(str(error)) from None
 
 
 def _check_levels(value: Any) -> None:

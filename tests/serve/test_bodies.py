@@ -43,3 +43,18 @@ def _send_and_leave(server: Running, path: str, kind: str, begun: bytes) -> None
         head = f"POST {path} HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: {kind}\r\ncontent-length: 1000\r\n\r\n"
         sock.sendall(head.encode() + begun)
         time.sleep(0.1)
+
+
+def test_a_name_that_stands_twice_is_refused(trained_server: Running) -> None:
+    headers = {"content-type": "application/json"}
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    part = '--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    with trained_server.http() as http:
+        answers = [
+            http.post("/v1/completions", content=b'{"prompt": "a", "prompt": "b"}', headers=headers),
+            http.post("/v1/chat/completions", content=b'{"messages": [{"role": "a", "role": "b"}]}', headers=headers),
+            http.post("/v1/files", content=f"{part}{part}--x--\r\n", headers=form),
+            http.get("/v1/files?limit=1&limit=2"),
+        ]
+    assert [answer.status_code for answer in answers] == [400] * 4
+    assert all("stands twice" in answer.json()["error"]["message"] for answer in answers)

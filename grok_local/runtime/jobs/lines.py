@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grok_local.errors import GrokLocalError, OptionError
+from grok_local.files import named_once
 
 __all__ = ["Line", "error_of", "is_encodable", "read_lines", "text_of", "texts_of"]
 
@@ -98,7 +99,7 @@ def _line(number: int, line: str, known: Sequence[str], *, as_text: bool, ids: S
     if as_text or not line.lstrip().startswith("{"):
         return Line(number, None, {"text": line})
     try:
-        fields = json.loads(line, object_pairs_hook=_once)
+        fields = json.loads(line, object_pairs_hook=named_once)
     except (ValueError, RecursionError) as error:
         return Line(number, None, error=f"no JSON: {error}")
     given = frozenset(fields)
@@ -107,14 +108,6 @@ def _line(number: int, line: str, known: Sequence[str], *, as_text: bool, ids: S
         return Line(number, None, error=f"{ids[0]}: one text or whole number is wanted", given=given)
     unknown = "; ".join(_unknown(fields, known))
     return Line(number, own[0] if own else None, fields, unknown or None, given)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are there once: of two, one would be lost."""
-    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]!r} stands twice in an object")
-    return dict(pairs)
 
 
 def _unknown(fields: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from grok_local.errors import ModelError, OptionError
+from grok_local.files import named_once
 
 __all__ = ["Structure", "structure_of"]
 
@@ -110,7 +111,7 @@ def _described(schema: Schema) -> Any:
         schema = schema.model_json_schema()
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
-        found = json.loads(text, parse_constant=_no_number)
+        found = json.loads(text, parse_constant=_no_number, object_pairs_hook=named_once)
         text.encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise OptionError(f"schema: no JSON ({error})") from None

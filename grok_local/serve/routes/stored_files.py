@@ -14,7 +14,7 @@ from starlette.responses import FileResponse
 
 from grok_local.errors import OptionError, RefusedError
 from grok_local.runtime.jobs.openai import Schema, checked
-from grok_local.serve.bodies import answered
+from grok_local.serve.bodies import answered, given_once
 from grok_local.serve.failures import Json
 from grok_local.serve.jobs.batch_queue import BatchQueue
 from grok_local.serve.jobs.file_store import MOST_FILE_BYTES
@@ -96,7 +96,7 @@ def queue_of(request: Request) -> BatchQueue:
 
 def listed(request: Request, entries: Sequence[dict[str, Any]], known: Mapping[str, Schema]) -> Json:
     """A page of them: `limit` many after the one of id `after`. Raises OptionError."""
-    query, _ = checked(dict(request.query_params), known)
+    query, _ = checked(given_once(request.query_params.multi_items()), known)
     limit, order = query.get("limit", str(_PAGE)), query.get("order", "desc")
     if not limit.isdecimal() or not 0 < int(limit) <= _MOST_OF_A_PAGE:
         raise OptionError(f"limit {limit!r:.40}: 1 to {_MOST_OF_A_PAGE} is wanted")
@@ -114,7 +114,7 @@ def listed(request: Request, entries: Sequence[dict[str, Any]], known: Mapping[s
 
 def _checked(form: FormData) -> UploadFile:
     """The file of a form that is as it should be. Raises OptionError."""
-    given, _ = checked(dict(form), _FORM_FIELDS)
+    given, _ = checked(given_once(form.multi_items()), _FORM_FIELDS)
     if (purpose := given.get("purpose")) != _PURPOSE:
         raise OptionError(f"purpose {purpose!r:.60}: {_PURPOSE} is wanted")
     if not isinstance(file := given.get("file"), UploadFile):

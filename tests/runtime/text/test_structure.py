@@ -102,6 +102,8 @@ def test_the_likeliest_allowed_token_is_taken(model: grok_local.Model) -> None:
         ({"schema": {"type": "object", "properties": {"a": {"$ref": "http://x/y"}}}}, "schema: .*not present"),
         ({"schema": False}, "nothing fits"),
         ({"schema": "{"}, "schema: no JSON"),
+        ({"schema": '{"type": "boolean", "type": "null"}'}, "schema: no JSON .'type' stands twice"),
+        ({"schema": {"properties": {1: True, "1": False}}}, "'1' stands twice"),
         ({"schema": 5}, "an object is wanted"),
         ({"regex": "(a"}, "regex: .*unclosed group"),
         ({"regex": "a(?=b)"}, "regex: .*look-ahead"),
