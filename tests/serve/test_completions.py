@@ -223,7 +223,9 @@ def test_forms_of_our_own(server: Running) -> None:
         ({"prompt": "x", "suffix": "y"}, "nothing is wanted", "suffix"),
         ({"prompt": "x", "n": 3, "best_of": 2}, "at least n", "best_of"),
         ({"prompt": "x", "n": 1, "best_of": 2, "stream": True}, "not with stream", "best_of"),
-        ({"prompt": [[]]}, "empty", None),
+        ({"prompt": [[]]}, "empty", "prompt"),
+        ({"prompt": ""}, "empty", "prompt"),
+        ({"prompt": []}, "empty", "prompt"),
         ({"prompt": [99999999]}, "not in the vocabulary", None),
         ({"prompt": {"a": 1}}, "a text, or a list of token ids", "prompt"),
         ({}, "a text, or a list of token ids", None),
@@ -242,7 +244,7 @@ def test_what_is_refused_says_why(server: Running, body: Any, part: str, param: 
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert part in error["message"]
-    assert error["param"] == param
+    assert (error["param"], error["code"]) == (param, "invalid_value")
     assert answer.headers["x-should-retry"] == "false"
 
 

@@ -199,9 +199,9 @@ def whole_numbers(ids: Any) -> list[int]:
 
 
 def check_room(ids: Sequence[int], size: int) -> None:
-    """Raises ContextError for a prompt that is empty or does not fit a context of `size` tokens."""
+    """Raises OptionError for a prompt that is empty, ContextError for one that does not fit `size` tokens."""
     if not ids:
-        raise ContextError("the prompt is empty: there is nothing to continue")
+        raise OptionError("prompt: it is empty, and there is nothing to continue")
     if len(ids) > size:
         raise ContextError(
             f"the prompt has {len(ids)} tokens and the context {size}: shorten it, or take a larger context"

@@ -135,8 +135,8 @@ class Model:
 
         `logprobs`: each token's log-probability is kept, and those of so many of the likeliest.
 
-        Raises ContextError if the prompt does not fit, OptionError for values nobody can use or forms that cannot be
-        enforced, TypeError for unknown names.
+        Raises ContextError if the prompt does not fit, OptionError if it is empty, and for values nobody can use or
+        forms that cannot be enforced, TypeError for unknown names.
         """
         ids = self.tokenize(prompt, special=special) if isinstance(prompt, str) else self._checked(prompt)
         check_room(ids, self.context_size)

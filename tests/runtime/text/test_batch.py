@@ -62,7 +62,7 @@ def test_bad_requests_fail_alone(wide: grok_local.Model) -> None:
     assert found[0].error is None
     assert isinstance(found[1].error, OptionError)
     assert isinstance(found[2].error, ContextError)
-    assert all(found[index].error for index in (3, 4, 5))
+    assert all(isinstance(found[index].error, OptionError) for index in (3, 4, 5))
 
 
 @pytest.mark.parametrize("name", ["temprature", "max_token", "prefix", "id", "prompt"])

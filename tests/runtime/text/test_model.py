@@ -100,7 +100,7 @@ def test_the_context_is_the_limit(packed: Path) -> None:
         list(reply)
         assert reply.finish_reason in ("context", "stop")
         assert len(reply.prompt) + len(reply.tokens) <= room + 1
-        with pytest.raises(ContextError, match="empty"):
+        with pytest.raises(OptionError, match="empty"):
             model.generate("")
 
 
