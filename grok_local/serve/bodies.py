@@ -12,7 +12,7 @@ from grok_local.errors import OptionError, RefusedError
 from grok_local.files import named_once
 from grok_local.runtime.jobs.lines import is_encodable
 
-__all__ = ["answered", "asked", "given_once", "json_of"]
+__all__ = ["answered", "asked", "check_is_plain", "given_once", "json_of"]
 
 MOST_BYTES = 16 << 20
 _MOST_LEVELS = 64
@@ -50,11 +50,20 @@ async def bytes_of(request: Request, *, most: int = MOST_BYTES) -> bytes:
 
 async def json_of(request: Request) -> tuple[bytes, Any]:
     """The body, and what it says. Raises RefusedError."""
+    check_is_plain(request)
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RefusedError(415, f"content-type {kind!r:.60}: application/json is wanted", code="wrong_content_type")
     data = await bytes_of(request)
     return data, parsed(data)
+
+
+def check_is_plain(request: Request) -> None:
+    """Raises RefusedError for a body that was compressed: how large it would become nobody knows before."""
+    told = request.headers.get("content-encoding", "").strip().lower()
+    if told not in ("", "identity"):
+        message = f"content-encoding {told!r:.40}: send it uncompressed"
+        raise RefusedError(415, message, code="wrong_content_encoding")
 
 
 def parsed(data: bytes) -> Any:

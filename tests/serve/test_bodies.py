@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 import time
 from pathlib import Path
@@ -58,3 +59,14 @@ def test_a_name_that_stands_twice_is_refused(trained_server: Running) -> None:
         ]
     assert [answer.status_code for answer in answers] == [400] * 4
     assert all("stands twice" in answer.json()["error"]["message"] for answer in answers)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages", "/tokenize", "/v1/files"])
+def test_a_compressed_body_is_refused_as_that(trained_server: Running, path: str) -> None:
+    kind = "multipart/form-data; boundary=x" if path == "/v1/files" else "application/json"
+    headers = {"content-type": kind, "content-encoding": "gzip"}
+    with trained_server.http() as http:
+        answer = http.post(path, content=gzip.compress(b'{"prompt": "x"}'), headers=headers)
+        plain = http.post("/tokenize", json={"prompt": "x"}, headers={"content-encoding": "identity"})
+    assert (answer.status_code, plain.status_code) == (415, 200)
+    assert answer.json()["error"]["message"] == "content-encoding 'gzip': send it uncompressed"

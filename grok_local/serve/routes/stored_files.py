@@ -14,7 +14,7 @@ from starlette.responses import FileResponse
 
 from grok_local.errors import OptionError, RefusedError
 from grok_local.runtime.jobs.openai import Schema, checked
-from grok_local.serve.bodies import answered, given_once
+from grok_local.serve.bodies import answered, check_is_plain, given_once
 from grok_local.serve.failures import Json
 from grok_local.serve.jobs.batch_queue import BatchQueue
 from grok_local.serve.jobs.file_store import MOST_FILE_BYTES
@@ -124,6 +124,7 @@ def _checked(form: FormData) -> UploadFile:
 
 async def _form(request: Request) -> FormData:
     """The parts of the body, a large file among them on disk. Raises RefusedError."""
+    check_is_plain(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         message = f"content-type {kind!r:.60}: multipart/form-data is wanted"
