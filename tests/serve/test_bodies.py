@@ -6,6 +6,7 @@ import gzip
 import socket
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -70,3 +71,23 @@ def test_a_compressed_body_is_refused_as_that(trained_server: Running, path: str
         plain = http.post("/tokenize", json={"prompt": "x"}, headers={"content-encoding": "identity"})
     assert (answer.status_code, plain.status_code) == (415, 200)
     assert answer.json()["error"]["message"] == "content-encoding 'gzip': send it uncompressed"
+
+
+def test_what_asks_for_nothing_may_stand_there(server: Running) -> None:
+    messages = [{"role": "user", "content": "x", "tool_calls": [], "audio": {}}]
+    empty: dict[str, Any] = {"tools": [], "logit_bias": {}}
+    of_a_stream = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": "x", **empty, "suffix": ""}),
+        ("/v1/completions", {"prompt": "x", **of_a_stream}),
+        ("/v1/chat/completions", {"messages": messages, **empty, "tool_choice": "none"}),
+        ("/v1/messages", {"messages": messages, "system": [], **empty, "tool_choice": {"type": "none"}}),
+        ("/v1/messages", {"messages": messages, "system": "", "mcp_servers": []}),
+        ("/v1/messages/count_tokens", {"messages": messages, "system": "", "tools": []}),
+        ("/tokenize", {"prompt": "x", "tools": []}),
+    ]
+    with server.http() as http:
+        for path, body in bodies:
+            limit = {"max_tokens": 1} if path not in ("/tokenize", "/v1/messages/count_tokens") else {}
+            answer = http.post(path, json={**body, **limit})
+            assert (answer.status_code, "warnings" in answer.text) == (200, False), answer.text

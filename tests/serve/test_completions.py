@@ -231,6 +231,8 @@ def test_forms_of_our_own(server: Running) -> None:
         ({}, "a text, or a list of token ids", None),
         ({"prompt": "x", "logprobs": True}, "a whole number", "logprobs"),
         ({"prompt": "x", "stream_options": {"include_use": True}, "stream": True}, "did you mean", "stream_options"),
+        ({"prompt": "x", "stream_options": {"include_obfuscation": True}, "stream": True}, "pieces", "stream_options"),
+        ({"prompt": "x", "tool_choice": "auto"}, "'tool_choice' is not supported", "tool_choice"),
         ({"prompt": "x", "prompt_logprobs": 1, "stream": True}, "not with stream", "prompt_logprobs"),
         ({"prompt": "x", "progress": True}, "only with stream", "progress"),
         ({"prompt": "x", "regex": "(?=a)b"}, "regex", "regex"),

@@ -146,6 +146,8 @@ def test_reasons_of_an_end(server: Running, client: anthropic.Anthropic) -> None
     [
         ({"temprature": 1}, "did you mean 'temperature'"),
         ({"tools": [{"name": "x"}]}, "calls no tools"),
+        ({"tool_choice": {"type": "auto"}}, "calls no tools"),
+        ({"system": [{"type": "text", "text": ""}]}, "a text is empty"),
         ({"max_tokens": None}, "max_tokens"),
         ({"max_tokens": 0}, "at least 1"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),

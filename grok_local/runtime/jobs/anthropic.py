@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from grok_local.errors import OptionError
-from grok_local.runtime.jobs.openai import CHAT, Inquiry, Schema, checked, fields_of, ignored, unknown_in
+from grok_local.runtime.jobs.openai import CHAT, Inquiry, Schema, checked, fields_of, ignored, says_nothing, unknown_in
 
 if TYPE_CHECKING:
     from grok_local.runtime.jobs.openai_results import Head
@@ -112,7 +112,7 @@ def _inquiry(url: str, body: Any, fields: Mapping[str, Schema], *, lenient: bool
 
 def _check_refused(body: Any) -> None:
     for name, reason in _REFUSED.items():
-        if isinstance(body, Mapping) and body.get(name):
+        if isinstance(body, Mapping) and not says_nothing(name, body.get(name), is_known=False):
             raise OptionError(f"{name}: {reason}")
 
 

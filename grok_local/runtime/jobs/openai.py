@@ -23,6 +23,7 @@ __all__ = [
     "fields_of",
     "ignored",
     "inquiry",
+    "says_nothing",
     "unknown_in",
 ]
 
@@ -36,6 +37,7 @@ _MOST_TASKS = 1024
 _MOST_LIKELY = 100
 _TEXT_MAX_TOKENS = 16  # OpenAI's default, of text alone
 _ROLES = {"developer": "system"}
+_NOTHING: dict[str, tuple[Any, ...]] = {"tool_choice": ("none", {"type": "none"}), "suffix": ("",), "system": ("", [])}
 
 _TEXT_: Schema = {"type": "string"}
 _NUMBER: Schema = {"type": "number"}
@@ -75,7 +77,11 @@ _COMMON: dict[str, Schema] = {
     "n": _COUNT,
     "prompt_logprobs": _LIKELY,
     "stream": _FLAG,
-    "stream_options": {"type": "object", "properties": {"include_usage": _FLAG}, "additionalProperties": False},
+    "stream_options": {
+        "type": "object",
+        "properties": {"include_usage": _FLAG, "include_obfuscation": _FLAG},
+        "additionalProperties": False,
+    },
 }
 _SERVED: dict[str, Schema] = {  # of a server alone
     "timeout": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": MOST_SECONDS},
@@ -212,10 +218,10 @@ def inquiry(url: str, body: Any, *, served: bool = False, lenient: bool = False)
 
 
 def checked(body: Any, fields: Mapping[str, Schema], *, lenient: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """The fields of a body that are not null, and which are ignored because nobody knows them. Raises OptionError."""
+    """The fields of a body that say something, and which are ignored because nobody knows them. Raises OptionError."""
     if not isinstance(body, Mapping):
         raise OptionError("body: an object is wanted")
-    given = {name: value for name, value in body.items() if value is not None}
+    given = {name: value for name, value in body.items() if not says_nothing(name, value, is_known=name in fields)}
     warnings = ignored(_unknown(given, fields), lenient=lenient)
     given = {name: value for name, value in given.items() if name in fields}
     _check_kinds(given, fields)
@@ -231,11 +237,18 @@ def ignored(problems: Iterable[str], *, lenient: bool) -> list[str]:
 
 
 def unknown_in(place: str, values: Any, known: Collection[str]) -> Iterator[str]:
-    """What objects in a list say in fields beside `known`; null and an empty list say nothing."""
+    """What objects in a list say in fields beside `known`."""
     for value in values if isinstance(values, list) else ():
         if isinstance(value, Mapping):
-            said = [name for name, part in value.items() if part is not None and part != []]
+            said = [name for name, part in value.items() if not says_nothing(name, part, is_known=name in known)]
             yield from (f"{place}: {problem}" for problem in _unknown(said, known))
+
+
+def says_nothing(name: str, value: Any, *, is_known: bool) -> bool:
+    """Whether a field asks for nothing: with null, with an empty list or object where there is nothing to ask for, or
+    as clients write that they want none of it.
+    """
+    return value is None or (not is_known and value in ([], {})) or value in _NOTHING.get(name, ())
 
 
 def _tasks(url: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -367,6 +380,8 @@ def _check_options(url: str, body: Mapping[str, Any], *, served: bool) -> None:
         raise OptionError("progress: only with stream")
     if "stream_options" in body and not body.get("stream"):
         raise OptionError("stream_options: only with stream")
+    if (body.get("stream_options") or {}).get("include_obfuscation"):
+        raise OptionError("stream_options: include_obfuscation: nothing is added here to the pieces of a stream")
     if "top_logprobs" in body and not body.get("logprobs"):
         raise OptionError("top_logprobs: only with logprobs true")
     if "max_tokens" in body and "max_completion_tokens" in body:
