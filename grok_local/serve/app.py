@@ -46,7 +46,7 @@ def make_app(service: Service, *, host: str, key: str | None, names: Collection[
     for kind in (GrokLocalError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientDisconnect, _left)
-    return Guard(_Counting(app, service), host=host, key=key, names=names)
+    return Guard(_Heads(_Counting(app, service)), host=host, key=key, names=names)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -77,6 +77,17 @@ def _of_http(request: Request, error: HTTPException) -> RefusedError:
     if error.status_code == 405:
         return RefusedError(405, f"{request.method} {path}: not with this method", code="method_not_allowed")
     return RefusedError(error.status_code, str(error.detail), code="invalid_request")
+
+
+class _Heads:
+    """Answers HEAD wherever GET is answered: what listens leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
 
 class _Counting:

@@ -119,6 +119,9 @@ def test_what_is_no_name(name: str) -> None:
         ("PUT", "/v1/models", 405),
         ("GET", "/v1/completions", 405),
         ("POST", "/v1/models/a/b:c", 405),
+        ("GET", "/v1/models/", 404),
+        ("GET", "/v1/models/%00", 404),
+        ("GET", "/v1/models/%20", 404),
     ],
 )
 def test_what_is_not_there(server: Running, method: str, path: str, status: int) -> None:
@@ -126,6 +129,17 @@ def test_what_is_not_there(server: Running, method: str, path: str, status: int)
         answer = http.request(method, path)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == KEYS
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/metrics", "/v1/models", "/v1/models/tiny", "/tokenizer_info", "/local/machine", "/none"]
+)
+def test_head_says_what_get_would(server: Running, path: str) -> None:
+    with server.http() as http:
+        told, asked = http.get(path), http.head(path)
+        assert http.head("/v1/completions").status_code == 405
+    assert (asked.status_code, asked.content) == (told.status_code, b"")
+    assert asked.headers["content-type"] == told.headers["content-type"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ async def models(request: Request) -> Json:
 
 @router.get("/v1/models/{id:path}", responses=answered())
 async def model(request: Request, id: str) -> Json:
-    """The model, whatever it is called: requests may call it anything, too."""
+    """The model, whatever it is called: requests may call it anything, too, that is a name."""
+    if not id.strip() or not id.isprintable():
+        raise RefusedError(404, f"model {id!r:.80}: that is no name", code="not_found", param="id")
     return Json({**_model(service_of(request)), "id": id})
 
 

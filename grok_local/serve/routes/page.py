@@ -29,7 +29,7 @@ def router() -> APIRouter:
             show = partial(_shown, file.read_bytes(), kind)
             name = file.relative_to(_FOLDER).as_posix()
             for path in [f"/page/{name}", *(["/"] if name == _FIRST else [])]:
-                found.add_api_route(path, show, methods=["GET", "HEAD"], name=path)
+                found.add_api_route(path, show, methods=["GET"], name=path)
     return found
 
 
