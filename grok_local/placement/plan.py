@@ -75,6 +75,11 @@ class Plan:
         return attended_by(self.context, self.wishes)
 
     @property
+    def trained_context(self) -> int:
+        """Tokens that the model was trained on; 0 where nobody knows."""
+        return self.wishes.trained_context or self.model.trained_context
+
+    @property
     def ram(self) -> Share:
         """RAM's share."""
         return self.shares[-1]
@@ -182,7 +187,7 @@ def units_of(model: ModelShape, devices: Sequence[Device], layers: Sequence[int]
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    trained = plan.wishes.trained_context or plan.model.trained_context
+    trained = plan.trained_context
     if 0 < trained < plan.context:
         yield (
             f"the model was trained on {trained} tokens of context, and this one has {plan.context}: beyond, its "

@@ -9,7 +9,7 @@ import pytest
 
 from grok_local.errors import OptionError
 from grok_local.serve.listening import bound, listen
-from tests.serve.conftest import Start
+from tests.serve.conftest import Start, started
 
 
 def test_nobody_is_heard_before_there_is_somebody_to_answer() -> None:
@@ -54,3 +54,11 @@ def test_the_machine_at_work(start: Start) -> None:
         assert (found["model"], found["context"], found["parallel"], found["experts"]) == ("tiny", 256, 4, None)
         now = found["now"]
         assert (now["running"], now["queued"], now["answers"], now["generated_tokens"]) == (0, 0, 1, 3)
+
+
+def test_what_a_model_was_trained_on_is_said_as_its_plan_says() -> None:
+    with started("tiny", loading={"context": 0}) as server, server.http() as http:
+        told = http.get("/v1/models/tiny").json()
+        plan = server.service.model.placement.plan
+    assert told["meta"]["n_ctx_train"] == told["max_model_len"] == plan.trained_context == 512
+    assert not any("trained on" in note for note in plan.notes)

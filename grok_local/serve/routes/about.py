@@ -57,7 +57,7 @@ def _model(service: Service) -> dict[str, Any]:
         "owned_by": "grok-local",
         "max_model_len": size,
         "meta": {
-            "n_ctx_train": plan.model.trained_context,
+            "n_ctx_train": plan.trained_context,
             "n_vocab": service.model.engine.vocabulary,
             "size": plan.model.nbytes,
         },
