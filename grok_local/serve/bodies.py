@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -72,7 +73,7 @@ def parsed(data: bytes) -> Any:
     """
     try:
         text = data.decode(json.detect_encoding(data))  # strictly, which json.loads does not do
-        found = json.loads(text, parse_constant=_no_number, object_pairs_hook=named_once)
+        found = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=named_once)
         if "\\u" in text and not is_encodable(found):
             raise ValueError("a half of a character")
     except RecursionError:
@@ -112,6 +113,12 @@ def _too_deep() -> RefusedError:
 
 def _too_long(most: int) -> RefusedError:
     return RefusedError(413, f"the body has more than {most} bytes", code="body_too_large")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text:.40} is larger than any number here")
+    return number
 
 
 def _no_number(name: str) -> NoReturn:

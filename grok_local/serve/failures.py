@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from starlette.responses import Response
 
 from grok_local.errors import ContextError, GrokLocalError, InUseError, OptionError, RefusedError, WorkerError
 from grok_local.runtime.jobs import anthropic
-from grok_local.runtime.jobs.openai_results import error_body
+from grok_local.runtime.jobs.openai_results import blamed, error_body
 
 __all__ = ["Json", "answer_to", "described", "refusal_of"]
 
@@ -29,7 +28,6 @@ _KINDS: tuple[tuple[type[GrokLocalError], int, str], ...] = (
     (WorkerError, 503, "worker_lost"),
     (GrokLocalError, 500, "model_failed"),
 )
-_FIELD = re.compile(r"'?(\w+)'?[ :\[]")
 
 
 class Json(Response):
@@ -42,14 +40,17 @@ class Json(Response):
         return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def refusal_of(error: Exception, *, body: Any = None) -> RefusedError:
-    """What status and code tell a failure; `body` is what was asked, of which a field may be to blame."""
+def refusal_of(error: Exception, *, body: Any = None, required: Collection[str] = ()) -> RefusedError:
+    """What status and code tell a failure; `body` is what was asked, of which a field may be to blame, also one that is
+    `required` and not there.
+    """
     if isinstance(error, RefusedError):
         return error
     if not isinstance(error, GrokLocalError):
         return RefusedError(500, "an error of grok-local's own: the log has more", code="internal_error")
     status, code = next((status, code) for kind, status, code in _KINDS if isinstance(error, kind))
-    return RefusedError(status, str(error), code=code, param=_blamed(error, body) if status == 400 else None)
+    param = blamed(error, body, required=required) if status == 400 else None
+    return RefusedError(status, str(error), code=code, param=param)
 
 
 def described(error: RefusedError) -> dict[str, Any]:
@@ -67,9 +68,3 @@ def answer_to(error: RefusedError, *, path: str = "") -> Json:
         headers["www-authenticate"] = "Bearer"
     told = anthropic.failure(error.status, str(error)) if path.startswith(anthropic.MESSAGES) else described(error)
     return Json(told, error.status, headers=headers)
-
-
-def _blamed(error: GrokLocalError, body: Any) -> str | None:
-    """The field that a message is about, which it begins with."""
-    found = _FIELD.match(str(error))
-    return found[1] if found and isinstance(body, Mapping) and found[1] in body else None

@@ -155,6 +155,8 @@ def test_what_is_refused(kept: Running, client: openai.OpenAI) -> None:
         ({"endpiont": 1}, 400, "did you mean 'endpoint'"),
     ]
     with kept.http() as http:
+        unknown = http.post("/v1/batches", json={**good, "input_file_id": "file-none"}).json()["error"]
+        assert (unknown["param"], unknown["code"]) == ("input_file_id", "not_found")
         for change, status, said in changes:
             answer = http.post("/v1/batches", json={**good, **change})
             assert (answer.status_code, said in answer.json()["error"]["message"]) == (status, True), answer.text

@@ -74,7 +74,7 @@ def test_a_compressed_body_is_refused_as_that(trained_server: Running, path: str
 
 
 def test_what_asks_for_nothing_may_stand_there(server: Running) -> None:
-    messages = [{"role": "user", "content": "x", "tool_calls": [], "audio": {}}]
+    messages = [{"role": "user", "content": "x", "tool_calls": []}]
     empty: dict[str, Any] = {"tools": [], "logit_bias": {}}
     of_a_stream = {"stream": True, "stream_options": {"include_obfuscation": False}}
     bodies: list[tuple[str, dict[str, Any]]] = [

@@ -147,6 +147,7 @@ def test_head_says_what_get_would(server: Running, path: str) -> None:
     [
         (b"{", "application/json", 400),
         (b'{"prompt": NaN}', "application/json", 400),
+        (b'{"prompt": "x", "temperature": 1e999}', "application/json", 400),
         (b'{"prompt": "\\ud800"}', "application/json", 400),
         (b'{"prompt": "\xff"}', "application/json", 400),
         (b'{"prompt": "\xed\xa0\x80", "echo": true}', "application/json", 400),

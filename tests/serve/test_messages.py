@@ -162,7 +162,8 @@ def test_reasons_of_an_end(server: Running, client: anthropic.Anthropic) -> None
         ({"system": [{"type": "text", "text": "x", "texd": "y"}]}, "did you mean 'text'"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {}, "name": "x"}}}, "'name'"),
         ({"metadata": {"session": "x"}}, "session"),
-        ({"stop_sequences": [1]}, "stop"),
+        ({"stop_sequences": [1]}, "stop_sequences: texts"),
+        ({"stop_sequences": [""]}, "stop_sequences: texts"),
     ],
 )
 def test_what_is_refused(server: Running, change: dict[str, Any], said: str) -> None:

@@ -27,6 +27,7 @@ __all__ = [
 
 PENALTY_WINDOW = 64  # tokens
 _MOST_FORCED = 1 << 16  # tokens in a row that a grammar leaves no choice for
+_LARGEST = float(np.finfo(np.float32).max)  # what llama.cpp computes with
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -62,11 +63,11 @@ class Sampling:
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         object.__setattr__(self, "seed", None if self.seed == -1 else self.seed)
         checks = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "temperature": (0 <= self.temperature <= _LARGEST, "0 (greedy) or more, and finite"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "more than 0, at most 1 (off)"),
             "min_p": (0 <= self.min_p < 1, "0 (off) or more, less than 1"),
-            "repeat_penalty": (self.repeat_penalty > 0, "more than 0; 1 is off"),
+            "repeat_penalty": (0 < self.repeat_penalty <= _LARGEST, "more than 0, and finite; 1 is off"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2; 0 is off"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2; 0 is off"),
             "seed": (self.seed is None or 0 <= self.seed < 2**32 - 1, "0 to 4294967294"),

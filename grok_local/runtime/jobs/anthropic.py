@@ -106,6 +106,8 @@ def _inquiry(url: str, body: Any, fields: Mapping[str, Schema], *, lenient: bool
     limit = given.get("max_tokens", 1 if url == COUNT else None)
     if limit is None or limit < 1:
         raise OptionError(f"max_tokens {limit}: at least 1 is wanted")
+    if not all(isinstance(text, str) and text for text in given.get("stop_sequences", ())):
+        raise OptionError("stop_sequences: texts are wanted, none of them empty")
     tasks = (_task(given),)
     return Inquiry(url, given, tasks, (*warnings, *ignored(_unknown_inside(given), lenient=lenient)))
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from grok_local.errors import ContextError, GrokLocalError, OptionError
 from grok_local.runtime.jobs.lines import Line, error_of, read_lines
-from grok_local.runtime.jobs.openai import CHAT, TEXT, Inquiry, inquiry
-from grok_local.runtime.jobs.openai_results import Head, body_of, error_body
+from grok_local.runtime.jobs.openai import CHAT, REQUIRED, TEXT, Inquiry, inquiry
+from grok_local.runtime.jobs.openai_results import Head, blamed, body_of, error_body
 from grok_local.runtime.text.batch import TASK_FIELDS
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Asked", "Author", "id_of", "read_batch"]
 
+_CODES = ((ContextError, "context_length_exceeded"), (OptionError, "invalid_value"))  # as a server has them
 _OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -66,8 +67,10 @@ class Author:
         """The line of the output for one that cannot be answered."""
         if not asked.is_openai:
             return error_of(asked.line, error)
-        code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        body = error_body(f"line {asked.line.number}: {error}", code=code)
+        code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+        url, asks = asked.line.fields.get("url"), asked.line.fields.get("body")
+        param = blamed(error, asks, required=REQUIRED[url] if url in (CHAT, TEXT) else ())
+        body = error_body(f"line {asked.line.number}: {error}", code=code, param=param)
         return _response(asked, 400, body)
 
     def _short(self, asked: Asked, result: Result) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from grok_local.errors import OptionError
 __all__ = [
     "CHAT",
     "MOST_SECONDS",
+    "REQUIRED",
     "TEXT",
     "Inquiry",
     "Schema",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+REQUIRED = {CHAT: ("messages",), TEXT: ("prompt",)}
 
 Schema = dict[str, Any]
 
@@ -237,10 +240,10 @@ def ignored(problems: Iterable[str], *, lenient: bool) -> list[str]:
 
 
 def unknown_in(place: str, values: Any, known: Collection[str]) -> Iterator[str]:
-    """What objects in a list say in fields beside `known`."""
+    """What objects in a list say in fields beside `known`; null and an empty list say nothing."""
     for value in values if isinstance(values, list) else ():
         if isinstance(value, Mapping):
-            said = [name for name, part in value.items() if not says_nothing(name, part, is_known=name in known)]
+            said = [name for name, part in value.items() if part is not None and part != []]
             yield from (f"{place}: {problem}" for problem in _unknown(said, known))
 
 

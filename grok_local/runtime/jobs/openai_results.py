@@ -7,7 +7,8 @@ BatchRequestOutput; `prompt_logprobs` and `stop_reason` are as vLLM has them.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from grok_local.runtime.text.batch import Result
     from grok_local.runtime.text.reply import TokenLogprob
 
-__all__ = ["Head", "StreamedPiece", "body_of", "chunk_of", "error_body", "usage_chunk"]
+__all__ = ["Head", "StreamedPiece", "blamed", "body_of", "chunk_of", "error_body", "usage_chunk"]
 
+_FIELD = re.compile(r"'?(\w+)'?[ :\[]")
 _LOWEST = -9999.0  # what OpenAI writes for no chance at all, which JSON has no number for
 
 
@@ -101,6 +103,12 @@ def error_body(
 ) -> dict[str, Any]:
     """What a request that failed is answered."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def blamed(error: Exception, body: Any, *, required: Collection[str] = ()) -> str | None:
+    """The field of a body that a message is about, which it begins with: one that is there, or that has to be."""
+    found = _FIELD.match(str(error))
+    return found[1] if found and isinstance(body, Mapping) and found[1] in {*body, *required} else None
 
 
 def _head(inquiry: Inquiry, head: Head, kind: str = "chat.completion") -> dict[str, Any]:

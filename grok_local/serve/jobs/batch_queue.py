@@ -121,7 +121,7 @@ class BatchQueue:
             waiting = sum(record.is_open for record in self._records.values())
             if waiting >= _MOST_OPEN:
                 raise RefusedError(429, f"{waiting} batches wait: cancel some", code="too_many_batches")
-            self.files.get(input_file_id)
+            self.files.get(input_file_id, param="input_file_id")
             name = f"batch_{uuid.uuid4().hex}"
             record = BatchRecord(name, endpoint, input_file_id, metadata, completion_window, int(time.time()))
             self._records[record.id] = record

@@ -59,11 +59,11 @@ class FileStore:
         with self._lock:
             return sorted(self._files.values(), key=lambda file: (-file.created_at, file.id))
 
-    def get(self, id: str) -> StoredFile:
-        """Raises RefusedError where there is none of that id."""
+    def get(self, id: str, *, param: str = "id") -> StoredFile:
+        """Raises RefusedError where there is none of that id, which the client said in `param`."""
         with self._lock:
             if id not in self._files:
-                raise RefusedError(404, f"file {id!r:.80}: there is none", code="not_found", param="id")
+                raise RefusedError(404, f"file {id!r:.80}: there is none", code="not_found", param=param)
             return self._files[id]
 
     def path(self, id: str) -> Path:

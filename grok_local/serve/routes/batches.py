@@ -42,7 +42,7 @@ async def create(request: Request) -> Json:
         _check(given)
         record = await asyncio.to_thread(queue.create, metadata=given.pop("metadata", None), **given)
     except GrokLocalError as error:
-        raise refusal_of(error, body=body) from None
+        raise refusal_of(error, body=body, required=_REQUIRED) from None
     return Json(record.described(), background=BackgroundTask(queue.validate, record))
 
 

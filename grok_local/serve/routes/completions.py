@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from grok_local.errors import GrokLocalError
 from grok_local.library.sessions import session_folder
-from grok_local.runtime.jobs.openai import CHAT, TEXT, Inquiry, fields_of, inquiry
+from grok_local.runtime.jobs.openai import CHAT, REQUIRED, TEXT, Inquiry, fields_of, inquiry
 from grok_local.runtime.jobs.openai_results import Head, StreamedPiece, body_of, chunk_of, usage_chunk
 from grok_local.runtime.text.session import Session, SessionTurn
 from grok_local.serve.bodies import answered, asked, json_of
@@ -28,13 +28,17 @@ __all__ = ["router"]
 router = APIRouter()
 
 
-@router.post(TEXT, openapi_extra=asked(fields_of(TEXT, served=True), "prompt"), responses=answered("text_completion"))
+@router.post(
+    TEXT, openapi_extra=asked(fields_of(TEXT, served=True), *REQUIRED[TEXT]), responses=answered("text_completion")
+)
 async def completions(request: Request) -> Response:
     """Continue texts."""
     return await _answered(request, TEXT)
 
 
-@router.post(CHAT, openapi_extra=asked(fields_of(CHAT, served=True), "messages"), responses=answered("chat.completion"))
+@router.post(
+    CHAT, openapi_extra=asked(fields_of(CHAT, served=True), *REQUIRED[CHAT]), responses=answered("chat.completion")
+)
 async def chat_completions(request: Request) -> Response:
     """Answer the last message of a conversation."""
     return await _answered(request, CHAT)
@@ -46,7 +50,7 @@ async def _answered(request: Request, url: str) -> Response:
     try:
         exchange = service.joined(request, data) or await _begun(service, request, data, body, url)
     except GrokLocalError as error:
-        raise refusal_of(error, body=body) from None
+        raise refusal_of(error, body=body, required=REQUIRED[url]) from None
     if exchange.asked.is_streamed:
         return EventStream(_events(service, request, exchange))
     return SlowJson(partial(_whole, service, request, exchange), patience=patience_of(request.headers))

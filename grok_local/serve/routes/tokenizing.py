@@ -60,7 +60,7 @@ async def _told(request: Request, fields: Mapping[str, Any], tell: Any) -> Json:
         given, ignored = checked(body, fields, lenient=service.is_lenient)
         found = await asyncio.to_thread(tell, service, given)
     except GrokLocalError as error:
-        raise refusal_of(error, body=body) from None
+        raise refusal_of(error, body=body, required=("prompt", "tokens")) from None
     return Json(found | ({"warnings": ignored} if ignored else {}))
 
 

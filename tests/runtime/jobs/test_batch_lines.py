@@ -150,6 +150,11 @@ def test_refusals_in_kind() -> None:
     error = written["response"]["body"]["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == "context_length_exceeded"
+    error = AUTHOR.refused(openai, OptionError("prompt: it is empty"))["response"]["body"]["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", "prompt")
+    (nowhere,) = read_batch('{"custom_id": "d", "url": ["x"], "body": {"prompt": "y"}}', as_text=False)
+    assert nowhere.error
+    assert AUTHOR.refused(nowhere, nowhere.error)["response"]["body"]["error"]["param"] is None
 
 
 def test_a_digest_is_of_what_is_asked() -> None:

@@ -112,6 +112,8 @@ def test_the_context_is_the_limit(packed: Path) -> None:
         {"top_p": 0},
         {"min_p": 1},
         {"repeat_penalty": 0},
+        {"temperature": float("inf")},
+        {"repeat_penalty": 10**400},
         {"seed": -2},
         {"max_tokens": 0},
         {"max_tokens": -2},
