@@ -24,7 +24,7 @@ from grok_local.commands.options import (
     say,
     structure_options,
 )
-from grok_local.commands.prompts import decoded, input_bytes, require_apart
+from grok_local.commands.prompts import input_lines, require_apart
 from grok_local.commands.running import MaxTokens, Stop, answer_options, opened, shown_packing
 from grok_local.errors import GGUFError, LinesFailed, OptionError
 from grok_local.library.built_in import BUILT_IN
@@ -93,7 +93,7 @@ def batch(
     require_apart(file, output)
     if retry_errors and output is None:
         raise OptionError("--retry-errors belongs to --output, which has what failed before")
-    asked = read_batch(decoded(input_bytes(file), str(file)), as_text=file.suffix == ".txt")
+    asked = read_batch(input_lines(file), as_text=file.suffix == ".txt")
     if not asked:
         raise OptionError(f"{file}: has no line that is not blank")
     defaults = answer_options(sampling, structure, model, max_tokens=max_tokens, stop=stop) | {"logprobs": logprobs}

@@ -20,7 +20,7 @@ from grok_local.commands.options import (
     resumable,
     say,
 )
-from grok_local.commands.prompts import decoded, input_bytes, require_apart
+from grok_local.commands.prompts import decoded, input_bytes, input_lines, require_apart
 from grok_local.commands.running import opened, requested
 from grok_local.errors import LinesFailed, OptionError, OutputError
 from grok_local.library.built_in import BUILT_IN
@@ -58,7 +58,7 @@ def score(
     from grok_local.runtime.jobs.score_lines import FIELDS
 
     require_apart(file, output)
-    lines = read_lines(decoded(input_bytes(file), str(file)), known=FIELDS, as_text=file.suffix == ".txt")
+    lines = read_lines(input_lines(file), known=FIELDS, as_text=file.suffix == ".txt")
     if not lines:
         raise OptionError(f"{file}: has no line that is not blank")
     request = requested(model, loading)

@@ -15,9 +15,10 @@ from typing import BinaryIO
 from grok_local.commands.options import say
 from grok_local.errors import OptionError
 
-__all__ = ["decoded", "input_bytes", "lines_of", "prompt_text", "require_apart", "unescaped"]
+__all__ = ["decoded", "input_bytes", "input_lines", "lines_of", "prompt_text", "require_apart", "unescaped"]
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_TABLES = (".csv", ".tsv")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -53,6 +54,18 @@ def decoded(data: bytes, name: str) -> str:
 def input_bytes(file: Path) -> bytes:
     """What is in a file, or with "-" comes from stdin. Raises OptionError."""
     return sys.stdin.buffer.read() if str(file) == "-" else _contents(file)
+
+
+def input_lines(file: Path) -> str:
+    """The text of an input whose lines are tasks. Raises OptionError for tables, and for JSON laid out over lines."""
+    from grok_local.runtime.jobs.lines import require_lines
+
+    if file.suffix.lower() in _TABLES:
+        raise OptionError(f"{file}: no table is read: give an object a line (JSON), or a .txt, where each line is text")
+    text = decoded(input_bytes(file), str(file))
+    if file.suffix != ".txt":
+        require_lines(text, str(file))
+    return text
 
 
 def require_apart(file: Path, output: Path | None) -> None:

@@ -118,6 +118,19 @@ def test_files_of_others_are_left_alone(run: Run, packed: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.glob("*.*")) == ["in.jsonl", "notes.txt"]
 
 
+@pytest.mark.parametrize("command", ["batch", "score"])
+def test_arrays_and_tables_are_no_lines(run: Run, packed: Path, tmp_path: Path, command: str) -> None:
+    array = '[{"prompt": "a"}]'
+    table = written(tmp_path / "in.CSV", ["prompt,max_tokens", "a,1"])
+    for source, stdin in ((written(tmp_path / "in.json", [array]), ""), ("-", array), (table, "")):
+        done = run(command, "-m", packed, source, "-o", tmp_path / "out.jsonl", stdin=stdin)
+        assert (done.returncode, list(tmp_path.glob("out*"))) == (2, []), done.stderr
+        assert f"error: {source}: " in done.stderr
+        assert "an object a line" in " ".join(done.stderr.split())
+    done = run("batch", "-m", packed, written(tmp_path / "in.txt", [array]), "--max-tokens", 1)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+
+
 def test_another_text_of_the_template_is_another_job(run: Run, packed: Path, tmp_path: Path) -> None:
     source, output, template = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "t.jinja"
     written(source, [{"messages": [{"role": "user", "content": "Hi"}]}])

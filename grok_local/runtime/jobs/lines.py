@@ -14,7 +14,9 @@ from typing import Any
 from grok_local.errors import GrokLocalError, OptionError
 from grok_local.files import named_once
 
-__all__ = ["Line", "error_of", "is_encodable", "read_lines", "text_of", "texts_of"]
+__all__ = ["Line", "error_of", "is_encodable", "read_lines", "require_lines", "text_of", "texts_of"]
+
+_ARRAY = re.compile(r"\[[ \t]*[{\r\n]")  # how one begins whose values are objects, or on lines of their own
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,25 @@ def read_lines(text: str, *, known: Sequence[str], as_text: bool, ids: Sequence[
     lines = [_line(n, line, known, as_text=as_text, ids=ids) for n, line in numbered if line.strip()]
     own = Counter[str | int | None](line.id for line in lines if line.id is not None)
     return [_named(line, own) for line in lines]
+
+
+def require_lines(text: str, name: str) -> None:
+    """Raises OptionError for JSON that is one array, or an object over several lines: they would be read as text."""
+    text = text.lstrip("\ufeff \t\r\n")
+    value, end = _first_value(text)
+    is_whole, is_laid_out = not text[end:].strip(), re.search(r"[\r\n]", text[:end]) is not None
+    if _ARRAY.match(text) or (isinstance(value, list) and (is_whole or is_laid_out)):
+        raise OptionError(f"{name}: a JSON array, and an object a line is wanted (jq -c '.[]'); in a .txt all is text")
+    if isinstance(value, dict) and is_laid_out:
+        raise OptionError(f"{name}: JSON over several lines, and an object a line is wanted (jq -c .)")
+
+
+def _first_value(text: str) -> tuple[Any, int]:
+    """What JSON a text begins with, and where that ends; nothing where it does not."""
+    try:
+        return json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None, 0
 
 
 def _named(line: Line, own: Mapping[str | int | None, int]) -> Line:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import grok_local
 from grok_local.errors import ContextError, GrokLocalError, ModelError, OptionError, OutputError, WorkerLost
-from grok_local.runtime.jobs.lines import read_lines
+from grok_local.runtime.jobs.lines import read_lines, require_lines
 from grok_local.runtime.jobs.score_lines import FIELDS, scored
 from grok_local.runtime.text.scoring import Estimate, divergence, perplexity
 from tests.conftest import Run
@@ -167,6 +167,32 @@ def test_files_that_were_joined_have_marks_inside() -> None:
     lines = read_lines(text, known=("text",), as_text=False)
     assert [line.fields for line in lines] == [{"text": "a"}, {"text": "b"}, {"text": "plain"}]
     assert read_lines(text, known=("text",), as_text=True)[1].fields == {"text": '{"text": "b"}'}
+
+
+@pytest.mark.parametrize("begin", ["", "\ufeff", "\n "])
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ('[{"prompt": "a", "max_tokens": 1}]', "jq -c '.[]'"),
+        ('[{"prompt": "a"},\r{"prompt": ', "jq -c '.[]'"),
+        ('[\n  "a",\n  "b"\n]\n', "jq -c '.[]'"),
+        ('["a", "b"]\n', "jq -c '.[]'"),
+        ('{\n  "prompt": "a"\n}\n', "jq -c .)"),
+        ('{"prompt": "a",\r\n "seed": 1}\r\n{"prompt": "b"}', "jq -c .)"),
+    ],
+)
+def test_json_over_several_lines_is_no_lines(begin: str, text: str, remedy: str) -> None:
+    with pytest.raises(OptionError) as refused:
+        require_lines(begin + text, "in.json")
+    assert str(refused.value).startswith("in.json: ")
+    assert remedy in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1] Smith, J.\nx", "[INST] x", "[", '{"text": "a"}\n{"text": "b"}', "{\nx", "5\n6", "[" * 10**5]
+)
+def test_what_else_begins_like_json_is_lines(text: str) -> None:
+    require_lines(text, "in.jsonl")
 
 
 def test_an_id_of_null_is_none(scorer: grok_local.Model) -> None:
