@@ -164,13 +164,15 @@ def batch_view() -> Iterator[Callable[[Progressed], None]]:
 
 
 def _batch_lines(pace: _Pace) -> Callable[[Progressed], None]:
-    last = [time.monotonic()]
+    last, told = [time.monotonic()], list[str]()
 
     def show(now: Progressed) -> None:
-        if time.monotonic() - last[0] >= _LINE_EVERY:
+        is_over = now.done == now.total
+        if time.monotonic() - last[0] >= _LINE_EVERY or (is_over and told):  # the last line told is how it ended
             last[0] = time.monotonic()
+            told[:] = [_lines_done(now), "" if is_over else pace.text(now)]
             with suppress(OSError):  # nobody may be listening: the work goes on
-                print(f"{_lines_done(now)}, {pace.text(now)}", file=sys.stderr, flush=True)
+                print(", ".join(filter(None, told)), file=sys.stderr, flush=True)
 
     return show
 
