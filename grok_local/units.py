@@ -1,12 +1,15 @@
-"""Sizes as people write them: G = 10^9, Gi = 2^30 bytes."""
+"""Sizes as people write them: G = 10^9, Gi = 2^30 bytes; and whole numbers, as Python and numpy have them."""
 
 from __future__ import annotations
 
+import operator
 import re
+from contextlib import suppress
+from typing import Any
 
 from grok_local.errors import OptionError
 
-__all__ = ["format_bytes", "format_figure", "format_seconds", "parse_size", "printable"]
+__all__ = ["format_bytes", "format_figure", "format_seconds", "parse_size", "printable", "whole_number"]
 
 _FACTORS = {"": 1, **{unit: 1000 ** (i + 1) for i, unit in enumerate("KMGT")}}
 _FEWEST = 4096  # bytes: fewer are nobody's size
@@ -22,6 +25,14 @@ def parse_size(text: str | int) -> int:
     if isinstance(text, str) and not unit and 0 < float(match[1]) < _FEWEST:
         raise OptionError(f"{text} would be {text} bytes: was {text}G meant?")
     return int(float(match[1]) * _FACTORS[unit])
+
+
+def whole_number(name: str, value: Any) -> int:
+    """The value of option `name`, numpy's too, as Python's int. Raises OptionError for others, booleans among them."""
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        with suppress(TypeError):  # of an array with several
+            return operator.index(value)
+    raise OptionError(f"{name} {value!r:.60}: a whole number is wanted")
 
 
 def printable(text: str) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from grok_local.errors import OptionError
 from grok_local.files import is_part
 from grok_local.machine.limits import core_count
 from grok_local.placement.wishes import ALL_LAYERS, RAM, Wishes
-from grok_local.units import parse_size
+from grok_local.units import parse_size, whole_number
 
 __all__ = ["LoadOptions", "LoadRequest", "load_request"]
 
@@ -101,7 +103,7 @@ class LoadRequest:
         """For so many sequences at once. Raises OptionError for a number that none can have, and for what cannot be
         reproducible.
         """
-        _check_parallel(parallel, most=_MAX_PARALLEL - reproducible)
+        parallel = _checked_parallel(parallel, most=_MAX_PARALLEL - reproducible)
         wishes = replace(self.wishes, sequences=parallel + reproducible, reproducible=reproducible)
         if reproducible:
             if self.workers:
@@ -125,7 +127,8 @@ def load_request(
     unknown = set(options) - set(LoadOptions.__annotations__)
     if unknown:
         raise TypeError(f"load() has no option {', '.join(sorted(unknown))}")
-    _check_kinds(options)
+    _check_lists(options)
+    options = _with_whole(options)
     _check_ranges(options)
     threads, workers, template = options.get("threads"), options.get("workers"), options.get("template")
     request = LoadRequest(
@@ -178,16 +181,20 @@ def _wishes(options: LoadOptions) -> Wishes:
         memory=None if memory is None else parse_size(memory),
     )
     for name, value in (("gpu_layers", wishes.gpu_layers), ("experts_on", wishes.experts_on)):
+        if value is not None and not isinstance(value, str):
+            whole_number(name, value)
         if isinstance(value, int) and value < 0:
             raise OptionError(f"{name} {value}: must be 0 or more")
     return wishes
 
 
-def _check_kinds(options: LoadOptions) -> None:
-    for name in ("context", "threads"):
-        value = options.get(name)
-        if value is not None:
-            _check_whole(name, value)
+def _with_whole(options: LoadOptions) -> LoadOptions:
+    given: dict[str, Any] = {name: options.get(name) for name in ("context", "threads", "parallel")}
+    whole = {name: whole_number(name, value) for name, value in given.items() if value is not None}
+    return cast("LoadOptions", {**options, **whole})
+
+
+def _check_lists(options: LoadOptions) -> None:
     for name in ("overrides", "workers"):
         given: Any = options.get(name)
         if isinstance(given, str) or not all(isinstance(text, str) for text in given or ()):
@@ -202,15 +209,11 @@ def _check_ranges(options: LoadOptions) -> None:
         raise OptionError(f"{threads} threads: must be 1 to {_MAX_THREADS}")
 
 
-def _check_parallel(parallel: int, *, most: int) -> None:
-    _check_whole("parallel", parallel)
+def _checked_parallel(parallel: int, *, most: int) -> int:
+    parallel = whole_number("parallel", parallel)
     if not 1 <= parallel <= most:
         raise OptionError(f"parallel {parallel}: must be 1 to {most}")
-
-
-def _check_whole(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise OptionError(f"{name} {value!r:.60}: a whole number is wanted")
+    return parallel
 
 
 def _one_of(options: LoadOptions, name: str, values: Sequence[str]) -> Any:
@@ -230,7 +233,9 @@ def _gpu_layers(options: LoadOptions) -> int | None:
 
 
 def _number_or_word(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 6 else value
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() and len(value) < 6 else value
+    return operator.index(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
 
 
 def _override(text: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grok_local.errors import OptionError
@@ -31,6 +32,18 @@ def test_what_is_reproducible_computes_on_the_cpu_alone(options: Any, named: str
     request = load_request(PATH, options)
     with pytest.raises(OptionError, match=named):
         request.reshaped(parallel=1, reproducible=True)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    names = ("context", "threads", "parallel", "gpu_layers", "experts_on")
+    theirs: Any = {name: np.int64(number) for number, name in enumerate(names, 1)}
+    ours: Any = {name: number for number, name in enumerate(names, 1)}
+    assert repr(load_request(PATH, theirs)) == repr(load_request(PATH, ours))
+    for name in names:
+        for value in (1.5, True, np.bool_(True)):
+            given: Any = {name: value}
+            with pytest.raises(OptionError, match=name):
+                load_request(PATH, given)
 
 
 @pytest.mark.parametrize("options", [{}, {"placement": "cpu"}, {"overrides": ["exps=RAM"]}, {"gpu_layers": 0}])

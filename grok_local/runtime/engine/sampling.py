@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import numbers
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from grok_local.errors import ModelError, OptionError
 from grok_local.runtime.engine.tokens import Tokens
 from grok_local.runtime.graph.rows import Draw, Drawn, Likely, Token
+from grok_local.units import whole_number
 
 __all__ = [
     "PENALTY_WINDOW",
@@ -77,11 +79,16 @@ class Sampling:
             raise OptionError(bad)
 
     def _check_kinds(self) -> None:
-        whole = {"top_k", "seed"}
-        for name, value in vars(self).items():
-            right = isinstance(value, int if name in whole else int | float) and not isinstance(value, bool)
-            if not right and not (name == "seed" and value is None):
-                raise OptionError(f"{name} {value!r:.40}: a {'whole ' if name in whole else ''}number is wanted")
+        for name, value in list(vars(self).items()):
+            if name != "seed" or value is not None:
+                kind = whole_number if name in ("top_k", "seed") else _number
+                object.__setattr__(self, name, kind(name, value))
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise OptionError(f"{name} {value!r:.40}: a number is wanted")
+    return value if isinstance(value, int) else float(value)  # numpy's are no good everywhere
 
 
 def check_finite(logits: npt.NDArray[np.float32]) -> None:

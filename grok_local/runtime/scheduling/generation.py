@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from grok_local.errors import GrokLocalError, OptionError
 from grok_local.runtime.scheduling.stream import TextStream
+from grok_local.units import whole_number
 
 if TYPE_CHECKING:
     from grok_local.runtime.engine.sampling import Sampling
@@ -18,6 +19,7 @@ __all__ = ["FinishReason", "Generation", "Request", "Stats"]
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 _MOST_LIKELY = 100  # tokens whose log-probabilities can be had at each place
+_WHOLE = {"max_tokens": "max_tokens", "likely": "logprobs", "prompt_likely": "prompt_logprobs"}  # as they are asked for
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class Request:
     prompt_likely: int | None = None
 
     def __post_init__(self) -> None:
-        limit = self.max_tokens
-        if limit is not None and (not _is_whole(limit) or limit < 1):
-            raise OptionError(f"max_tokens {limit!r:.40}: must be at least 1, or -1 for no limit")
+        for field_, name in _WHOLE.items():
+            if (value := getattr(self, field_)) is not None:
+                object.__setattr__(self, field_, whole_number(name, value))
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise OptionError(f"max_tokens {self.max_tokens}: must be at least 1, or -1 for no limit")
         for name, likely in (("logprobs", self.likely), ("prompt_logprobs", self.prompt_likely)):
-            if likely is not None and (not _is_whole(likely) or not 0 <= likely <= _MOST_LIKELY):
-                raise OptionError(f"{name} {likely!r:.40}: must be 0 to {_MOST_LIKELY}")
+            if likely is not None and not 0 <= likely <= _MOST_LIKELY:
+                raise OptionError(f"{name} {likely}: must be 0 to {_MOST_LIKELY}")
 
 
 @dataclass
@@ -212,7 +216,3 @@ class Generation:
 
 def _sum(before: ExpertStats | None, more: ExpertStats | None) -> ExpertStats | None:
     return before + more if before and more else more or before
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ from grok_local.errors import OptionError
 from grok_local.runtime.engine.sampling import Sampling
 from grok_local.runtime.scheduling.generation import Request
 from grok_local.runtime.text.structure import Structure, structure_of
+from grok_local.units import whole_number
 
 if TYPE_CHECKING:
     from grok_local.runtime.engine.sampling import SamplingOptions
@@ -59,6 +60,7 @@ def answering(given: AnswerOptions, sampling: SamplingOptions) -> Answering:
     if not all(isinstance(text, str) and text for text in stops):
         raise OptionError(f"stop {stop!r:.60}: a text or a list of texts is wanted, none of them empty")
     limit = given.get("max_tokens")
+    limit = None if limit is None else whole_number("max_tokens", limit)
     form: Any = {name: given.get(name) for name in ("schema", "regex", "choice", "grammar")}
     structure = structure_of(form)
     if structure and stops:

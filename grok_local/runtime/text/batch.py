@@ -15,6 +15,7 @@ from grok_local.runtime.scheduling.generation import FinishReason, Generation, R
 from grok_local.runtime.text.answering import Answering, answering
 from grok_local.runtime.text.chat import Conversation
 from grok_local.runtime.text.reply import TokenLogprob
+from grok_local.units import whole_number
 
 if TYPE_CHECKING:
     from grok_local.runtime.engine.protocol import Lexicon
@@ -290,9 +291,10 @@ def _derived(seed: int, id_: str | int) -> int:
 
 
 def _id(value: Any) -> str | int:
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise OptionError("id: a text or a whole number is wanted")
-    return value
+    try:
+        return value if isinstance(value, str) else whole_number("id", value)
+    except OptionError:
+        raise OptionError("id: a text or a whole number is wanted") from None
 
 
 def _check_names(fields: Mapping[str, Any]) -> None:

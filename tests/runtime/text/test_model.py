@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 import grok_local
 from grok_local.errors import ContextError, GGUFError, ModelError, OptionError
+from grok_local.runtime.engine.sampling import Sampling
 from samples.checkpoints import REFERENCE
 
 GOLDEN = np.load(REFERENCE / "logits.npz")
@@ -127,6 +128,39 @@ def test_the_context_is_the_limit(packed: Path) -> None:
 def test_options_out_of_range(model: grok_local.Model, options: dict[str, float]) -> None:
     with pytest.raises(OptionError):
         model.generate("x", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"max_tokens": 1.5}, "whole"),
+        ({"max_tokens": np.bool_(True)}, "whole"),
+        ({"max_tokens": np.arange(2)}, "whole"),
+        ({"logprobs": 1.5}, "whole"),
+        ({"seed": np.float32(1)}, "whole"),
+        ({"top_p": "1"}, "a number"),
+        ({"top_p": np.bool_(True)}, "a number"),
+    ],
+)
+def test_a_number_of_another_kind_is_named(model: grok_local.Model, options: Any, kind: str) -> None:
+    uses: list[Callable[[], Any]] = [
+        lambda: model.generate("x", **options),
+        lambda: model.chat([{"role": "user", "content": "x"}], **options),
+    ]
+    for use in uses:
+        with pytest.raises(OptionError, match=f"{next(iter(options))} .*: .*{kind}.* is wanted"):
+            use()
+
+
+def test_numbers_of_numpy_are_numbers(model: grok_local.Model) -> None:
+    options = {"max_tokens": 3, "logprobs": 2, "top_k": 5, "seed": 7, "temperature": 0.5, "min_p": 0.25}
+    arrays: Any = {name: np.asarray([value])[0] for name, value in options.items()}
+    arrays["temperature"] = np.float32(0.5)
+    (theirs,) = model.batch([{"prompt": "Once", "id": np.int64(4), **arrays}])
+    (ours,) = model.batch([{"prompt": "Once", "id": 4, **options}])
+    assert (theirs.text, theirs.id, theirs.error) == (ours.text, 4, None)
+    sampling = Sampling(**{name: value for name, value in arrays.items() if name not in ("max_tokens", "logprobs")})
+    assert {type(value) for value in vars(sampling).values()} == {int, float}
 
 
 def test_misspelt_options_are_not_swallowed(model: grok_local.Model) -> None:
