@@ -38,11 +38,19 @@ def _result(model: Model, line: Line) -> Mapping[str, Any]:
     if given == {"tokens"}:
         return _whole(model.score([_ids(line)])[0])
     if given == {"prompt", "continuation"}:
-        return _described(model.score([text_of(line, "prompt")], choices=[text_of(line, "continuation")])[0][0])
+        return _described(model.score([_words(line, "prompt")], choices=[_words(line, "continuation")])[0][0])
     if given == {"prompt", "choices"}:
         choices = texts_of(line, "choices")
-        return _compared(choices, model.score([text_of(line, "prompt")], choices=choices)[0])
+        return _compared(choices, model.score([_words(line, "prompt")], choices=choices)[0])
     raise OptionError('wanted: "text", "tokens", "prompt" and "continuation", or "prompt" and "choices"')
+
+
+def _words(line: Line, name: str) -> str:
+    """A text that has something to be scored after, or to score. Raises OptionError."""
+    text = text_of(line, name)
+    if not text:
+        raise OptionError(f"{name}: it is empty")
+    return text
 
 
 def _ids(line: Line) -> list[int]:

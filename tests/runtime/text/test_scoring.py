@@ -201,6 +201,20 @@ def test_an_id_of_null_is_none(scorer: grok_local.Model) -> None:
     assert scored(scorer, line)["sum"] < 0
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "a", "continuation": ""}, "line 1: continuation: it is empty"),
+        ({"prompt": "", "continuation": "b"}, "line 1: prompt: it is empty"),
+        ({"prompt": "", "choices": ["b"]}, "line 1: prompt: it is empty"),
+        ({"prompt": "a", "choices": ["b", ""]}, "line 1: choice '': it is empty"),
+    ],
+)
+def test_an_empty_field_is_named_as_it_was_given(scorer: grok_local.Model, fields: Any, message: str) -> None:
+    (line,) = read_lines(json.dumps(fields), known=FIELDS, as_text=False)
+    assert scored(scorer, line)["error"] == {"code": "option", "message": message}
+
+
 @pytest.mark.parametrize("error", [WorkerLost("gone"), OutputError("the trace: no space"), ModelError("dead")])
 def test_what_is_no_lines_fault_ends_all(error: GrokLocalError) -> None:
     class Failing:
