@@ -22,7 +22,7 @@ from grok_local.commands.options import (
 )
 from grok_local.commands.prompts import decoded, input_bytes, input_lines, require_apart
 from grok_local.commands.running import opened, requested
-from grok_local.errors import LinesFailed, OptionError, OutputError
+from grok_local.errors import ContextError, LinesFailed, OptionError, OutputError
 from grok_local.library.built_in import BUILT_IN
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ def perplexity(
         raise OptionError("--kl-base names no model: its value is empty")
     request = requested(model, options)
     other = None if kl_base is None else requested(kl_base, options | {"trace_experts": None})
+    ids = _tokens(request, text, window=window, name=str(file))
     with ExitStack() as stack:
         running = stack.enter_context(opened(request))
         base = stack.enter_context(opened(other)) if other else None
-        ids = running.tokenize(text)
         if base and base.tokenize(text) != ids:
             raise OptionError(f"{kl_base} has another vocabulary than {model}: their distributions cannot be compared")
         engine = stack.enter_context(running.alone())
@@ -169,6 +169,21 @@ def _with_context(loading: Bundle, window: int) -> dict[str, Any]:
     """Room for a window, where nobody asks for more."""
     given = dict(loading or {})
     return given | {"context": given["context"] if given.get("context") is not None else max(window, 256)}
+
+
+def _tokens(request: LoadRequest, text: str, *, window: int, name: str) -> list[int]:
+    """The text's, which needs no weights. Raises ContextError where they fill no window."""
+    from grok_local.ggml.libraries import let_threads_rest
+
+    let_threads_rest()
+    from grok_local.runtime.engine.tokens import BareVocabulary
+
+    with BareVocabulary(request.path, context_size=window) as vocabulary:
+        ids = vocabulary.tokenize(text)
+    if len(ids) < window:
+        needed = f"at least {window} are needed for one window, and with --window N at least N"
+        raise ContextError(f"{name}: has {len(ids)} tokens: {needed}")
+    return ids
 
 
 def _told(number: int, count: int) -> None:

@@ -328,8 +328,12 @@ def test_perplexity_and_divergence_of_a_file(run: Run, packed: Path, small: Path
     assert 0 < found["kl_divergence"]["mean"] < found["kl_divergence"]["largest"]
     one = json.loads(run("perplexity", "-m", packed, "-", "--window", 4, "--json", stdin="one two three four").stdout)
     assert one["interval"] is None
-    short = run("perplexity", "-m", packed, "-", stdin="too short")
-    assert (short.returncode, short.stderr.count("at least 512 are needed")) == (1, 1)
+    text.write_text("too short")
+    record = tmp_path / "loaded"  # is there when the model is
+    short = run("perplexity", "-m", packed, text, "--trace-experts", record)
+    assert (short.returncode, short.stderr.count(f"{text}: has ")) == (1, 1)
+    assert "at least 512 are needed for one window, and with --window N" in " ".join(short.stderr.split())
+    assert not record.exists()
 
 
 def test_errors_are_in_the_tree() -> None:
