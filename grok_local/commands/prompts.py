@@ -18,6 +18,7 @@ from grok_local.errors import OptionError
 __all__ = ["decoded", "input_bytes", "input_lines", "lines_of", "prompt_text", "require_apart", "unescaped"]
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_PACKED = {b"\x1f\x8b": "gunzip", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd", b"PK\3\4": "unzip"}
 _TABLES = (".csv", ".tsv")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
@@ -38,6 +39,8 @@ def prompt_text(argument: str | None, file: Path | None) -> str:
 
 def decoded(data: bytes, name: str) -> str:
     """Text in UTF-8, or in UTF-16 with a byte order mark, or in the locale's encoding. Raises OptionError."""
+    if unpack := next((program for begin, program in _PACKED.items() if data.startswith(begin)), None):
+        raise OptionError(f"{name}: is compressed: {unpack} it first")
     if b"\0" in data and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise OptionError(f"{name}: no text: it has NUL bytes (UTF-16 needs its byte order mark)")
     mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grok_local.commands.prompts import require_apart, unescaped
+from grok_local.commands.prompts import decoded, require_apart, unescaped
 from grok_local.errors import OptionError
 from samples.rewritten import CHATML, chatml, rewritten
 from tests.conftest import Run
@@ -241,6 +243,20 @@ def test_a_template_that_takes_no_system_role(run: Run, packed: Path, tmp_path: 
     done = run("chat", "-m", path, "--context", 256, "--max-tokens", 4, stdin="Hi\n/system Be brief.\nWho?\nAnd?\n")
     assert done.returncode == 0
     assert done.stderr.count("has no system role") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "program"),
+    [
+        (gzip.compress(QUESTION.encode()), "gunzip"),
+        (lzma.compress(QUESTION.encode()), "unxz"),
+        (b"(\xb5/\xfd\x20\x01\x09\x00\x00x", "unzstd"),
+        (b"PK\3\4\x14\0", "unzip"),
+    ],
+)
+def test_what_is_compressed_is_no_text(data: bytes, program: str) -> None:
+    with pytest.raises(OptionError, match=f"^in.gz: is compressed: {program} it first$"):
+        decoded(data, "in.gz")
 
 
 def test_utf_16_without_its_mark_is_no_text(packed: Path) -> None:

@@ -51,19 +51,14 @@ class Ledger:
     ) -> None:
         self.path, self.set_aside = output.resolve(), 0
         self._manifest, self._key = manifest_of(self.path), key
-        if self.path.exists() and not self.path.is_file():
-            raise OutputError(f"{output}: no file: a stopped run goes on from what is in it")
+        self._out = _opened(self.path, output)
         try:
-            self._out = _locked(self.path)
-            try:
-                self.done = self._resumed(made_with, lines, retry=retry)
-                described = {"format": _FORMAT, "made_with": made_with, "lines": list(lines.items())}
-                write_whole(self._manifest, json.dumps(described).encode() + b"\n")
-            except BaseException:
-                self._out.close()
-                raise
-        except OSError as error:
-            raise self._trouble(error) from None
+            self.done = self._resumed(made_with, lines, retry=retry)
+            described = {"format": _FORMAT, "made_with": made_with, "lines": list(lines.items())}
+            write_whole(self._manifest, json.dumps(described).encode() + b"\n")
+        except BaseException as error:
+            self._out.close()
+            raise (self._trouble(error) if isinstance(error, OSError) else error) from None
 
     def write(self, result: Mapping[str, Any]) -> None:
         """Add a result. Raises OutputError."""
@@ -152,6 +147,18 @@ class Ledger:
     def _trouble(self, error: OSError) -> OutputError:
         text = f"{self.path}: cannot be written ({error.strerror or error})"
         return OutputError(f"{text}; what is done is kept: the same command goes on")
+
+
+def _opened(path: Path, output: Path) -> JsonLines:
+    """Likewise, as it was asked for. Raises OutputError."""
+    try:
+        if not path.parent.is_dir():
+            raise OutputError(f"{output}: there is no folder {output.parent}")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{output}: no file: a stopped run goes on from what is in it")
+        return _locked(path)
+    except OSError as error:  # nothing is done yet that the same command could go on with
+        raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from None
 
 
 def _locked(path: Path) -> JsonLines:

@@ -140,8 +140,10 @@ def test_a_result_without_an_id_is_no_lines(tmp_path: Path) -> None:
 
 
 def test_nowhere_to_write(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match=f"^{tmp_path}/missing/out.jsonl: there is no folder {tmp_path}/missing$"):
         opened(tmp_path / "missing" / "out.jsonl")
+    with pytest.raises(OutputError, match=r"cannot be written \([^()]*\)$"):  # nothing is done yet
+        opened(tmp_path / ("x" * 300))
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

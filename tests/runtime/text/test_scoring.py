@@ -286,7 +286,7 @@ def test_a_file_is_scored_line_by_line(run: Run, packed: Path, tmp_path: Path) -
 def test_where_scores_go(run: Run, packed: Path, tmp_path: Path) -> None:
     done = run("score", "-m", packed, "-", "-o", tmp_path / "no folder" / "out.jsonl", stdin="x\n")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {tmp_path}/no folder/out.jsonl: cannot be written (")
+    assert done.stderr.startswith(f"error: {tmp_path}/no folder/out.jsonl: there is no folder ")
     assert run("score", "-m", packed, tmp_path / "missing").stderr.startswith("error: ")
     # A link leads on, others' files stay, and a device stays one.
     target, link = tmp_path / "target.jsonl", tmp_path / "link.jsonl"
