@@ -13,7 +13,8 @@ from grok_local.folders import sessions_folder
 
 __all__ = ["Kept", "kept_session", "kept_sessions", "remove_session", "session_folder", "session_names"]
 
-_NAME = re.compile(r"\w[\w .-]{0,99}")
+_LONGEST = 100  # characters of a name
+_NAME = re.compile(rf"\w[\w .-]{{0,{_LONGEST - 1}}}")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Kept:
 def session_folder(name: str) -> Path:
     """Where the session of that name is, or will be. Raises OptionError for a name that none can have."""
     if not _NAME.fullmatch(name):
-        raise OptionError(f"session {name!r:.120}: letters, digits, blanks, dots and dashes make a name")
+        rule = f"1 to {_LONGEST} letters, digits, blanks, dots and dashes make a name, a letter or a digit first"
+        raise OptionError(f"session {name!r:.120}: {rule}")
     return sessions_folder() / name
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from grok_local.errors import OptionError
 from grok_local.library.sessions import session_folder
 from grok_local.runtime.text.session import Session, read_conversation
 from tests.serve.conftest import Running, Start, started
@@ -38,6 +39,13 @@ def text_of(answer: Any) -> str:
 def messages_of(name: str) -> list[dict[str, str]]:
     found: list[dict[str, str]] = read_conversation(session_folder(name)).get("messages", [])
     return found
+
+
+@pytest.mark.parametrize("name", ["", "x" * 101, ".x", "a/b"])
+def test_what_makes_a_name_is_said_with_its_length(name: str) -> None:
+    with pytest.raises(OptionError, match="1 to 100 letters, digits, blanks, dots and dashes make a name, a letter"):
+        session_folder(name)
+    assert session_folder("x" * 100).name == "x" * 100
 
 
 def test_a_session_goes_on_as_its_messages_would(talking: Running) -> None:
