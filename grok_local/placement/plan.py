@@ -65,6 +65,11 @@ class Plan:
         return sum(self.layers)
 
     @property
+    def trained_context(self) -> int:
+        """Tokens the model was trained on, as is known best; 0 where nobody knows."""
+        return self.wishes.trained_context or self.model.trained_context
+
+    @property
     def cells(self) -> int:
         """Tokens that the KV cache has room for, of all sequences together."""
         return cells_of(self.context, self.wishes)

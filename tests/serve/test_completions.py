@@ -10,6 +10,7 @@ import openai
 import pydantic
 import pytest
 
+from grok_local.library.built_in import MANNER
 from samples.rewritten import rewritten
 from tests.serve.conftest import Running, started
 
@@ -307,3 +308,10 @@ def test_how_messages_were_laid_out_is_said(
     for warnings in (chat.get("warnings"), message.get("warnings")):
         assert warnings is None if said is None else said in warnings[0]
     assert said is None or said in stream
+
+
+def test_what_the_built_in_model_was_trained_on_is_said_as_everywhere() -> None:
+    with started(Path("tiny")) as running, running.http() as http:
+        meta = http.get("/v1/models/tiny").json()["meta"]
+        plan = running.service.model.placement.plan
+    assert meta["n_ctx_train"] == plan.trained_context == MANNER.context
