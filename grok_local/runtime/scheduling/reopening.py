@@ -61,8 +61,7 @@ class Reopenable:
         opening one raises: then it is opened again as it was.
         """
         with self.turns.stopped():
-            if self._is_closed:
-                raise ModelError("the model is closed")
+            self.check_open()
             now, wanted = self.request, self._wanted(parallel, reproducible=reproducible, most=most)
             if (wanted.parallel, wanted.reproducible) == (now.parallel, now.reproducible):
                 return
@@ -70,6 +69,11 @@ class Reopenable:
             plan = self.engine.placement.plan
             make_plan(plan.model, plan.machine, wanted.wishes)  # which raises what can be known before
             self._exchange(wanted)
+
+    def check_open(self) -> None:
+        """Raises ModelError once it was closed."""
+        if self._is_closed:
+            raise ModelError("the model is closed")
 
     def close(self) -> None:
         """Free the engine; safe to call twice."""

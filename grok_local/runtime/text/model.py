@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from grok_local.errors import OptionError
 from grok_local.runtime.scheduling.reopening import Reopenable, engine_class
@@ -236,10 +236,14 @@ class Model:
         self._opened.close()
 
     def __enter__(self) -> Model:
+        self._opened.check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model cannot be pickled or copied: load it in each process; threads may share one")
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         whole = whole_numbers(ids)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -226,6 +228,14 @@ def test_a_closed_model_says_so(packed: Path) -> None:
         model.tokenize("x")
     with pytest.raises(ModelError, match="closed"):
         model.logits([1])
+    with pytest.raises(ModelError, match="closed"), model:
+        pass
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_model_is_neither_pickled_nor_copied(model: grok_local.Model, way: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="load it in each process"):
+        way(model)
 
 
 def test_ids_outside_the_vocabulary(model: grok_local.Model) -> None:
