@@ -190,12 +190,14 @@ def _prefix(fields: Mapping[str, Any]) -> str:
     return found
 
 
-def whole_numbers(ids: Any) -> list[int]:
-    """Token ids as a list, numpy's too. Raises OptionError for what is none: bytes are not, nor are booleans."""
+def whole_numbers(ids: Any, *, wanted: str = "prompt: a text, or a list of token ids,") -> list[int]:
+    """Token ids as a list, numpy's too. Raises OptionError, which says what is `wanted`: bytes are none, nor are
+    booleans.
+    """
     are_listed = isinstance(ids, Iterable) and not isinstance(ids, _TEXTS)
     listed: list[Any] = list(ids) if are_listed else [None]
     if any(isinstance(token, bool) or not hasattr(token, "__index__") for token in listed):
-        raise OptionError("prompt: a text, or a list of token ids, is wanted")
+        raise OptionError(f"{wanted} is wanted")
     return [operator.index(token) for token in listed]
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "load_model"]
 
+_IDS = "a list of token ids"
+
 
 def load_model(request: LoadRequest, *, say: Say | None = None) -> Model:
     """Load a GGUF; `say` is told what takes long. Raises GGUFError, ModelError, PlacementError or WorkerError."""
@@ -79,11 +81,11 @@ class Model:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Raises OptionError for ids outside the vocabulary."""
-        return self._opened.vocabulary.detokenize(whole_numbers(ids))
+        return self._opened.vocabulary.detokenize(whole_numbers(ids, wanted=_IDS))
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [len(ids), vocabulary]: the logits after each position. Raises ContextError, OptionError."""
-        whole = self._checked(ids)
+        whole = self._checked(whole_numbers(ids, wanted=_IDS))
         with self.alone() as engine:
             return engine.logits(whole)
 
@@ -107,7 +109,7 @@ class Model:
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise OptionError("score: a list of texts is wanted")
         options = None if choices is None else _choices(choices)
-        listed = [self.tokenize(text) if isinstance(text, str) else self._checked(text) for text in texts]
+        listed = [self._scored(text) for text in texts]
         with self.alone() as engine:
             if options is None:
                 return [score_ids(engine, ids) for ids in listed]
@@ -138,7 +140,9 @@ class Model:
         Raises ContextError if the prompt does not fit, OptionError if it is empty, and for values nobody can use or
         forms that cannot be enforced, TypeError for unknown names.
         """
-        ids = self.tokenize(prompt, special=special) if isinstance(prompt, str) else self._checked(prompt)
+        ids = (
+            self.tokenize(prompt, special=special) if isinstance(prompt, str) else self._checked(whole_numbers(prompt))
+        )
         check_room(ids, self.context_size)
         given: AnswerOptions = {"max_tokens": max_tokens, "stop": stop, "logprobs": logprobs}
         form: AnswerOptions = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
@@ -245,10 +249,14 @@ class Model:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a model cannot be pickled or copied: load it in each process; threads may share one")
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
-        whole = whole_numbers(ids)
-        self.detokenize(whole)
-        return whole
+    def _scored(self, text: str | Sequence[int]) -> list[int]:
+        if isinstance(text, str):
+            return self.tokenize(text)
+        return self._checked(whole_numbers(text, wanted="score: of each a text, or a list of token ids,"))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        self._opened.vocabulary.detokenize(ids)
+        return ids
 
 
 def _choices(choices: object) -> list[str]:

@@ -246,13 +246,16 @@ def test_ids_outside_the_vocabulary(model: grok_local.Model) -> None:
 
 @pytest.mark.parametrize("ids", [b"hello", bytearray(b"x"), "hello", [5.0, 6], [True], 7, None])
 def test_what_is_no_list_of_token_ids(model: grok_local.Model, ids: Any) -> None:
-    uses: list[Any] = [model.logits, model.detokenize]
+    uses: list[tuple[Any, str]] = [(model.logits, ""), (model.detokenize, "")]
     if not isinstance(ids, str):
-        uses += [model.generate, lambda ids: model.score([ids])]
+        uses += [
+            (model.generate, "prompt: a text, or "),
+            (lambda ids: model.score([ids]), "score: of each a text, or "),
+        ]
         (result,) = model.batch([ids])
         assert isinstance(result.error, OptionError)
-    for use in uses:
-        with pytest.raises(OptionError, match="list of token ids"):
+    for use, other in uses:
+        with pytest.raises(OptionError, match=f"^{other}a list of token ids,? is wanted$"):
             use(ids)
 
 
