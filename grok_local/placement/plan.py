@@ -80,11 +80,6 @@ class Plan:
         return attended_by(self.context, self.wishes)
 
     @property
-    def trained_context(self) -> int:
-        """Tokens that the model was trained on; 0 where nobody knows."""
-        return self.wishes.trained_context or self.model.trained_context
-
-    @property
     def ram(self) -> Share:
         """RAM's share."""
         return self.shares[-1]

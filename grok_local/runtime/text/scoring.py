@@ -83,7 +83,7 @@ def score_ids(engine: Engine, ids: Sequence[int]) -> Score:
 def score_choices(engine: Engine, ids: Sequence[int], choices: Sequence[str]) -> list[Score]:
     """Score each choice as what comes next after a text, which is evaluated once. Raises ContextError, OptionError."""
     if not ids:
-        raise ContextError("choices come after a text, and this one is empty")
+        raise OptionError("choices come after a text, and this one is empty")
     found = []
     for choice in choices:
         tokens = engine.continue_ids(choice)

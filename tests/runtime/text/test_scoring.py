@@ -85,7 +85,7 @@ def test_what_cannot_be_scored_is_an_error(packed: Path, scorer: grok_local.Mode
     assert [len(scores) for scores in scorer.score(["x", "x"], choices=iter(["a", "b"]))] == [2, 2]  # type: ignore[call-overload]
     with pytest.raises(OptionError, match="it is empty"):
         scorer.score(["text"], choices=["a", ""])
-    with pytest.raises(ContextError, match="this one is empty"):
+    with pytest.raises(OptionError, match="this one is empty"):
         scorer.score([""], choices=["a"])
     with pytest.raises(OptionError):
         scorer.score([[10**6]])
