@@ -38,6 +38,9 @@ def _options(
 
         print(f"grok-local {__version__}")
         raise typer.Exit
+    from grok_local.ggml.libraries import let_threads_rest
+
+    let_threads_rest()  # before any command loads llama.cpp
 
 
 app.command()(quantizing.quantize)

@@ -173,9 +173,6 @@ def _with_context(loading: Bundle, window: int) -> dict[str, Any]:
 
 def _tokens(request: LoadRequest, text: str, *, window: int, name: str) -> list[int]:
     """The text's, which needs no weights. Raises ContextError where they fill no window."""
-    from grok_local.ggml.libraries import let_threads_rest
-
-    let_threads_rest()
     from grok_local.runtime.engine.tokens import BareVocabulary
 
     with BareVocabulary(request.path, context_size=window) as vocabulary:

@@ -180,9 +180,7 @@ def requested(model: str, options: Bundle) -> LoadRequest:
 @contextmanager
 def opened(request: LoadRequest, *, quiet: bool = False) -> Iterator[Model]:
     """Likewise, as it was asked for."""
-    from grok_local.ggml.libraries import exit_on_abort, exit_on_bus_error, let_threads_rest
-
-    let_threads_rest()
+    from grok_local.ggml.libraries import exit_on_abort, exit_on_bus_error
     from grok_local.runtime.text.model import load_model
 
     exit_on_abort()

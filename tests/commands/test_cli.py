@@ -339,3 +339,26 @@ def test_ctrl_c_while_everything_is_imported(small: Path, tmp_path: Path) -> Non
         _, said = process.communicate(timeout=30)
         assert process.returncode in (0, 130, -signal.SIGINT)  # the last where Python itself is not up yet
         assert "grok_local/" not in said  # no traceback of ours
+
+
+@pytest.mark.parametrize("command", ["generate", "batch", "score", "perplexity", "bench"])
+def test_idle_threads_sleep_whatever_the_command(
+    run: Run, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """GNU's OpenMP says with which settings it was loaded."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
+    (tmp_path / "x.jsonl").write_text('{"prompt": "once upon a time", "max_tokens": 1, "continuation": "there was"}\n')
+    arguments = {
+        "generate": ["x", "--max-tokens", 1],
+        "batch": [tmp_path / "x.jsonl", "--dry-run"],
+        "score": [tmp_path / "x.jsonl"],
+        "perplexity": [tmp_path / "x.jsonl", "--window", 8],
+        "bench": ["--prompt", 8, "--tokens", 1],
+    }[command]
+    said = run(command, "-m", packed, *arguments).stderr
+    spins = set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said))
+    if not spins:
+        pytest.skip("llama.cpp is compiled with another OpenMP")
+    assert spins == {"100000"}

@@ -285,7 +285,8 @@ class Scheduler:
         for place in self._composer.padded:
             length = len(self._sequences.ids(place))
             self._sequences.grow(place, [0])
-            self._sequences.shorten(place, length)
+            if self._sequences.shorten(place, length) < length:
+                self._is_doubtful = True  # some models can only forget all, an answer that rests there too
 
     def _rows(self, chunk: Chunk) -> list[Row]:
         one, end = chunk.running, len(chunk.ids) - 1
