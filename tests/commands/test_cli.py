@@ -350,14 +350,14 @@ def test_idle_threads_sleep_whatever_the_command(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
     (tmp_path / "x.jsonl").write_text('{"prompt": "once upon a time", "max_tokens": 1, "continuation": "there was"}\n')
-    arguments = {
+    every: dict[str, list[object]] = {
         "generate": ["x", "--max-tokens", 1],
         "batch": [tmp_path / "x.jsonl", "--dry-run"],
         "score": [tmp_path / "x.jsonl"],
         "perplexity": [tmp_path / "x.jsonl", "--window", 8],
         "bench": ["--prompt", 8, "--tokens", 1],
-    }[command]
-    said = run(command, "-m", packed, *arguments).stderr
+    }
+    said = run(command, "-m", packed, *every[command]).stderr
     spins = set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said))
     if not spins:
         pytest.skip("llama.cpp is compiled with another OpenMP")
