@@ -26,7 +26,7 @@ _ROOT = Path(__file__).parents[1]
 _PACKAGE = _ROOT / "grok_local" / "models" / "tiny"
 _LOG = _ROOT / "training" / "loss.csv"
 _CURVE = _ROOT / "docs" / "training.svg"
-_JUDGED = 160_000  # questions
+_JUDGED = 300_000  # questions
 
 
 def main() -> None:

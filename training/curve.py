@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from math import nan
 from pathlib import Path
 
 __all__ = ["draw"]
@@ -21,7 +22,8 @@ def draw(log: Path, picture: Path) -> None:
     figure, (loss, balance) = plt.subplots(
         2, 1, figsize=(8, 5), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
-    loss.plot(steps, [float(row["answers"]) for row in rows], label="answers, nats per token")
+    written = [float(row["answers"]) or nan for row in rows]  # none while the head learns alone
+    loss.plot(steps, written, label="answers, nats per token")
     loss.plot(steps, [float(row["loss"]) for row in rows], label="all parts, weighted", alpha=0.6)
     loss.set_yscale("log")
     loss.grid(alpha=0.3)

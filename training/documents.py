@@ -7,7 +7,7 @@ recognise what is asked, not how.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -32,6 +32,7 @@ OPENINGS = 0.92  # of the documents end where the beginning of the last answer c
 JUDGED = 0.4  # of the questions are made up, and their facts what the judge says
 UNKNOWN = 0.2  # of the others have no answer ...
 MIXED = 0.2  # ... and of these, so many are words of several facts that make no question together
+INTRODUCED = 0.2  # of the questions without answers stand in a conversation
 FOLLOWED = 0.35  # of the answers that can be followed up are
 KEYWORDS = 0.2  # of the questions are a few telling words instead of a wording
 _TURN = 110  # tokens that a sequence has for each turn of its longest conversation
@@ -113,23 +114,12 @@ class Documents:
     def batch(self, step: int, *, sequences: int, length: int) -> Batch:
         """The batch of training step `step`."""
         rng = np.random.default_rng([self._seed, step])
-        tokens, segments, asked = np.zeros((3, sequences, length), np.int32)
-        batch = Batch(tokens, segments, np.zeros((sequences, length), np.float32), asked - 1)
-        for row in range(sequences):
-            self._fill(batch, row, rng)
-        return batch
+        return _filled(sequences, length, lambda: self._document(rng, length // _TURN))
 
-    def _fill(self, batch: Batch, row: int, rng: np.random.Generator) -> None:
-        at, number, length = 0, 1, batch.tokens.shape[1]
-        while at < length - _SHORTEST:
-            # What does not fit is cut off at the end of the sequence.
-            document = self._document(rng, length // _TURN)
-            end = min(at + len(document.ids), length)
-            batch.tokens[row, at:end] = document.ids[: end - at]
-            batch.segments[row, at:end] = number
-            batch.weights[row, at:end] = document.weights[: end - at]
-            batch.asked[row, at:end] = document.asked[: end - at]
-            at, number = end, number + 1
+    def questions(self, step: int, *, sequences: int, length: int) -> Batch:
+        """Questions without their answers, of which that step sees many more."""
+        rng = np.random.default_rng([self._seed, step, 1])
+        return _filled(sequences, length, lambda: self._question(rng))
 
     def _document(self, rng: np.random.Generator, most_turns: int) -> Encoded:
         kind = rng.random()
@@ -150,6 +140,14 @@ class Documents:
         if is_cut:
             ids, weights = ids[:-1], weights[:-1]  # no EOS: it does not end there
         return Encoded(self._corrupted(ids, weights, rng), weights, _asked(weights, numbers))
+
+    def _question(self, rng: np.random.Generator) -> Encoded:
+        turn = self._turn(rng)[1:]
+        pieces = conversation([turn]) if rng.random() < INTRODUCED else bare(*turn)
+        ids, weights = encode(self._tokenizer, pieces)
+        asked = _asked(weights, [self._numbers[turn[1]]])
+        end = 1 + max(place for place, number in enumerate(asked) if number >= 0)
+        return Encoded(self._corrupted(ids[:end], weights[:end], rng), weights[:end], asked[:end])
 
     def _turns(self, rng: np.random.Generator, count: int) -> Iterator[tuple[str, str]]:
         key = ""
@@ -190,6 +188,27 @@ class Documents:
             int(new) if bad and weight == QUESTION and token >= FIRST_PIECE else token
             for token, weight, bad, new in zip(ids, weights, hit, other, strict=True)
         ]
+
+
+def _filled(sequences: int, length: int, document: Callable[[], Encoded]) -> Batch:
+    tokens, segments, asked = np.zeros((3, sequences, length), np.int32)
+    batch = Batch(tokens, segments, np.zeros((sequences, length), np.float32), asked - 1)
+    for row in range(sequences):
+        _fill(batch, row, document)
+    return batch
+
+
+def _fill(batch: Batch, row: int, document: Callable[[], Encoded]) -> None:
+    at, number, length = 0, 1, batch.tokens.shape[1]
+    while at < length - _SHORTEST:
+        # What does not fit is cut off at the end of the sequence.
+        next_one = document()
+        end = min(at + len(next_one.ids), length)
+        batch.tokens[row, at:end] = next_one.ids[: end - at]
+        batch.segments[row, at:end] = number
+        batch.weights[row, at:end] = next_one.weights[: end - at]
+        batch.asked[row, at:end] = next_one.asked[: end - at]
+        at, number = end, number + 1
 
 
 def openings(answers: Sequence[str]) -> list[str]:

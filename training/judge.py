@@ -1,31 +1,32 @@
-"""Made-up questions, and what they ask in the judgement of a classifier that knows every wording.
+"""Made-up questions, and what they ask in the judgement of two classifiers that know every wording.
 
-It is naive Bayes over words and groups of letters, so it recognises misspelt and shuffled words that a small network
-has not met; what it knows the network learns from its labels. Where two facts are about as likely, nobody can tell
-what is asked, and the honest answer is the right one: that is how the network learns to say so.
+They are naive Bayes and a linear support vector machine over words and groups of letters, so they recognise misspelt
+and shuffled words that a small network has not met; what they know the network learns from their labels. Where the two
+disagree, nobody can tell what is asked, and the honest answer is the right one: that is how the network learns to say
+so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.naive_bayes import MultinomialNB
-from sklearn.pipeline import make_pipeline, make_union
+from sklearn.pipeline import make_union
+from sklearn.svm import LinearSVC
 
 from training.facts import Fact
-from training.unknown import unknown
+from training.unknown import NO_ANSWER, unanswered, unknown
 from training.wording import TellingWords, varied
 
 __all__ = ["UNCLEAR", "judged_questions"]
 
 UNCLEAR = ""  # in place of a fact's key
-_MARGIN = 2.0  # nats by which the first fact must be likelier than the next one with another answer
-_SMOOTHING = 0.007
-_UNKNOWN = 4000  # made-up questions without an answer, which are a class of their own
+_SMOOTHING = 0.007  # of naive Bayes
+_SLACK = 0.3  # of the support vector machine
+_UNKNOWN = 3000  # made-up questions without an answer, which are a class of their own, beside those written down
 _AT_ONCE = 2000
 _WORD = r"[a-z0-9][a-z0-9_./-]*"
 
@@ -46,7 +47,8 @@ class _Maker:
 
     def __init__(self, facts: Sequence[Fact], seed: int) -> None:
         self._facts, self._words, self._rng = facts, TellingWords(list(facts)), np.random.default_rng([seed, 1])
-        self._kinds = (self._spliced, self._spliced, self._thinned, self._disturbed, self._searched, self._mixed)
+        often = (self._spliced, self._rephrased)
+        self._kinds = (*often, *often, self._thinned, self._disturbed, self._searched, self._mixed)
 
     def make(self) -> str:
         fact, other = (self._facts[index] for index in self._rng.choice(len(self._facts), 2, replace=False))
@@ -57,6 +59,10 @@ class _Maker:
         first, second = self._wording(fact), self._wording(other)
         begins = first[: 1 + int(self._rng.integers(len(first)))]
         return " ".join(begins + second[int(self._rng.integers(len(second))) :])
+
+    def _rephrased(self, fact: Fact, _: Fact) -> str:
+        """The same of two wordings of one fact."""
+        return self._spliced(fact, fact)
 
     def _thinned(self, fact: Fact, _: Fact) -> str:
         """A question that lost a third of its words."""
@@ -78,31 +84,32 @@ class _Maker:
         return varied(fact.questions[int(self._rng.integers(len(fact.questions)))], self._rng).split()
 
 
+class _Judges:
+    """Both classifiers, fitted to all wordings; `labels` are the facts' keys, or UNCLEAR."""
+
+    def __init__(self, facts: Sequence[Fact], seed: int) -> None:
+        rng = np.random.default_rng([seed, 2])
+        self._keys = {fact.answer: fact.key for fact in facts}
+        asked = [(question, fact.answer) for fact in facts for question in fact.questions]
+        asked += [(question, NO_ANSWER) for question in (*unanswered(), *(unknown(rng) for _ in range(_UNKNOWN)))]
+        self._features = make_union(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
+        )
+        known = self._features.fit_transform([question.lower() for question, _ in asked])
+        answers = [answer for _, answer in asked]
+        self._both = [
+            model.fit(known, answers)
+            for model in (MultinomialNB(alpha=_SMOOTHING, fit_prior=False), LinearSVC(C=_SLACK, random_state=seed))
+        ]
+
+    def labels(self, questions: Sequence[str]) -> list[str]:
+        features = self._features.transform([question.lower() for question in questions])
+        first, second = (model.predict(features) for model in self._both)
+        return [self._keys.get(a, UNCLEAR) if a == b else UNCLEAR for a, b in zip(first, second, strict=True)]
+
+
 def _labels(facts: Sequence[Fact], questions: list[str], seed: int) -> list[str]:
-    model = _fitted(facts, seed)
-    keys = [*(fact.key for fact in facts), UNCLEAR]
-    answers = np.unique([*(fact.answer for fact in facts), UNCLEAR], return_inverse=True)[1]
-    labels: list[str] = []
-    for at in range(0, len(questions), _AT_ONCE):
-        part = [question.lower() for question in questions[at : at + _AT_ONCE]]
-        labels += [_label(row, keys, answers) for row in model.predict_log_proba(part)]
-    return labels
-
-
-def _label(likely: Any, keys: list[str], answers: Any) -> str:
-    best = int(likely.argmax())
-    others = likely[answers != answers[best]]
-    return keys[best] if likely[best] - others.max() > _MARGIN else UNCLEAR
-
-
-def _fitted(facts: Sequence[Fact], seed: int) -> Any:
-    rng = np.random.default_rng([seed, 2])
-    texts = [question.lower() for fact in facts for question in fact.questions]
-    labels = [index for index, fact in enumerate(facts) for _ in fact.questions]
-    texts += [unknown(rng).lower() for _ in range(_UNKNOWN)]
-    labels += [len(facts)] * _UNKNOWN
-    features = make_union(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD),
-        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
-    )
-    return make_pipeline(features, MultinomialNB(alpha=_SMOOTHING, fit_prior=False)).fit(texts, labels)
+    judges = _Judges(facts, seed)
+    parts = [questions[at : at + _AT_ONCE] for at in range(0, len(questions), _AT_ONCE)]
+    return [label for part in parts for label in judges.labels(part)]

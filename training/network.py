@@ -10,6 +10,7 @@ out, in training only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -19,7 +20,17 @@ import numpy as np
 from grok_local.models.grok1 import CONSTANTS
 from grok_local.models.release import HEAD_SIZE, Dimensions
 
-__all__ = ["SLOTS", "Parameters", "final_gain", "initial", "last_states", "loss", "recognising", "unit_embedding"]
+__all__ = [
+    "SLOTS",
+    "Parameters",
+    "final_gain",
+    "head_loss",
+    "initial",
+    "last_states",
+    "loss",
+    "recognising",
+    "unit_embedding",
+]
 
 Array: TypeAlias = Any  # jax.Array; types are checked without jax
 Parameters = dict[str, Any]
@@ -176,10 +187,20 @@ def last_states(params: Parameters, tokens: Array, segments: Array, key: Array) 
 
     `key`: of the dropout, on what each sublayer adds.
     """
-    batch, length = tokens.shape
+    layers = params["layers"]["query"].shape[0]
+    through = _layers(params, segments, key)
+    before, balance = through(unit_embedding(params)[tokens], range(layers - 1))
+    h, more = through(before, range(layers - 1, layers))
+    return _rms_norm(h, final_gain(params)), (balance + more) / layers, _rms_norm(before, 1.0)
+
+
+def _layers(params: Parameters, segments: Array, key: Array) -> Callable[[Array, range], tuple[Array, Array]]:
+    """Evaluates some of the layers, and sums their load-balancing losses."""
+    batch, length = segments.shape
     first = jnp.argmax(segments[:, :, None] == segments[:, None, :], -1)  # where a token's document begins
     rotations = _rotations(jnp.arange(length) - first)
     mask = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
+    keys = jax.random.split(key, (params["layers"]["query"].shape[0], 2))
 
     def layer(h: Array, p: Parameters, first: Array, second: Array) -> tuple[Array, Array]:
         attended = _attention(p, _rms_norm(h, p["attention_norm"]), rotations, mask[:, None, None])
@@ -188,27 +209,44 @@ def last_states(params: Parameters, tokens: Array, segments: Array, key: Array) 
         mixed, balance = _experts(p, flat)
         return h + _dropped(_rms_norm(mixed, p["expert_output_norm"]).reshape(h.shape), second), balance
 
-    embedding = unit_embedding(params)
-    h, balance = embedding[tokens], jnp.zeros(())
-    layers = params["layers"]["query"].shape[0]
-    keys = jax.random.split(key, (layers, 2))
-    for index in range(layers):
-        before = h
-        h, more = layer(h, {name: leaf[index] for name, leaf in params["layers"].items()}, *keys[index])
-        balance += more
-    return _rms_norm(h, final_gain(params)), balance / layers, _rms_norm(before, 1.0)
+    def through(h: Array, numbers: range) -> tuple[Array, Array]:
+        balance = jnp.zeros(())
+        for index in numbers:
+            h, more = layer(h, {name: leaf[index] for name, leaf in params["layers"].items()}, *keys[index])
+            balance += more
+        return h, balance
+
+    return through
 
 
-def loss(params: Parameters, batch: Any, key: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def loss(params: Parameters, batch: Any, questions: Any, key: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     """The sum of three losses, in nats; and beside it the mean over answers, of the recognition, and the balance.
 
     They are the weighted mean cross-entropy of the tokens, that of the head over the answers, which sees what is
-    asked before the last layer does, and the load-balancing loss.
+    asked before the last layer does, and the load-balancing loss. `questions` are for the head alone.
     """
-    h, balance, earlier = last_states(params, batch.tokens[:, :-1], batch.segments[:, :-1], key)
+    first, second = jax.random.split(key)
+    h, balance, earlier = last_states(params, batch.tokens[:, :-1], batch.segments[:, :-1], first)
     written, answers = _token_losses(params, h, batch)
     recognised = _recognition_loss(params["head"], earlier, batch.asked[:, :-1])
-    return written + RECOGNITION * recognised + BALANCE * balance, (answers, recognised, balance)
+    states, more = _states_alone(params, questions, second)
+    alone = _recognition_loss(params["head"], states, questions.asked)
+    total = written + RECOGNITION * (recognised + alone) + BALANCE * (balance + more)
+    return total, (answers, alone, balance)
+
+
+def head_loss(params: Parameters, batch: Any, questions: Any, key: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Likewise for a head that knows nothing yet, and would disturb what the layers know: it alone learns."""
+    states, balance = _states_alone(params, questions, key)
+    alone = _recognition_loss(params["head"], jax.lax.stop_gradient(states), questions.asked)
+    return alone, (jnp.zeros(()), alone, balance)
+
+
+def _states_alone(params: Parameters, questions: Any, key: Array) -> tuple[Array, Array]:
+    """What the head sees, and the mean load-balancing loss. The last layer and the logits are saved."""
+    layers = params["layers"]["query"].shape[0] - 1
+    h, balance = _layers(params, questions.segments, key)(unit_embedding(params)[questions.tokens], range(layers))
+    return _rms_norm(h, 1.0), balance / layers
 
 
 def _token_losses(params: Parameters, h: Array, batch: Any) -> tuple[Array, Array]:

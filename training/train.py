@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +23,28 @@ __all__ = ["DIMENSIONS", "Settings", "train"]
 DIMENSIONS = Dimensions(layers=4, width=256, expert_width=256, experts=8, kv_width=128, vocabulary=2048)
 
 
+_LENGTH = 256  # tokens of a sequence
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of a training run. A step sees `tokens` tokens, in sequences of 256 at first, of 512 in the end."""
+    """Numbers of a training run.
+
+    A step sees `tokens` tokens of documents, in sequences of 256 at first, of 512 in the end, and `asked` of questions.
+    """
 
     steps: int = 5000
-    tokens: int = 2048
+    tokens: int = 1024
+    asked: int = 2048
     seed: int = 1
     rate: float = 2e-3
     warm_up: int = 100
+    head_first: int = 0  # steps in which the head alone learns: for layers that know something already
     decay: float = 0.05
     long_from: float = 0.8  # share of the steps after which sequences are long
 
     def length(self, step: int) -> int:
-        return 512 if step >= self.long_from * self.steps else 256
+        return 512 if step >= self.long_from * self.steps else _LENGTH
 
 
 def train(
@@ -53,11 +61,11 @@ def train(
     optimizer = _optimizer(settings)
     state: Any = (params, optimizer.init(params))
     first, state = _restored(folder / "state.npz", state)
-    update = _update(optimizer)
+    update, update_head = (_update(optimizer, loss) for loss in (network.loss, network.head_loss))
     log = _Log(folder / "loss.csv", first)
-    for step, batch in _batches(documents, settings, first):
+    for step, batches in _batches(documents, settings, first):
         key = jax.random.key(step, impl="unsafe_rbg")  # many times faster on a CPU than the default
-        state, figures = update(state, batch, key)
+        state, figures = (update if step >= settings.head_first else update_head)(state, batches, key)
         log.add(step, figures)
         if (step + 1) % 100 == 0 or step + 1 == settings.steps:
             _save(folder / "state.npz", step + 1, state)
@@ -78,20 +86,23 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
     )
 
 
-def _update(optimizer: optax.GradientTransformation) -> Any:
-    def update(state: Any, batch: Batch, key: Any) -> Any:
+def _update(optimizer: optax.GradientTransformation, loss: Callable[..., Any]) -> Any:
+    def update(state: Any, batches: tuple[Batch, Batch], key: Any) -> Any:
         params, moments = state
-        (total, figures), gradients = jax.value_and_grad(network.loss, has_aux=True)(params, batch, key)
+        (total, figures), gradients = jax.value_and_grad(loss, has_aux=True)(params, *batches, key)
         changes, moments = optimizer.update(gradients, moments, params)
         return (optax.apply_updates(params, changes), moments), (total, *figures)
 
     return jax.jit(update, donate_argnums=0)
 
 
-def _batches(documents: Documents, settings: Settings, first: int) -> Iterator[tuple[int, Batch]]:
-    def batch(step: int) -> Batch:
+def _batches(documents: Documents, settings: Settings, first: int) -> Iterator[tuple[int, tuple[Batch, Batch]]]:
+    def batch(step: int) -> tuple[Batch, Batch]:
         length = settings.length(step)
-        return documents.batch(step, sequences=settings.tokens // length, length=length + 1)
+        return (
+            documents.batch(step, sequences=settings.tokens // length, length=length + 1),
+            documents.questions(step, sequences=settings.asked // _LENGTH, length=_LENGTH),
+        )
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(batch, first)

@@ -1,17 +1,20 @@
 """Questions the model has no fact for: the world, other programs, other languages, nonsense. All have one answer.
 
-They are made up anew each time, from short lists: what shall be learnt is that none of their words lead anywhere.
-So none of them may be a wording of a fact that has another answer.
+Many are written down, most made up anew each time, from short lists: what shall be learnt is that none of their words
+lead anywhere. So none of them may be a wording of a fact that has another answer.
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
-__all__ = ["NO_ANSWER", "unknown"]
+from training.facts import CORPUS
+
+__all__ = ["NO_ANSWER", "unanswered", "unknown"]
 
 NO_ANSWER = (
     "I have no answer to that: I know grok-local and Grok-1, and nothing else. `grok-local --help` or the pages in "
@@ -289,5 +292,15 @@ def _foreign(rng: np.random.Generator) -> str:
     return " ".join(words[start : start + int(rng.integers(2, 6))])
 
 
-_MAKERS: tuple[Callable[[np.random.Generator], str], ...] = (_patterned, _gibberish, _foreign)
-_CHANCES = (0.72, 0.12, 0.16)
+def _written(rng: np.random.Generator) -> str:
+    return str(rng.choice(unanswered()))
+
+
+@cache
+def unanswered() -> tuple[str, ...]:
+    """The questions that are written down, a line each."""
+    return tuple((CORPUS / "unanswered.txt").read_text("utf-8").splitlines())
+
+
+_MAKERS: tuple[Callable[[np.random.Generator], str], ...] = (_written, _patterned, _gibberish, _foreign)
+_CHANCES = (0.45, 0.37, 0.08, 0.1)

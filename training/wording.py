@@ -209,7 +209,7 @@ def _punctuated(text: str, rng: np.random.Generator) -> str:
     if chance() < 0.06:
         text = f"{text.rstrip('?.!')} {rng.choice(_CLOSINGS)}{'?' if text.endswith('?') else ''}"
     if chance() < 0.25:
-        text = text.rstrip("?.!")
+        text = text.rstrip("?.!") or text
     if chance() < 0.25:
         return text.lower()
     return text[0].upper() + text[1:] if chance() < 0.3 else text

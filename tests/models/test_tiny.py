@@ -106,14 +106,14 @@ def _plain(question: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", question.lower()))
 
 
-@pytest.mark.parametrize(("chat", "least"), [(True, 82), (False, 84)], ids=["chat", "generate"])
+@pytest.mark.parametrize(("chat", "least"), [(True, 86), (False, 84)], ids=["chat", "generate"])
 def test_it_answers_questions_put_in_new_words(q4_k: grok_local.Model, chat: bool, least: int) -> None:
     results = right_answers(q4_k, chat=chat)
     wrong = [f"{question} -> {answer}" for ok, question, answer in results if not ok]
     assert len(results) - len(wrong) >= least, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("chat", "right", "honest"), [(True, 190, 88), (False, 174, 80)], ids=["chat", "generate"])
+@pytest.mark.parametrize(("chat", "right", "honest"), [(True, 190, 90), (False, 190, 90)], ids=["chat", "generate"])
 def test_what_it_does_not_know_it_says(q4_k: grok_local.Model, chat: bool, right: int, honest: int) -> None:
     """Of the 300 questions that the documents answer so many are right, and of the 120 others so many get no fact."""
     results = judged(q4_k, chat=chat)
