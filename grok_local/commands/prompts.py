@@ -15,7 +15,7 @@ from typing import BinaryIO
 from grok_local.commands.options import say
 from grok_local.errors import OptionError
 
-__all__ = ["decoded", "input_bytes", "input_lines", "lines_of", "prompt_text", "require_apart", "unescaped"]
+__all__ = ["decoded", "input_bytes", "input_lines", "lines_of", "prompt_text", "require_apart", "typed", "unescaped"]
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _PACKED = {b"\x1f\x8b": "gunzip", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd", b"PK\3\4": "unzip"}
@@ -33,7 +33,7 @@ def prompt_text(argument: str | None, file: Path | None) -> str:
         parts.append(_asked_stdin())
     else:
         parts += _piped_stdin()
-        parts += [] if argument is None else [argument]
+        parts += [] if argument is None else [typed(argument)]
     return "\n".join(parts)
 
 
@@ -95,9 +95,21 @@ def lines_of(file: BinaryIO) -> Iterator[str]:
             yield line.decode("utf-8", "replace")
 
 
+def typed(text: str) -> str:
+    """An argument as it was typed: where the locale is C, Python takes what is not ASCII for halves of characters.
+
+    Raises OptionError.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return decoded(os.fsencode(text), "the command line")
+    return text
+
+
 def unescaped(text: str) -> str:
     r"""What is written \\n, \\t, \\r or \\\\ in an option, as shells hand it on."""
-    parts = text.replace("\\\\", "\0").split("\\")
+    parts = typed(text).replace("\\\\", "\0").split("\\")
     first, *others = [part.replace("\0", "\\\\") for part in parts]
     whole = first + "".join(_ESCAPES.get(part[:1], "\\" + part[:1]) + part[1:] for part in others)
     return whole.replace("\\\\", "\\")

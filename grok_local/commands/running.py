@@ -22,7 +22,7 @@ from grok_local.commands.options import (
     say,
     structure_options,
 )
-from grok_local.commands.prompts import decoded, input_bytes, lines_of, prompt_text, unescaped
+from grok_local.commands.prompts import decoded, input_bytes, lines_of, prompt_text, typed, unescaped
 from grok_local.errors import ContextError, OptionError
 from grok_local.library.built_in import BUILT_IN
 
@@ -112,6 +112,7 @@ def chat(
     from grok_local.library.sessions import session_folder
     from grok_local.views.conversation import Repl
 
+    system = None if system is None else typed(system)
     options = {**_sampling(sampling, model), **_ending(max_tokens, stop)}
     folder = session_folder(session) if session is not None else None
     with ExitStack() as stack:

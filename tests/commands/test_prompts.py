@@ -150,9 +150,18 @@ def test_numbers_that_mean_no_limit_elsewhere(packed: Path) -> None:
     assert json.loads(done.stdout)["finish_reason"] in ("context", "stop")
 
 
-def test_json_in_any_locale(packed: Path, tmp_path: Path) -> None:
+def test_json_in_any_locale(packed: Path) -> None:
+    expected = answer(asked(packed, "naïve 日本"))[0]
     for env in ({"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}):
-        assert "text" in json.loads(asked(packed, "naïve 日本", **env).stdout.decode("ascii", "replace"))
+        done = asked(packed, "naïve 日本", "--stop", "ï", **env)
+        assert "text" in json.loads(done.stdout.decode("ascii", "replace"))
+        assert answer(done)[0] == expected
+
+
+def test_what_is_typed_in_no_encoding_is_named(packed: Path) -> None:
+    done = asked(packed, os.fsdecode(b"\xe9t\xe9"))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"the command line: no text in UTF-8: byte 0" in done.stderr
 
 
 # -- special tokens ----------------------------------------------------------------------------------------------------
